@@ -1,0 +1,64 @@
+# make check | test | lint | interop: each sets itself up from nothing but Python >= 3.10, git and make.
+#   make check TORCH_INDEX=URL   takes torch from that package index (say, a CPU-only one)
+#   make check PYTHON=python3.12 uses that Python for the virtual environment
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+# Options for the commands themselves: make check ARGS="--ckpt DIR", make test ARGS="-m slow"
+ARGS ?=
+
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TORCH := $(shell sed -n 's/^ *"\(torch[><=][^"]*\)".*/\1/p' pyproject.toml)
+PYTHON_FILES := nanollama reference parity finetune benchmarks tests
+
+.PHONY: check test lint interop setup clean
+.DELETE_ON_ERROR:
+
+check: setup
+	@$(BIN)/python -m parity.check $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff format --check $(PYTHON_FILES)
+	$(BIN)/ruff check $(PYTHON_FILES)
+	$(BIN)/mypy
+
+# The formats and engines of others. llama-cpp-python is compiled on the spot where no wheel fits (a C++ compiler, ~12 minutes).
+interop: setup
+	@if ls tests/interop/test_*.py >/dev/null 2>&1; then $(MAKE) --no-print-directory .venv/.interop && \
+	  $(BIN)/python -m pytest tests/interop $(ARGS); else echo "make interop: there are no interop tests yet"; fi
+
+setup: .venv/.installed
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo "error: $(PYTHON) is not Python 3.10 or newer; name one that is: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "error: $(PYTHON) has no venv module; on Debian and Ubuntu: sudo apt-get install python3-venv" >&2; exit 2; }
+	@echo "Making .venv with `$(PYTHON) --version`."
+	@$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml | .venv/bin/python
+	@$(BIN)/python -c 'import importlib.util as u; u.find_spec("torch") or exit(1)' || { \
+	  echo "Downloading Python packages into .venv: torch, transformers, Meta's llama_models and what they need."; \
+	  case "$(TORCH_INDEX)`uname -s`-`uname -m`" in \
+	    Linux-x86_64) echo "pip may choose the CUDA build of torch here: about 4 GB, 5 to 15 minutes. For a CPU-only one,"; \
+	      echo "about 400 MB and 2 minutes: make $(or $(MAKECMDGOALS),check) TORCH_INDEX=URL, with the URL of PyTorch's CPU index.";; \
+	    *) echo "About 400 MB with a CPU-only torch, 2 to 5 minutes.";; \
+	  esac; }
+ifneq ($(TORCH_INDEX),)
+	@$(PIP_INSTALL) --index-url "$(TORCH_INDEX)" "$(TORCH)"
+endif
+	@$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+.venv/.interop: .venv/.installed
+	@echo "Installing llama-cpp-python and gguf: about 70 MB to download; where no wheel fits, a compile of about 12 minutes."
+	@$(PIP_INSTALL) --editable '.[interop]'
+	@touch $@
+
+clean:
+	rm -rf .venv *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

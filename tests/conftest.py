@@ -1,0 +1,37 @@
+"""Fixtures that every test file shares. The suite is offline: nothing here or in a test may reach the network."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Set before any test module imports huggingface_hub, which reads them once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Callable[[str], Path]:
+    """`test_data(name)`: a file in $NANOLLAMA_TEST_DATA or ../shared/data; skips the test where it is missing."""
+    folder = Path(os.environ.get("NANOLLAMA_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+
+    def find(name: str) -> Path:
+        path = folder / name
+        if not path.exists():
+            pytest.skip(f"test data {name} not found; set NANOLLAMA_TEST_DATA to the folder that holds it")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer_path() -> Path:
+    """The Llama 3 tokenizer that ships inside Meta's `llama_models` package (found without importing the package)."""
+    spec = importlib.util.find_spec("llama_models")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / "llama3" / "tokenizer.model"
