@@ -1,0 +1,151 @@
+"""The design's import rules, read from the source: who may import whom, imports inside functions included.
+
+`reference` shares no code with what it judges, `parity` judges nanollama without importing it, and model.py and
+sample.py stay files that work when copied alone.
+"""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+OURS = ("nanollama", "reference", "parity", "finetune", "benchmarks", "tests")
+
+# What of ours a module may import; the longest name that fits the module counts.
+ALLOWED = {
+    "nanollama": ("nanollama",),
+    "nanollama.model": (),
+    "nanollama.sample": (),
+    "nanollama.checkpoint": ("nanollama.model", "nanollama.checkpoint"),
+    "finetune": ("nanollama", "finetune"),
+    "reference": ("reference",),
+    "parity": ("parity",),
+    "parity.candidates": ("parity", "nanollama", "finetune"),
+    "benchmarks": ("benchmarks", "nanollama", "finetune", "parity"),
+}
+TORCH_ONLY = ("nanollama.model", "nanollama.sample")
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def imported(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import anywhere in the source; `from a import b` gives a.b."""
+    package = module if is_package else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = importlib.util.resolve_name("." * node.level + base, package)
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in ("import_module", "__import__"):
+                yield node.lineno, str(node.args[0].value)
+
+
+def breaches(source: str, module: str, is_package: bool = False) -> list[str]:
+    """One line for each import that the rules forbid to this module."""
+    allowed = ALLOWED[max((key for key in ALLOWED if within(module, key)), key=len)]
+    found = []
+    for line, name in imported(source, module, is_package):
+        top = name.partition(".")[0]
+        if top in OURS:
+            forbidden = not any(within(name, prefix) for prefix in allowed)
+        else:
+            forbidden = module in TORCH_ONLY and top != "torch" and top not in sys.stdlib_module_names
+        if forbidden:
+            found.append(f"{module} line {line} imports {name}")
+    return found
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for package in OURS[:-1]:
+        for path in sorted((REPOSITORY / package).rglob("*.py")):
+            parts = path.relative_to(REPOSITORY).with_suffix("").parts
+            yield ".".join(parts[:-1] if path.name == "__init__.py" else parts), path
+
+
+def test_every_module_keeps_the_import_rules() -> None:
+    found = [
+        line
+        for module, path in modules()
+        for line in breaches(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+    ]
+    assert found == []
+
+
+def test_the_rules_are_read_from_real_files() -> None:
+    names = [module for module, _ in modules()]
+    assert {"nanollama", "nanollama.model", "nanollama.sample"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("nanollama.model", "import numpy"),
+        ("nanollama.model", "from . import checkpoint"),
+        ("nanollama.sample", "from nanollama.model import KVCache"),
+        ("nanollama.checkpoint.hf", "def f():\n    from ..tokenizer import open_tokenizer"),
+        ("nanollama.checkpoint.hf", "from nanollama import generate"),
+        ("nanollama.generate", "import parity.trace"),
+        ("nanollama.generate", "from finetune import lora"),
+        ("reference.oracle", "if True:\n    import nanollama.model as m"),
+        ("parity.checks.logits", "class A:\n    def f(self):\n        import nanollama"),
+        ("parity.checks.logits", "import importlib\nimportlib.import_module('nanollama.model')"),
+        ("parity.candidates.nano", "import reference.meta"),
+        ("parity.runner", "from finetune.train import step"),
+        ("finetune.train", "from parity import metrics"),
+        ("benchmarks.decode", "import reference.hf"),
+    ],
+)
+def test_a_planted_breach_is_found(module: str, source: str) -> None:
+    assert len(breaches(source, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("nanollama.model", "import math, torch\nfrom torch import nn\nfrom dataclasses import dataclass"),
+        ("nanollama.checkpoint.hf", "from ..model import ModelConfig\nfrom .names import meta_name\nimport numpy"),
+        ("nanollama.generate", "from nanollama.checkpoint import open_checkpoint\nfrom .sample import make_sampler"),
+        ("parity.candidates.nano", "def load():\n    from nanollama.model import Transformer"),
+        ("benchmarks.decode", "import nanollama.generate, parity.metrics"),
+        ("reference.hf", "from reference.files import read\nimport transformers"),
+    ],
+)
+def test_an_allowed_import_is_not_a_breach(module: str, source: str) -> None:
+    assert breaches(source, module) == []
+
+
+MODEL_ALONE = """
+import torch
+from model import KVCache, ModelConfig, Transformer
+
+config = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=11, hidden_dim=48)
+model = Transformer(config)
+tokens = torch.arange(7)[None]
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.uniform_(-0.3, 0.3, generator=torch.Generator().manual_seed(0))
+    whole = model(tokens)
+    cache = KVCache(config, 1, 7, dtype=torch.float32, device="cpu")
+    parts = torch.cat([model(tokens[:, :4], cache=cache), model(tokens[:, 4:], cache=cache)], dim=1)
+assert whole.shape == (1, 7, 11), whole.shape
+torch.testing.assert_close(parts, whole)
+"""
+
+
+def test_model_runs_when_copied_alone(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_bytes((REPOSITORY / "nanollama" / "model.py").read_bytes())
+    (tmp_path / "run.py").write_text(MODEL_ALONE)
+    done = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
