@@ -1,0 +1,101 @@
+"""Typed, strict reading of params.json and config.json: every key is asked for by name, what is left over is an error.
+
+python -c "from nanollama.checkpoint.fields import read_json; print(read_json('DIR/params.json')['dim'])"
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from nanollama.checkpoint.weights import CheckpointError
+
+REQUIRED: Any = object()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises CheckpointError for anything else, duplicate keys and NaN included."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in items]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"the key {key!r} stands there twice")
+        return dict(items)
+
+    def constant(name: str) -> Any:
+        raise ValueError(f"{name} is not a JSON number")
+
+    try:
+        found = json.loads(path.read_bytes(), object_pairs_hook=pairs, parse_constant=constant)
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read ({error.strerror}): check the path and its permissions") from None
+    except (ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
+        raise CheckpointError(path, f"is not JSON ({error}): download it again") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(path, f"holds a JSON {type(found).__name__}, expected an object {{...}}")
+    return found
+
+
+class Fields:
+    """One JSON object whose keys are taken one by one; `finish` refuses the rest by name."""
+
+    def __init__(self, path: Path, found: dict[str, Any], inside: str = "") -> None:
+        self.path, self._left, self._inside = path, dict(found), inside
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._left
+
+    def take(self, key: str, default: Any = REQUIRED) -> Any:
+        """The raw value; null counts as absent."""
+        value = self._left.pop(key, None)
+        if value is None and default is REQUIRED:
+            raise self.error(key, "is missing: the architecture cannot be known without it")
+        return default if value is None else value
+
+    def integer(self, key: str, default: Any = REQUIRED, low: int = 1, alias: int | None = None) -> Any:
+        """An integer from `low` on; `alias` is one value below `low` that is allowed too."""
+        value = self.take(key, default)
+        if value is default or (value == alias and isinstance(value, int) and not isinstance(value, bool)):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
+            raise self.error(key, f"is {value!r}: expected an integer from {low} to 2^31")
+        return value
+
+    def number(self, key: str, default: Any = REQUIRED) -> Any:
+        """A positive finite number."""
+        value = self.take(key, default)
+        if value is default:
+            return value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+            raise self.error(key, f"is {value!r}: expected a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.take(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, f"is {value!r}: expected true or false")
+        return value
+
+    def section(self, key: str) -> "Fields | None":
+        """A nested object, None when absent."""
+        value = self.take(key, None)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.error(key, f"is {value!r}: expected an object {{...}} or null")
+        return Fields(self.path, value, f"{self._inside}{key}.")
+
+    def finish(self, harmless: frozenset[str] = frozenset()) -> None:
+        """Refuse every key that was not taken, is not `harmless`, and is not switched off (null or false)."""
+        for key, value in self._left.items():
+            if key not in harmless and value is not None and value is not False:
+                raise self.error(key, f"is {value!r}, which this implementation does not know: it may change the model")
+
+    def error(self, key: str, what: str) -> CheckpointError:
+        return CheckpointError(self.path, f"{self._inside}{key} {what}")
+
+
+def is_close(a: float, b: float) -> bool:
+    """Equal up to how different programs print the same float."""
+    return math.isclose(a, b, rel_tol=1e-9)

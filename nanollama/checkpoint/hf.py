@@ -1,0 +1,187 @@
+"""Hugging Face's format: config.json with model.safetensors, or shards and model.safetensors.index.json.
+
+The rows of q_proj and k_proj are put back into Meta's order as they are read.
+
+    python -m nanollama inspect Llama-3.1-8B-hf
+
+Sources: `transformers` LlamaConfig and modeling_llama (keys and defaults, 4.x `rope_scaling`, 5.x `rope_parameters`).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanollama.checkpoint.fields import Fields, is_close, read_json
+from nanollama.checkpoint.names import hf_rows, is_rotary, meta_from_hf
+from nanollama.checkpoint.weights import Checkpoint, CheckpointError, Lazy, Weights, check_weights, make_config
+from nanollama.model import ModelConfig, RopeScaling
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Describe the training, the files or the generation defaults, not the forward pass.
+HARMLESS = frozenset(
+    ("_name_or_path", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "initializer_range", "name_or_path")
+    + ("pad_token_id", "pretraining_tp", "torch_dtype", "transformers_version", "use_cache")
+)
+
+
+def open_hf(folder: Path) -> Checkpoint:
+    """Read a Hugging Face folder. Raises CheckpointError unless config.json and the tensors fit each other exactly."""
+    config = read_config(folder / "config.json")
+    stored = {}
+    for name, entry in _stored_tensors(folder).items():
+        meta = meta_from_hf(name)
+        if meta is None and not name.endswith(".rotary_emb.inv_freq"):  # old exports keep that buffer
+            raise CheckpointError(folder, f"weight {name} is unknown: no Llama has it")
+        if meta is not None:
+            stored[meta] = _reordered(entry, config.head_dim) if is_rotary(meta) else entry
+    if config.tied and "output.weight" in stored:
+        _refuse_untied_head(folder, stored)
+    weights = Weights(check_weights(folder, config, stored, "config.json"))
+    return Checkpoint(config, weights, None, "hf", folder)
+
+
+def read_config(path: Path) -> ModelConfig:
+    """config.json -> config; refuses by name what this implementation does not compute."""
+    fields = Fields(path, read_json(path))
+    _refuse_other_models(fields)
+    n_heads = fields.integer("num_attention_heads")
+    rope_theta, scaling = _read_rope(fields)
+    config = {
+        "dim": fields.integer("hidden_size"),
+        "n_layers": fields.integer("num_hidden_layers"),
+        "n_heads": n_heads,
+        "n_kv_heads": fields.integer("num_key_value_heads", n_heads),
+        "vocab_size": fields.integer("vocab_size"),
+        "hidden_dim": fields.integer("intermediate_size"),
+        "norm_eps": fields.number("rms_norm_eps"),
+        "rope_theta": rope_theta,
+        "rope_scaling": scaling,
+        "tied": fields.flag("tie_word_embeddings"),
+        "head_dim": fields.integer("head_dim", 0),
+        "max_seq_len": fields.integer("max_position_embeddings", 2048),
+    }
+    fields.finish(HARMLESS)
+    return make_config(path, **config)
+
+
+def _refuse_other_models(fields: Fields) -> None:
+    expected: dict[str, tuple[Any, ...]] = {
+        "model_type": ("llama",),
+        "architectures": (["LlamaForCausalLM"], None),
+        "hidden_act": ("silu", "swish", None),
+        "attention_bias": (False, None),
+        "mlp_bias": (False, None),
+        "quantization_config": (None,),
+    }
+    for key, allowed in expected.items():
+        value = fields.take(key, None)
+        if not any(value is a or (value == a and type(value) is type(a)) for a in allowed):
+            raise fields.error(key, f"is {value!r}: this implementation computes {allowed[0]!r} only")
+
+
+def _read_rope(fields: Fields) -> tuple[float, RopeScaling | None]:
+    """rope_theta and the scaling, from transformers 4's keys or 5's; both may be there if they agree."""
+    top_theta = fields.number("rope_theta", None)
+    found = [_read_rope_section(part) for key in ("rope_parameters", "rope_scaling") if (part := fields.section(key))]
+    thetas = {theta for theta, _ in [(top_theta, None), *found] if theta is not None}
+    if len(thetas) > 1 or (len(found) == 2 and found[0][1] != found[1][1]):
+        raise fields.error("rope_parameters", "disagrees with rope_theta or rope_scaling in the same file: remove one")
+    return thetas.pop() if thetas else 10_000.0, found[0][1] if found else None
+
+
+def _read_rope_section(part: Fields) -> tuple[float | None, RopeScaling | None]:
+    theta = part.number("rope_theta", None)
+    kinds = {part.take(key, None) for key in ("rope_type", "type")} - {None}
+    if kinds - {"default", "llama3"} or len(kinds) > 1:
+        raise part.error("rope_type", f"is {', '.join(map(repr, kinds))}: only default and llama3 can be computed")
+    scaling = None
+    if kinds == {"llama3"}:
+        scaling = RopeScaling(
+            factor=part.number("factor"),
+            low_freq_factor=part.number("low_freq_factor"),
+            high_freq_factor=part.number("high_freq_factor"),
+            original_context=part.integer("original_max_position_embeddings"),
+        )
+        if scaling.high_freq_factor <= scaling.low_freq_factor:
+            raise part.error("high_freq_factor", "is not above low_freq_factor")
+    if not is_close(part.number("partial_rotary_factor", 1.0), 1.0):
+        raise part.error("partial_rotary_factor", "is not 1: whole heads are rotated")
+    part.finish()
+    return theta, scaling
+
+
+def _stored_tensors(folder: Path) -> dict[str, Lazy]:
+    """Every tensor of the folder's safetensors files by its own name."""
+    index, single = folder / INDEX, folder / SINGLE
+    if index.exists() and single.exists():
+        raise CheckpointError(folder, f"holds both {SINGLE} and {INDEX}: remove the one that is not the model")
+    if not index.exists():
+        return _open_safetensors(single)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(index, "has no weight_map of tensor names to file names; download it again")
+    stored: dict[str, Lazy] = {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise CheckpointError(index, f"weight_map names {file!r}, outside of the folder: refused")
+        tensors = _open_safetensors(folder / file)
+        promised = {name for name, where in weight_map.items() if where == file}
+        for name in sorted(promised ^ tensors.keys()):
+            what = "lacks" if name in promised else "holds, unknown to the index,"
+            raise CheckpointError(folder / file, f"{what} tensor {name}; download the folder again")
+        stored |= tensors
+    return stored
+
+
+def _open_safetensors(path: Path) -> dict[str, Lazy]:
+    """The tensors of one safetensors file, memory-mapped."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise CheckpointError(path, "is missing; download it again, or save the model as safetensors")
+    try:
+        opened = safe_open(path, framework="pt")
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+        described = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(path, f"is truncated or not a safetensors file ({error}); download it again") from None
+    return {name: _entry(path, name, opened.get_tensor, *described[name]) for name in described}
+
+
+def _entry(path: Path, name: str, get: Callable[[str], Tensor], shape: tuple[int, ...], dtype: str) -> Lazy:
+    if dtype not in DTYPES:
+        raise CheckpointError(path, f"tensor {name} is stored as {dtype}: only {', '.join(DTYPES)} can be read")
+    if not shape:
+        raise CheckpointError(path, f"tensor {name} is a scalar: no Llama has one")
+    # get_tensor returns a view of the memory-mapped file, so slicing it reads only those rows.
+    return Lazy(shape, DTYPES[dtype], lambda start, stop: get(name)[start:stop])
+
+
+def _reordered(entry: Lazy, head_dim: int) -> Lazy:
+    """wq or wk in Meta's row order."""
+    if entry.shape[0] % head_dim:
+        return entry  # misshapen: refused by name later
+
+    def read(start: int, stop: int) -> Tensor:
+        source = hf_rows(torch.arange(start, stop), head_dim)
+        return entry.read(0, entry.shape[0])[source]
+
+    return Lazy(entry.shape, entry.dtype, read)
+
+
+def _refuse_untied_head(folder: Path, stored: dict[str, Lazy]) -> None:
+    """A tied model may store its head again; a different head contradicts the config."""
+    head, embedding = stored.pop("output.weight"), stored.get("tok_embeddings.weight")
+    if embedding is None or head.shape != embedding.shape or head.dtype != embedding.dtype:
+        same = False
+    else:
+        blocks = range(0, head.shape[0], 4096)
+        same = all(torch.equal(head.read(i, i + 4096), embedding.read(i, i + 4096)) for i in blocks)
+    if not same:
+        raise CheckpointError(
+            folder, "config.json says tie_word_embeddings but lm_head.weight differs from model.embed_tokens.weight"
+        )

@@ -1,0 +1,238 @@
+"""Meta's own format: a folder of params.json and consolidated.00.pth ... consolidated.15.pth (model-parallel shards).
+
+Shards are merged lazily, by fairscale's layout: column-parallel weights (wq, wk, wv, w1, w3, output) are split by rows,
+row-parallel ones (wo, w2) by columns, the embedding by rows (Llama 3) or by columns (Llama 2), norms are repeated.
+
+    python -m nanollama inspect Meta-Llama-3.1-8B
+
+Sources: `llama_models.llama3.model` and `.args` for the keys and defaults, fairscale's parallel layers for the splits.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanollama.checkpoint import pth
+from nanollama.checkpoint.fields import Fields, read_json
+from nanollama.checkpoint.names import weight_shapes
+from nanollama.checkpoint.weights import Checkpoint, CheckpointError, Lazy, Weights, check_weights, make_config
+from nanollama.model import ModelConfig, RopeScaling
+
+MAX_SHARDS = 16
+EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
+# Sizes of buffers and of the machine, not of the model.
+HARMLESS = frozenset(("max_batch_size", "max_seq_len", "model_parallel_size"))
+# Llama 3.2 1B and 3B (dim, n_layers, n_heads, n_kv_heads): their params.json does not record the factor, 32.
+FACTOR_32_SHAPES = ((2048, 16, 32, 8), (3072, 28, 24, 8))
+
+
+def open_meta(folder: Path) -> Checkpoint:
+    """Read a Meta folder. Raises CheckpointError unless params.json and the shards fit each other exactly."""
+    params, notices = folder / "params.json", list[str]()
+    raw = read_json(params)
+    shards = [pth.read(path) for path in shard_files(folder)]
+    for shard in shards:
+        shard.pop("rope.freqs", None)  # Llama 2 stores the RoPE table's frequencies; every code recomputes them
+    _check_shards_agree(folder, shards)
+    head = shards[0].get(HEAD)
+    config = read_params(params, raw, 0 if head is None or head.ndim != 2 else len(head) * len(shards), notices)
+    entries = merge_shards(folder, shards, config)
+    if _is_tied(entries):
+        config, entries = replace(config, tied=True), {k: v for k, v in entries.items() if k != HEAD}
+    weights = Weights(check_weights(folder, config, entries, "params.json"))
+    weights.rows("layers.0.attention.wk.weight", 0, 1)  # repeated kv heads that disagree are found here, not later
+    return Checkpoint(config, weights, None, "meta", folder, notices)
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """consolidated.00.pth, .01.pth, ... without gaps."""
+    found = sorted(p for p in folder.iterdir() if re.fullmatch(r"consolidated\.\d\d\.pth", p.name))
+    if not 1 <= len(found) <= MAX_SHARDS:
+        raise CheckpointError(folder, f"holds {len(found)} files consolidated.NN.pth: expected 1 to {MAX_SHARDS}")
+    for i, path in enumerate(found):
+        if path.name != f"consolidated.{i:02d}.pth":
+            missing = folder / f"consolidated.{i:02d}.pth"
+            raise CheckpointError(missing, "is missing while later shards are there: download it again")
+    return found
+
+
+def read_params(path: Path, raw: dict[str, Any], vocab_size_stored: int, notices: list[str]) -> ModelConfig:
+    """params.json -> config, untied.
+
+    vocab_size_stored: what the weights say, since Llama 2's params.json says -1. Adds to `notices`.
+    """
+    fields = Fields(path, raw)
+    dim, n_layers, n_heads = (fields.integer(key) for key in ("dim", "n_layers", "n_heads"))
+    n_kv_heads = fields.integer("n_kv_heads", n_heads)
+    shape = (dim, n_layers, n_heads, n_kv_heads)
+    # Ours: how often each head is repeated where n_kv_heads is the number that Meta's code needs, one per shard.
+    repeats = fields.integer("kv_head_repeats", 1)
+    if n_kv_heads % repeats:
+        raise fields.error("kv_head_repeats", f"is {repeats}: expected a divisor of n_kv_heads {n_kv_heads}")
+    if dim % n_heads:
+        raise fields.error("dim", f"is {dim}: expected a multiple of n_heads {n_heads}")
+    vocab_size = fields.integer("vocab_size", -1, alias=-1)
+    hidden_dim = ffn_hidden_dim(dim, fields.integer("multiple_of", 256), fields.number("ffn_dim_multiplier", None))
+    theta = fields.number("rope_theta", 10_000.0)
+    scaling = _read_scaling(fields, shape, notices)
+    config = {
+        "dim": dim,
+        "n_layers": n_layers,
+        "n_heads": n_heads,
+        "n_kv_heads": n_kv_heads // repeats,
+        "vocab_size": vocab_size_stored if vocab_size == -1 else vocab_size,
+        "hidden_dim": hidden_dim,
+        "norm_eps": fields.number("norm_eps", 1e-5),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        # Ours: Meta's files do not say it.
+        "max_seq_len": fields.integer("max_position_embeddings", context_guess(theta, scaling)),
+    }
+    _refuse_vision(fields)
+    fields.finish(HARMLESS)
+    return make_config(path, **config)
+
+
+def _read_scaling(fields: Fields, shape: tuple[int, ...], notices: list[str]) -> RopeScaling | None:
+    scaled = fields.flag("use_scaled_rope")
+    factor = fields.number("rope_scaling_factor", None)
+    low = fields.number("rope_low_freq_factor", 1.0)
+    high = fields.number("rope_high_freq_factor", 4.0)
+    original = fields.integer("rope_original_context", 8192)
+    if not scaled:
+        if factor is not None:
+            raise fields.error("rope_scaling_factor", f"is {factor} while use_scaled_rope is not true: remove one")
+        return None
+    if high <= low:
+        raise fields.error("rope_high_freq_factor", f"is {high}: expected more than rope_low_freq_factor {low}")
+    if factor is None:
+        factor = 32.0 if shape in FACTOR_32_SHAPES else 8.0
+        if factor == 32.0:
+            notices.append(
+                "params.json does not record the RoPE scaling factor; 32 is taken, as published for Llama 3.2 1B and 3B"
+            )
+    return RopeScaling(factor, low, high, original)
+
+
+def _refuse_vision(fields: Fields) -> None:
+    """Meta's text models carry the switches of the vision tower, off; their sizes then mean nothing."""
+    for key in ("vision_chunk_size", "vision_num_cross_attention_layers"):
+        value = fields.take(key, -1)
+        if value != -1:
+            raise fields.error(key, f"is {value!r}: only text models can be read")
+    fields.take("vision_max_num_chunks", 4)
+
+
+def ffn_hidden_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """Meta's rule (`FeedForward.__init__`): two thirds of 4*dim, times the multiplier, up to the next multiple."""
+    hidden = int(2 * (4 * dim) / 3)
+    if multiplier is not None:
+        hidden = int(multiplier * hidden)
+    return multiple_of * ((hidden + multiple_of - 1) // multiple_of)
+
+
+def context_guess(theta: float, scaling: RopeScaling | None) -> int:
+    """Tokens that the family was trained for, where no file says it: 3.1 and later, Llama 2, Llama 3."""
+    return 131_072 if scaling else 4096 if theta == 10_000.0 else 8192
+
+
+def _check_shards_agree(folder: Path, shards: Sequence[dict[str, Tensor]]) -> None:
+    """Same names, shapes and dtypes in every shard; the replicated norms equal."""
+    first = shards[0]
+    for i, shard in enumerate(shards[1:], start=1):
+        where = folder / f"consolidated.{i:02d}.pth"
+        for name in sorted(first.keys() ^ shard.keys()):
+            side = "only there" if name in shard else "missing there"
+            raise CheckpointError(where, f"disagrees with consolidated.00.pth: {name} is {side}; download both again")
+        for name, tensor in shard.items():
+            if tensor.shape != first[name].shape or tensor.dtype != first[name].dtype:
+                raise CheckpointError(
+                    where,
+                    f"disagrees with consolidated.00.pth: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
+                    f"there {first[name].dtype} {tuple(first[name].shape)}; download both again",
+                )
+            if tensor.ndim == 1 and not torch.equal(tensor, first[name]):
+                raise CheckpointError(
+                    where,
+                    f"disagrees with consolidated.00.pth: {name} must be equal in all shards; download both again",
+                )
+
+
+def merge_shards(folder: Path, shards: Sequence[dict[str, Tensor]], config: ModelConfig) -> dict[str, Lazy]:
+    """Every name of the shards as one lazy tensor of the whole model."""
+    expected = weight_shapes(config) if 9 * config.n_layers <= len(shards[0]) else {}
+    merged = {}
+    for name in shards[0]:
+        parts = [shard[name] for shard in shards]
+        whole = expected.get(name)
+        is_kv = name.endswith((".wk.weight", ".wv.weight"))
+        if len(parts) == 1 or parts[0].ndim != 2:
+            merged[name] = _by_rows(parts[:1])
+        elif name.endswith((".wo.weight", ".w2.weight")) or _is_split_by_columns(name, parts, whole):
+            merged[name] = _by_columns(parts)
+        elif is_kv and len(parts) > config.n_kv_heads and parts[0].shape[0] == config.head_dim:
+            where = f"{folder}: {name}"
+            merged[name] = _by_repeated_heads(where, parts, config)
+        else:
+            merged[name] = _by_rows(parts)
+    return merged
+
+
+def _is_split_by_columns(name: str, parts: Sequence[Tensor], whole: tuple[int, ...] | None) -> bool:
+    """Llama 2's ParallelEmbedding; Llama 3's VocabParallelEmbedding is split by rows."""
+    return name == EMBEDDING and whole is not None and parts[0].shape[1] * len(parts) == whole[1]
+
+
+def _by_rows(parts: Sequence[Tensor]) -> Lazy:
+    """Shard s holds rows s*n ... (s+1)*n."""
+    n = parts[0].shape[0] if parts[0].ndim else 0
+
+    def read(start: int, stop: int) -> Tensor:
+        pieces = [p[max(start - s * n, 0) : max(stop - s * n, 0)] for s, p in enumerate(parts)]
+        pieces = [p for p in pieces if len(p)] or pieces[:1]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    return Lazy((n * len(parts), *parts[0].shape[1:]), parts[0].dtype, read)
+
+
+def _by_columns(parts: Sequence[Tensor]) -> Lazy:
+    rows, columns = parts[0].shape
+    shape = (rows, columns * len(parts))
+    return Lazy(shape, parts[0].dtype, lambda start, stop: torch.cat([p[start:stop] for p in parts], dim=1))
+
+
+def _by_repeated_heads(where: str, parts: Sequence[Tensor], config: ModelConfig) -> Lazy:
+    """More shards than kv heads: consecutive shards hold the same head, of which one copy is the model's."""
+    if len(parts) % config.n_kv_heads:
+        raise CheckpointError(
+            where, f"{len(parts)} shards cannot share {config.n_kv_heads} kv heads evenly: is one missing?"
+        )
+    repeats = len(parts) // config.n_kv_heads
+    copies = [_by_rows(parts[i::repeats]) for i in range(repeats)]
+
+    def read(start: int, stop: int) -> Tensor:
+        rows = copies[0].read(start, stop)
+        if not all(torch.equal(rows, copy.read(start, stop)) for copy in copies[1:]):
+            raise CheckpointError(where, "the copies of a kv head differ between shards; download the shards again")
+        return rows
+
+    return Lazy(copies[0].shape, copies[0].dtype, read)
+
+
+def _is_tied(entries: dict[str, Lazy]) -> bool:
+    """Meta's files always hold both matrices; equal ones (Llama 3.2 1B and 3B) are one parameter.
+
+    A few rows settle it for every untied model; only a tied one is compared whole, in blocks.
+    """
+    if EMBEDDING not in entries or HEAD not in entries or entries[EMBEDDING].shape != entries[HEAD].shape:
+        return False
+    embedding, head = entries[EMBEDDING].read, entries[HEAD].read
+    if embedding(0, 1).data_ptr() == head(0, 1).data_ptr():
+        return True  # one matrix in the file
+    n = entries[HEAD].shape[0]
+    return all(torch.equal(embedding(i, i + 4096), head(i, i + 4096)) for i in range(0, n, 4096))

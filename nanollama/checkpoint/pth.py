@@ -1,0 +1,71 @@
+"""The .pth container alone: torch's zip of one pickle and one record per tensor, read without running anything.
+
+python -c "from nanollama.checkpoint import pth; print(list(pth.read('consolidated.00.pth'))[:3])"
+"""
+
+import itertools
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanollama.checkpoint.weights import CheckpointError
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The state dict of a .pth file, its tensors memory-mapped.
+
+    Raises CheckpointError for a damaged archive, a pickle of anything but plain tensors, overlapping tensors.
+    """
+    _check_archive(path)
+    state = load(path)
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(path, f"{name!r} is a {type(tensor).__name__}: expected a plain dict of tensors")
+        if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.device.type != "cpu":
+            raise CheckpointError(path, f"{name} is not a plain contiguous tensor; save it again with torch.save")
+    _refuse_shared_bytes(path, state)
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def load(path: Path) -> dict:
+    """torch.load with weights_only, memory-mapped; any failure as one CheckpointError."""
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch raises whatever its zip reader, its unpickler or a rebuilt tensor raise
+        what = str(error).split("WeightsUnpickler error:")[-1] or type(error).__name__
+        raise CheckpointError(
+            path, f"is not a plain state dict and is not loaded ({what.strip()[:300]}); download it again"
+        ) from None
+    if not isinstance(state, dict):
+        raise CheckpointError(path, f"holds a {type(state).__name__}: expected a plain dict of tensors")
+    return state
+
+
+def _check_archive(path: Path) -> None:
+    """The zip's directory against the file's size, before anything is allocated by what it claims."""
+    try:
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except FileNotFoundError:
+        raise CheckpointError(path, "is missing: download it again") from None
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise CheckpointError(
+            path, f"is truncated or not a .pth file of torch >= 1.6 ({error}); download it again"
+        ) from None
+    for record in records:
+        if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
+            raise CheckpointError(path, f"record {record.filename} is compressed: torch never writes that; refused")
+        if record.header_offset + record.file_size > size:
+            raise CheckpointError(path, f"is truncated: record {record.filename} ends beyond it; download it again")
+
+
+def _refuse_shared_bytes(path: Path, state: dict[str, Tensor]) -> None:
+    """Two weights on the same bytes are damage, except the two ends of a tied model."""
+    tied = {"tok_embeddings.weight", "output.weight"}
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, name) for name, t in state.items() if t.numel())
+    for (_, end, before), (start, _, name) in itertools.pairwise(spans):
+        if start < end and {before, name} != tied:
+            raise CheckpointError(path, f"{before} and {name} lie on the same bytes: the file is damaged")

@@ -1,0 +1,129 @@
+"""What every reader returns: a config and weights that stay in the file until they are asked for.
+
+`Weights` maps Meta's names to tensors. A whole tensor of a single memory-mapped file is a view of it; shards are
+merged, q/k rows reordered and quantized blocks expanded when a tensor (or a range of its rows) is read, never before.
+
+    python -c "from nanollama.checkpoint import open_checkpoint; print(open_checkpoint('DIR').weights.shapes)"
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanollama.checkpoint.names import weight_shapes
+from nanollama.model import ModelConfig
+
+FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used. The message is one line: where, what, how to mend."""
+
+    def __init__(self, where: str | Path, what: object) -> None:
+        # Libraries put dumps and advice into their messages: whatever comes in, one line of bounded length goes out.
+        line = " ".join(f"{where}: {what}".split())
+        super().__init__(line if len(line) <= 600 else line[:597] + "...")
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """One weight in a file: `read(start, stop)` returns those rows as a tensor of `dtype`."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[int, int], Tensor]
+
+
+def lazy(tensor: Tensor) -> Lazy:
+    """A tensor that is already there (in memory or memory-mapped)."""
+    return Lazy(tuple(tensor.shape), tensor.dtype, lambda start, stop: tensor[start:stop])
+
+
+class Weights(Mapping[str, Tensor]):
+    """Meta's names -> tensors, read at each access and not kept.
+
+    shapes: every name and its shape. dtypes: the same for dtypes. dtype: that of the embedding, which real files give
+    to all large matrices.
+    """
+
+    def __init__(self, entries: Mapping[str, Lazy]) -> None:
+        self._entries = dict(entries)
+        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+        self.dtypes = {name: entry.dtype for name, entry in self._entries.items()}
+        self.dtype = self.dtypes["tok_embeddings.weight"]
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        return entry.read(0, entry.shape[0])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start..stop of one weight, reading only those (`stop` beyond the end is cut, as in a slice)."""
+        entry = self._entries[name]
+        start, stop, _ = slice(start, stop).indices(entry.shape[0])
+        return entry.read(start, max(start, stop))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries  # Mapping's own would read the tensor
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint. notices: what a user should know about how the file was read, one line each."""
+
+    config: ModelConfig
+    weights: Weights
+    tokenizer: Path | None
+    format: str  # "meta", "hf", "llama2c" or "gguf"
+    path: Path
+    notices: list[str] = field(default_factory=list)
+
+
+def make_config(where: str | Path, **fields: object) -> ModelConfig:
+    """ModelConfig, with its complaints as CheckpointError."""
+    try:
+        return ModelConfig(**fields)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise CheckpointError(where, error) from None
+
+
+def check_weights(where: str | Path, config: ModelConfig, entries: Mapping[str, Lazy], said_by: str) -> dict[str, Lazy]:
+    """The entries in the model's order; raises unless they are exactly the weights that `config` asks for.
+
+    said_by: where the config came from, for the messages.
+    """
+    if 9 * config.n_layers > len(entries) + 9:  # before listing the names of a billion layers
+        present = sum(1 for name in entries if name.endswith(".attention_norm.weight"))
+        raise CheckpointError(where, f"{said_by} says {config.n_layers} layers, the file holds {present}")
+    expected = weight_shapes(config)
+    _refuse_differing_names(where, expected, entries, said_by)
+    for name, shape in expected.items():
+        if entries[name].shape != shape:
+            found = entries[name].shape
+            raise CheckpointError(
+                where, f"{name} has shape {found}, {said_by} asks for {shape}: the two are not from one checkpoint"
+            )
+        if entries[name].dtype not in FLOATS:
+            raise CheckpointError(
+                where, f"{name} is stored as {entries[name].dtype}: only fp32, bf16 and fp16 weights can be read"
+            )
+    return {name: entries[name] for name in expected}
+
+
+def _refuse_differing_names(where: str | Path, expected: Iterable[str], found: Iterable[str], said_by: str) -> None:
+    expected, found = set(expected), set(found)
+    for kind, names, mend in (
+        ("is missing", expected - found, f"{said_by} asks for it; download or convert the checkpoint again"),
+        ("is unknown", found - expected, f"{said_by} describes no such weight, so dropping it would change the model"),
+    ):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise CheckpointError(where, f"weight {min(names)} {kind}{more}: {mend}")
