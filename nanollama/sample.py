@@ -1,0 +1,107 @@
+"""Next-token sampling as closures: logits (B, V) in, token ids (B,) out. Needs only torch: copy it anywhere.
+
+A filter is a function logits -> logits that sets what may not be drawn to -inf; a sampler is the filters in a row and
+one draw. The order is that of transformers: temperature, top-k, top-p, min-p. Random numbers come from the generators
+that are passed in, one per row, so a row's tokens depend on its own seed and not on its neighbours.
+
+    sampler = make_sampler(temperature=0.8, top_p=0.9)
+    ids = sampler(logits, [row_generator(seed=0)])
+
+Sources: top-k (arXiv 1805.04833), top-p (1904.09751), min-p (2407.01082), repetition penalty (1909.05858).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Filter = Callable[[Tensor], Tensor]  # logits (B, V) -> logits (B, V)
+Generators = torch.Generator | Sequence[torch.Generator]  # one for all rows, or one for each
+Sampler = Callable[[Tensor, Generators], Tensor]  # logits (B, V), generators -> ids (B,)
+
+
+def make_sampler(temperature: float = 0.0, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Sampler:
+    """A sampler; temperature 0 is greedy, top_k 0, top_p 1 and min_p 0 are off. Raises ValueError out of range."""
+    keep = make_filter(temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    if temperature == 0:
+        return lambda logits, generators: logits.argmax(dim=-1)
+    return lambda logits, generators: draw(keep(logits), generators)
+
+
+def make_filter(temperature: float = 1.0, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Filter:
+    """The distribution that a sampler draws from, as logits -> logits. Arguments as in `make_sampler`."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}: expected 0 (greedy) or more")
+    if top_k < 0:
+        raise ValueError(f"top_k is {top_k}: expected 0 (off) or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}: expected more than 0, up to 1 (off)")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p is {min_p}: expected 0 (off) up to 1")
+    filters: list[Filter] = []
+    if temperature not in (0, 1):
+        filters.append(lambda logits: logits / temperature)
+    if top_k:
+        filters.append(lambda logits: keep_top_k(logits, top_k))
+    if top_p < 1:
+        filters.append(lambda logits: keep_top_p(logits, top_p))
+    if min_p:
+        filters.append(lambda logits: keep_min_p(logits, min_p))
+
+    def apply(logits: Tensor) -> Tensor:
+        logits = logits.float()
+        for keep in filters:
+            logits = keep(logits)
+        return logits
+
+    return apply
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Only the k largest; a tie at the k-th place stays whole, as in transformers."""
+    smallest = logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:]  # (B, 1)
+    return logits.masked_fill(logits < smallest, -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """The smallest set of most probable tokens whose probabilities reach p; never fewer than one token."""
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)  # (B, V)
+    probs = ordered.softmax(dim=-1)
+    before = probs.cumsum(dim=-1) - probs  # probability of all that come before this one
+    ordered = ordered.masked_fill(before >= p, -math.inf)
+    return torch.empty_like(logits).scatter_(-1, order, ordered)
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Those at least p times as probable as the most probable one."""
+    return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(p), -math.inf)
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make the tokens in `seen` (B, V) bool less likely (penalty > 1): positive logits divided, negative multiplied."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def draw(logits: Tensor, generators: Generators) -> Tensor:
+    """One id per row from softmax(logits), by inverting the distribution function: one uniform number a row.
+
+    In float64: float32 sums over a large vocabulary would leave out tokens rarer than 6e-8.
+    """
+    total = logits.double().softmax(dim=-1).cumsum(dim=-1)  # (B, V)
+    aim = _uniform(logits.shape[0], generators, logits.device).unsqueeze(1) * total[:, -1:]  # (B, 1)
+    # right=True: the first place whose sum is beyond the aim, which a token of probability 0 never is.
+    return torch.searchsorted(total, aim, right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)  # (B,)
+
+
+def row_generator(seed: int, stream: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+    """The random numbers of one row; `stream` tells apart several answers to one prompt under one seed."""
+    # A large odd step keeps the streams of neighbouring seeds apart: (0, 1) must not be (1, 0).
+    return torch.Generator(device).manual_seed((seed + stream * 0x9E3779B97F4A7C15) % 2**63)
+
+
+def _uniform(rows: int, generators: Generators, device: torch.device) -> Tensor:
+    if isinstance(generators, torch.Generator):
+        return torch.rand(rows, generator=generators, dtype=torch.float64, device=device)
+    assert len(generators) == rows, f"{len(generators)} generators for {rows} rows"
+    return torch.cat([torch.rand(1, generator=g, dtype=torch.float64, device=device) for g in generators])
