@@ -10,8 +10,10 @@ from typing import Literal, Protocol
 
 AllowedSpecial = Literal["all"] | Collection[str]
 
-# Largest published file: 17 MB (a tokenizer.json of 128,256 tokens). Nothing is read before the size is known.
-MAX_FILE_BYTES = 128 * 2**20
+# The largest published file is a tokenizer.json of 128,256 tokens, 17 MB. The limits keep the memory that a broken or
+# hostile file can ask for below 1 GiB.
+MAX_FILE_BYTES = 32 * 2**20
+MAX_TOKENS = 2**20
 
 
 class TokenizerError(ValueError):
@@ -110,3 +112,8 @@ def split_special(text: str, names: Set[str]) -> Iterator[tuple[str, bool]]:
 def check_id(token_id: int, vocab_size: int) -> None:
     if not 0 <= token_id < vocab_size:
         raise TokenizerError(f"token id {token_id} is outside of the tokenizer's 0..{vocab_size - 1}")
+
+
+def check_count(count: int) -> None:
+    if count > MAX_TOKENS:
+        raise TokenizerError(f"more than {MAX_TOKENS:,} tokens")

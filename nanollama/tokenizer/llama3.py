@@ -8,13 +8,14 @@ The ids are those of Meta's llama_models.llama3.tokenizer.Tokenizer, also for in
 
 import base64
 import binascii
+import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tiktoken
 
-from nanollama.tokenizer.base import AllowedSpecial, TokenizerError, allowed_names, check_id
+from nanollama.tokenizer.base import AllowedSpecial, TokenizerError, allowed_names, check_count, check_id
 from nanollama.tokenizer.stream import ByteStream
 
 # How text is cut before BPE (the pattern is part of the vocabulary: another one gives other ids).
@@ -66,12 +67,13 @@ def looks_like_ranks(data: bytes) -> bool:
 def parse_ranks(data: bytes, where: str) -> dict[bytes, int]:
     """Reads the rank file; raises TokenizerError naming the first bad line. Ranks must be 0..n-1, each once."""
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(data.splitlines(), start=1):
+    for number, line in enumerate(io.BytesIO(data), start=1):
         if line.strip():
             token, rank = _parse_line(line, f"{where}, line {number}")
             if token in ranks:
                 raise TokenizerError(f"{where}, line {number}: token {token!r:.40} is there twice")
             ranks[token] = rank
+            check_count(len(ranks))
     # Special ids start at the number of ranks: a gap or a repeat would give two tokens one id.
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise TokenizerError(f"{where}: its {len(ranks)} ranks are not 0..{len(ranks) - 1}, each once; the file is cut")
