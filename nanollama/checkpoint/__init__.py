@@ -7,12 +7,28 @@ the file, the weight or key, and what to do.
     python -c "from nanollama.checkpoint import open_checkpoint; print(open_checkpoint('Meta-Llama-3.1-8B').config)"
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from nanollama.checkpoint.hf import open_hf, write_hf
+from nanollama.checkpoint.integrity import verify, write_manifest
+from nanollama.checkpoint.meta import open_meta, write_meta
 from nanollama.checkpoint.weights import Checkpoint, CheckpointError, Lazy, Weights
 
-__all__ = ["Checkpoint", "CheckpointError", "Lazy", "Weights", "find_tokenizer", "open_checkpoint", "sniff"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Lazy",
+    "Weights",
+    "find_tokenizer",
+    "open_checkpoint",
+    "sniff",
+    "verify",
+    "write_hf",
+    "write_manifest",
+    "write_meta",
+]
 
 TOKENIZERS = ("tokenizer.model", "original/tokenizer.model", "tokenizer.json", "tokenizer.bin")
 
@@ -67,16 +83,9 @@ def _sniff_folder(folder: Path) -> str:
     return "meta" if is_meta else "hf"
 
 
-def _reader(kind: str):  # type: ignore[no-untyped-def]
-    if kind == "meta":
-        from nanollama.checkpoint.meta import open_meta
-
-        return open_meta
-    if kind == "hf":
-        from nanollama.checkpoint.hf import open_hf
-
-        return open_hf
-    raise CheckpointError(kind, "cannot be read yet")
+def _reader(kind: str) -> Callable[[Path], Checkpoint]:
+    readers: dict[str, Callable[[Path], Checkpoint]] = {"meta": open_meta, "hf": open_hf}
+    return readers[kind]
 
 
 def find_tokenizer(path: Path) -> Path | None:

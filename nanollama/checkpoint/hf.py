@@ -7,7 +7,9 @@ The rows of q_proj and k_proj are put back into Meta's order as they are read.
 Sources: `transformers` LlamaConfig and modeling_llama (keys and defaults, 4.x `rope_scaling`, 5.x `rope_parameters`).
 """
 
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,20 @@ import torch
 from torch import Tensor
 
 from nanollama.checkpoint.fields import Fields, is_close, read_json
-from nanollama.checkpoint.names import hf_rows, is_rotary, meta_from_hf
-from nanollama.checkpoint.weights import Checkpoint, CheckpointError, Lazy, Weights, check_weights, make_config
+from nanollama.checkpoint.names import hf_name, hf_rows, is_rotary, meta_from_hf, meta_rows
+from nanollama.checkpoint.staging import refuse_occupied, staged
+from nanollama.checkpoint.streams import write_safetensors
+from nanollama.checkpoint.weights import (
+    FLOATS,
+    Checkpoint,
+    CheckpointError,
+    Lazy,
+    Weights,
+    check_weights,
+    make_config,
+    streamed,
+    to_write,
+)
 from nanollama.model import ModelConfig, RopeScaling
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -37,7 +51,7 @@ def open_hf(folder: Path) -> Checkpoint:
         if meta is None and not name.endswith(".rotary_emb.inv_freq"):  # old exports keep that buffer
             raise CheckpointError(folder, f"weight {name} is unknown: no Llama has it")
         if meta is not None:
-            stored[meta] = _reordered(entry, config.head_dim) if is_rotary(meta) else entry
+            stored[meta] = _reordered(entry, config.head_dim, hf_rows) if is_rotary(meta) else entry
     if config.tied and "output.weight" in stored:
         _refuse_untied_head(folder, stored)
     weights = Weights(check_weights(folder, config, stored, "config.json"))
@@ -161,14 +175,16 @@ def _entry(path: Path, name: str, get: Callable[[str], Tensor], shape: tuple[int
     return Lazy(shape, DTYPES[dtype], lambda start, stop: get(name)[start:stop])
 
 
-def _reordered(entry: Lazy, head_dim: int) -> Lazy:
-    """wq or wk in Meta's row order."""
+def _reordered(entry: Lazy, head_dim: int, source_of: Callable[[Tensor, int], Tensor]) -> Lazy:
+    """wq or wk in another row order: `source_of` says where each row lies now."""
     if entry.shape[0] % head_dim:
         return entry  # misshapen: refused by name later
 
     def read(start: int, stop: int) -> Tensor:
-        source = hf_rows(torch.arange(start, stop), head_dim)
-        return entry.read(0, entry.shape[0])[source]
+        source = source_of(torch.arange(start, stop), head_dim)
+        # A range of whole heads maps onto itself, so only those heads are read.
+        first, last = start // head_dim * head_dim, -(-stop // head_dim) * head_dim
+        return entry.read(first, last)[source - first]
 
     return Lazy(entry.shape, entry.dtype, read)
 
@@ -185,3 +201,91 @@ def _refuse_untied_head(folder: Path, stored: dict[str, Lazy]) -> None:
         raise CheckpointError(
             folder, "config.json says tie_word_embeddings but lm_head.weight differs from model.embed_tokens.weight"
         )
+
+
+def write_hf(
+    folder: str | Path,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    tokenizer: Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a Hugging Face folder that transformers opens, streaming; weights as `open_checkpoint` gives, or a dict.
+
+    A file of more than max_shard_bytes is split into shards with an index. A tied model gets no lm_head.
+    """
+    folder = Path(folder)
+    refuse_occupied(folder)
+    entries = {}
+    for name, entry in to_write(folder, config, weights, dtype).items():
+        entries[hf_name(name)] = _reordered(entry, config.head_dim, meta_rows) if is_rotary(name) else entry
+    files = _split_by_size(entries, max_shard_bytes)
+    with staged(folder) as stage:
+        for file_name, names in files.items():
+            with stage.open(file_name) as file:
+                write_safetensors(file, *streamed({name: entries[name] for name in names}))
+        if len(files) > 1:
+            weight_map = {name: file_name for file_name, names in files.items() for name in names}
+            total_bytes = sum(_size(entry) for entry in entries.values())
+            stage.text(INDEX, _json({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}))
+        stored_dtype = FLOATS[entries["model.embed_tokens.weight"].dtype]
+        stage.text("config.json", _json(make_hf_config(config, stored_dtype)))
+
+
+def make_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """config.json with transformers 4's keys, which 5 reads too. dtype: "fp32", "bf16" or "fp16"."""
+    scaling = config.rope_scaling
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "max_position_embeddings": config.max_seq_len,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": config.n_heads,
+        "num_hidden_layers": config.n_layers,
+        "num_key_value_heads": config.n_kv_heads,
+        "rms_norm_eps": config.norm_eps,
+        "rope_scaling": None
+        if scaling is None
+        else {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        },
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tied,
+        "torch_dtype": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype],
+        "vocab_size": config.vocab_size,
+    }
+
+
+def _split_by_size(entries: Mapping[str, Lazy], max_bytes: int) -> dict[str, list[str]]:
+    """File names -> the tensors that each holds, in order."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, entry in entries.items():
+        if groups[-1] and filled + _size(entry) > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += _size(entry)
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
+
+
+def _size(entry: Lazy) -> int:
+    """Bytes."""
+    return math.prod(entry.shape) * entry.dtype.itemsize
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"

@@ -8,8 +8,9 @@ row-parallel ones (wo, w2) by columns, the embedding by rows (Llama 3) or by col
 Sources: `llama_models.llama3.model` and `.args` for the keys and defaults, fairscale's parallel layers for the splits.
 """
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,18 @@ from torch import Tensor
 from nanollama.checkpoint import pth
 from nanollama.checkpoint.fields import Fields, read_json
 from nanollama.checkpoint.names import weight_shapes
-from nanollama.checkpoint.weights import Checkpoint, CheckpointError, Lazy, Weights, check_weights, make_config
+from nanollama.checkpoint.staging import refuse_occupied, staged
+from nanollama.checkpoint.streams import write_pth
+from nanollama.checkpoint.weights import (
+    Checkpoint,
+    CheckpointError,
+    Lazy,
+    Weights,
+    check_weights,
+    make_config,
+    streamed,
+    to_write,
+)
 from nanollama.model import ModelConfig, RopeScaling
 
 MAX_SHARDS = 16
@@ -42,7 +54,7 @@ def open_meta(folder: Path) -> Checkpoint:
     head = shards[0].get(HEAD)
     config = read_params(params, raw, 0 if head is None or head.ndim != 2 else len(head) * len(shards), notices)
     entries = merge_shards(folder, shards, config)
-    if _is_tied(entries):
+    if _is_tied(shards, entries):
         config, entries = replace(config, tied=True), {k: v for k, v in entries.items() if k != HEAD}
     weights = Weights(check_weights(folder, config, entries, "params.json"))
     weights.rows("layers.0.attention.wk.weight", 0, 1)  # repeated kv heads that disagree are found here, not later
@@ -224,15 +236,138 @@ def _by_repeated_heads(where: str, parts: Sequence[Tensor], config: ModelConfig)
     return Lazy(copies[0].shape, copies[0].dtype, read)
 
 
-def _is_tied(entries: dict[str, Lazy]) -> bool:
+def _is_tied(shards: Sequence[dict[str, Tensor]], entries: dict[str, Lazy]) -> bool:
     """Meta's files always hold both matrices; equal ones (Llama 3.2 1B and 3B) are one parameter.
 
     A few rows settle it for every untied model; only a tied one is compared whole, in blocks.
     """
     if EMBEDDING not in entries or HEAD not in entries or entries[EMBEDDING].shape != entries[HEAD].shape:
         return False
-    embedding, head = entries[EMBEDDING].read, entries[HEAD].read
-    if embedding(0, 1).data_ptr() == head(0, 1).data_ptr():
+    if all(shard[EMBEDDING].data_ptr() == shard[HEAD].data_ptr() for shard in shards):
         return True  # one matrix in the file
+    embedding, head = entries[EMBEDDING].read, entries[HEAD].read
     n = entries[HEAD].shape[0]
     return all(torch.equal(embedding(i, i + 4096), head(i, i + 4096)) for i in range(0, n, 4096))
+
+
+def write_meta(
+    folder: str | Path,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    tokenizer: Path | None = None,
+    shards: int = 1,
+    dtype: torch.dtype | None = None,
+    embedding_split: str = "rows",
+) -> None:
+    """Write a Meta folder that Meta's own code opens, streaming; weights as `open_checkpoint` returns them, or a dict.
+
+    tokenizer: copied as tokenizer.model. shards: 1 to 16, read by as many processes of Meta's code (more shards than
+    kv heads: each head is repeated, as in the 16-shard 405B). embedding_split: "rows" as in Llama 3 and all of today's
+    code, "columns" as in Llama 2. Raises CheckpointError when the model cannot be said in params.json or split so.
+    """
+    folder = Path(folder)
+    refuse_occupied(folder)
+    params = make_params(folder, config, shards)
+    entries = to_write(folder, config, weights, dtype)
+    with staged(folder) as stage:
+        for s in range(shards):
+            parts = {
+                name: _shard(folder, name, entry, s, shards, config, embedding_split) for name, entry in entries.items()
+            }
+            aliases = {HEAD: EMBEDDING} if config.tied else {}
+            if config.tied and embedding_split != "rows" and shards > 1:
+                parts[HEAD], aliases = _shard(folder, HEAD, entries[EMBEDDING], s, shards, config, "rows"), {}
+            with stage.open(f"consolidated.{s:02d}.pth") as file:
+                write_pth(file, *streamed(parts), aliases)
+        if tokenizer is not None:
+            stage.copy(tokenizer, "tokenizer.model")
+        stage.text("params.json", json.dumps(params, indent=2) + "\n")
+
+
+def make_params(where: Path, config: ModelConfig, shards: int = 1) -> dict[str, Any]:
+    """params.json of a config, with our extra keys only where Meta's do not suffice (Meta's code ignores those)."""
+    if config.head_dim * config.n_heads != config.dim:
+        raise CheckpointError(
+            where, f"head_dim {config.head_dim} is not dim / n_heads, which Meta's format cannot say: write hf or gguf"
+        )
+    if (
+        not 1 <= shards <= MAX_SHARDS
+        or config.n_heads % shards
+        or config.hidden_dim % shards
+        or config.vocab_size % shards
+    ):
+        raise CheckpointError(
+            where,
+            f"{shards} shards: expected 1 to {MAX_SHARDS}, dividing n_heads {config.n_heads}, "
+            f"hidden_dim {config.hidden_dim} and vocab_size {config.vocab_size}",
+        )
+    repeats = max(1, shards // config.n_kv_heads)
+    if config.n_kv_heads * repeats % shards:
+        raise CheckpointError(where, f"{shards} shards cannot share {config.n_kv_heads} kv heads evenly")
+    multiple_of, multiplier = _ffn_numbers(config.dim, config.hidden_dim)
+    params = {
+        "dim": config.dim,
+        "n_layers": config.n_layers,
+        "n_heads": config.n_heads,
+        "n_kv_heads": config.n_kv_heads * repeats,
+        "vocab_size": config.vocab_size,
+        "multiple_of": multiple_of,
+        **({} if multiplier is None else {"ffn_dim_multiplier": multiplier}),
+        "norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "use_scaled_rope": config.rope_scaling is not None,
+        **_scaling_params(config),
+    }
+    if repeats > 1:
+        params["kv_head_repeats"] = repeats
+    if config.max_seq_len != context_guess(config.rope_theta, config.rope_scaling):
+        params["max_position_embeddings"] = config.max_seq_len
+    return params
+
+
+def _scaling_params(config: ModelConfig) -> dict[str, Any]:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return {}
+    shape = (config.dim, config.n_layers, config.n_heads, config.n_kv_heads)
+    extra: dict[str, Any] = {}
+    if scaling.factor != 8 or shape in FACTOR_32_SHAPES:
+        extra["rope_scaling_factor"] = scaling.factor
+    published = RopeScaling(factor=scaling.factor)
+    for key in ("low_freq_factor", "high_freq_factor", "original_context"):
+        if getattr(scaling, key) != getattr(published, key):
+            extra[f"rope_{key}"] = getattr(scaling, key)
+    return extra
+
+
+def _ffn_numbers(dim: int, hidden_dim: int) -> tuple[int, float | None]:
+    """multiple_of and ffn_dim_multiplier that give hidden_dim: a published pair if one does, else hidden_dim itself."""
+    for multiple_of in (256, 1024, 4096):
+        for multiplier in (None, 1.3, 1.5, 1.2, 1.0):
+            if ffn_hidden_dim(dim, multiple_of, multiplier) == hidden_dim:
+                return multiple_of, multiplier
+    plain = ffn_hidden_dim(dim, 1, None)
+    return hidden_dim, None if plain <= hidden_dim else hidden_dim / plain
+
+
+def _shard(where: Path, name: str, entry: Lazy, s: int, shards: int, config: ModelConfig, embedding_split: str) -> Lazy:
+    """Shard s of a whole weight: the inverse of `merge_shards`."""
+    if shards == 1 or len(entry.shape) == 1:
+        return entry
+    if name.endswith((".wk.weight", ".wv.weight")) and shards > config.n_kv_heads:
+        n, first = config.head_dim, s * config.n_kv_heads // shards * config.head_dim
+    elif name.endswith((".wo.weight", ".w2.weight")) or (name == EMBEDDING and embedding_split == "columns"):
+        return _columns(where, name, entry, s, shards)
+    else:
+        n = entry.shape[0] // shards
+        first = s * n
+    return Lazy((n, *entry.shape[1:]), entry.dtype, lambda start, stop: entry.read(first + start, first + stop))
+
+
+def _columns(where: Path, name: str, entry: Lazy, s: int, shards: int) -> Lazy:
+    if entry.shape[1] % shards:
+        raise CheckpointError(where, f"the {entry.shape[1]} columns of {name} cannot be split into {shards} shards")
+    n = entry.shape[1] // shards
+    shape = (entry.shape[0], n)
+    return Lazy(shape, entry.dtype, lambda start, stop: entry.read(start, stop)[:, s * n : (s + 1) * n])

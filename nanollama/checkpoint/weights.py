@@ -6,6 +6,7 @@ merged, q/k rows reordered and quantized blocks expanded when a tensor (or a ran
     python -c "from nanollama.checkpoint import open_checkpoint; print(open_checkpoint('DIR').weights.shapes)"
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,10 @@ class Weights(Mapping[str, Tensor]):
         entry = self._entries[name]
         start, stop, _ = slice(start, stop).indices(entry.shape[0])
         return entry.read(start, max(start, stop))
+
+    def entry(self, name: str) -> Lazy:
+        """One weight, unread."""
+        return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -127,3 +132,45 @@ def _refuse_differing_names(where: str | Path, expected: Iterable[str], found: I
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise CheckpointError(where, f"weight {min(names)} {kind}{more}: {mend}")
+
+
+def as_weights(weights: Mapping[str, Tensor]) -> Weights:
+    """A plain dict of tensors (a state dict) as Weights."""
+    return weights if isinstance(weights, Weights) else Weights({name: lazy(t.detach()) for name, t in weights.items()})
+
+
+def cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
+    """The same weights, converted as they are read; None leaves them as stored."""
+    if dtype is None:
+        return weights
+
+    def entry(name: str) -> Lazy:
+        return Lazy(weights.shapes[name], dtype, lambda start, stop: weights.rows(name, start, stop).to(dtype))
+
+    return Weights({name: entry(name) for name in weights})
+
+
+def row_blocks(entry: Lazy, block_bytes: int = 1 << 26) -> Iterator[Tensor]:
+    """A weight in blocks of rows of at most about `block_bytes`."""
+    rows = entry.shape[0]
+    row_bytes = max(1, entry.dtype.itemsize * math.prod(entry.shape[1:]))
+    step = max(1, block_bytes // row_bytes)
+    for start in range(0, rows, step):
+        yield entry.read(start, min(rows, start + step))
+
+
+Spec = tuple[torch.dtype, tuple[int, ...]]
+
+
+def streamed(entries: Mapping[str, Lazy]) -> tuple[dict[str, Spec], Callable[[str], Iterator[Tensor]]]:
+    """What the writers of `streams` ask for: what is coming, and a function that hands over each weight in blocks."""
+    specs = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    return specs, lambda name: row_blocks(entries[name])
+
+
+def to_write(
+    where: Path, config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> dict[str, Lazy]:
+    """The entries that a writer stores: in the model's order, checked against the config, converted when read."""
+    whole = cast(as_weights(weights), dtype)
+    return check_weights(where, config, {name: whole.entry(name) for name in whole}, "the config")
