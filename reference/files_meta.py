@@ -1,0 +1,158 @@
+"""Meta's folders: params.json and consolidated.NN.pth with 1..16 model-parallel shards.
+
+What real releases contain: Llama 2 says vocab_size -1, has no rope_theta (10,000) and carries rope.freqs in its shards;
+Llama 2 splits the embedding along dim, Llama 3 along the vocabulary; the 16-shard 405B repeats its 8 kv heads.
+
+    from reference.files import open_folder
+    open_folder("Meta-Llama-3.1-405B-MP16").weights["layers.0.attention.wk.weight"].shape   # (1024, 16384)
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reference.files import Checkpoint, Config, check_config, check_names, check_weights, flag, number, read_json
+from reference.weights import Source, Unusable, Weights
+
+# Keys that the forward pass uses, and keys that cannot change it (limits of Meta's own run time).
+USED = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps"}
+USED |= {"rope_theta", "use_scaled_rope", "rope_scaling_factor"}
+HARMLESS = {"max_seq_len", "max_batch_size"}
+HARMLESS_VALUES = {"vision_chunk_size": -1, "vision_num_cross_attention_layers": -1, "vision_max_num_chunks": 4}
+
+LLAMA_32_SHAPES = {(2048, 16), (3072, 28)}  # (dim, n_layers) of the 1B and the 3B, which scale RoPE by 32
+COLUMNS = (".wo.weight", ".w2.weight")  # split along their inputs; all other matrices along their outputs
+NORMS = ("norm.weight",)  # on every shard alike
+
+
+def open_meta(folder: Path) -> Checkpoint:
+    params_path = folder / "params.json"
+    params = _read_params(params_path)
+    shards = _open_shards(folder)
+    config = _config(params, shards, params_path)
+    notices = _notices(params, config)
+    check_names(set(shards[0]), config, folder)
+    sources = {name: _source(name, [shard[name] for shard in shards], config) for name in shards[0]}
+    weights = Weights(sources, layout="meta", head_dim=config["head_dim"])
+    check_weights(weights, config, folder)
+    return Checkpoint(folder, "meta", config, weights, notices)
+
+
+def hidden_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """The feed-forward width as Meta's code computes it: 2/3 of 4 dim, times the multiplier, rounded up."""
+    hidden = int(2 * (4 * dim) / 3)
+    if multiplier is not None:
+        hidden = int(multiplier * hidden)
+    return multiple_of * ((hidden + multiple_of - 1) // multiple_of)
+
+
+def _read_params(path: Path) -> dict[str, Any]:
+    params = read_json(path)
+    for key, value in params.items():
+        known = key in USED | HARMLESS or value is None or HARMLESS_VALUES.get(key, params) == value
+        if not known:
+            raise Unusable(
+                f"{path}: unknown key {key!r}, which may change the computation; only dense text Llamas are read"
+            )
+    return params
+
+
+def _config(params: dict[str, Any], shards: list[dict[str, Tensor]], path: Path) -> Config:
+    dim, n_heads = number(params, "dim", path), number(params, "n_heads", path)
+    if dim % n_heads:
+        raise Unusable(f"{path}: dim {dim} is not a multiple of n_heads {n_heads}")
+    multiplier = params.get("ffn_dim_multiplier")
+    if multiplier is not None:
+        multiplier = number(params, "ffn_dim_multiplier", path, float)
+    config = {
+        "dim": dim,
+        "n_layers": number(params, "n_layers", path),
+        "n_heads": n_heads,
+        "n_kv_heads": number(params, "n_kv_heads", path, default=n_heads),
+        "head_dim": dim // n_heads,
+        "hidden_dim": hidden_dim(dim, number(params, "multiple_of", path, default=256), multiplier),
+        "vocab_size": _vocab_size(params, shards, path),
+        "norm_eps": number(params, "norm_eps", path, float),
+        "rope_theta": number(params, "rope_theta", path, float, default=10000.0),
+        "rope_scaling": _rope_scaling(params, path),
+        "tied": False,  # Meta's files always hold an output matrix
+    }
+    check_config(config, path)
+    return config
+
+
+def _vocab_size(params: dict[str, Any], shards: list[dict[str, Tensor]], path: Path) -> int:
+    """Llama 2 leaves it to the tokenizer (-1); the output matrix, always split by rows, knows."""
+    if params.get("vocab_size", -1) != -1:
+        return number(params, "vocab_size", path)
+    if any("output.weight" not in shard for shard in shards):
+        raise Unusable(f"{path.parent}: tensor output.weight is missing; download the files again")
+    return sum(len(shard["output.weight"]) for shard in shards)
+
+
+def _rope_scaling(params: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """Meta's numbers are constants of its code. Its params.json has no factor, but 3.2 1B and 3B are known to use 32."""
+    if not flag(params, "use_scaled_rope", path):
+        return None
+    default = 32.0 if (params["dim"], params["n_layers"]) in LLAMA_32_SHAPES else 8.0
+    factor = number(params, "rope_scaling_factor", path, float, default=default)
+    return {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context": 8192}
+
+
+def _notices(params: dict[str, Any], config: Config) -> tuple[str, ...]:
+    guessed = params.get("rope_scaling_factor") is None and config["rope_scaling"] is not None
+    if guessed and config["rope_scaling"]["factor"] == 32:
+        return ("RoPE scaling factor 32 taken from the shape (Llama 3.2 1B or 3B): params.json does not record it",)
+    return ()
+
+
+def _open_shards(folder: Path) -> list[dict[str, Tensor]]:
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    if not paths:
+        raise Unusable(f"{folder}: no consolidated.NN.pth lies beside params.json")
+    for i, path in enumerate(paths):
+        if path.name != f"consolidated.{i:02d}.pth":
+            raise Unusable(f"{folder}: consolidated.{i:02d}.pth is missing (found {path.name})")
+    if len(paths) > 16 or len(paths) & (len(paths) - 1):
+        raise Unusable(f"{folder}: {len(paths)} shards; Meta's files come in 1, 2, 4, 8 or 16")
+    shards = [_open_shard(path) for path in paths]
+    for path, shard in zip(paths, shards, strict=True):
+        if shard.keys() != shards[0].keys():
+            name = sorted(shard.keys() ^ shards[0].keys())[0]
+            raise Unusable(f"{path}: shards disagree: tensor {name} is not in all of them")
+    return shards
+
+
+def _open_shard(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # a hostile or truncated pickle can raise nearly anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise Unusable(f"{path}: not a readable torch checkpoint ({reason}); download it again") from None
+    if not isinstance(loaded, dict):
+        raise Unusable(f"{path}: holds a {type(loaded).__name__}, not a plain state dict")
+    for name, value in loaded.items():
+        plain = isinstance(name, str) and type(value) is Tensor and value.layout == torch.strided
+        if not plain or value.device.type != "cpu" or value.is_quantized:
+            raise Unusable(f"{path}: entry {str(name)[:60]!r} is not a plain tensor; a state dict is expected")
+    return {name: value for name, value in loaded.items() if name != "rope.freqs"}  # a table that Llama 2 saved
+
+
+def _source(name: str, parts: list[Tensor], config: Config) -> Source:
+    if any(part.shape != parts[0].shape or part.dtype != parts[0].dtype for part in parts):
+        raise Unusable(f"tensor {name}: shards disagree about its shape or dtype")
+    if name.endswith(NORMS):
+        if not all(torch.equal(part, parts[0]) for part in parts):
+            raise Unusable(f"tensor {name}: shards disagree about its values, which should be the same on all")
+        return Source((parts[0],), label=name)
+    if parts[0].dim() != 2:
+        return Source((parts[0],), label=name)  # the check of shapes refuses it by name
+    if name.endswith(COLUMNS):
+        return Source(tuple(parts), dim=1, label=name)
+    if name == "tok_embeddings.weight":
+        return Source(tuple(parts), dim=0 if parts[0].shape[1] == config["dim"] else 1, label=name)
+    copies = len(parts) // config["n_kv_heads"] if name.endswith((".wk.weight", ".wv.weight")) else 1
+    repeated = copies > 1 and len(parts[0]) == config["head_dim"]
+    return Source(tuple(parts), dim=0, copies=copies if repeated else 1, label=name)

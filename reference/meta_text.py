@@ -1,0 +1,87 @@
+"""Token ids by Meta's code: llama_models' Tokenizer and ChatFormat for Llama 3, sentencepiece for Llama 2.
+
+from reference.meta_text import open_text
+open_text(checkpoint, None).encode("Hello", bos=True)    # [128000, 9906]
+"""
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+from reference.files import Checkpoint
+from reference.protocol import Dialog
+from reference.weights import Unusable
+
+
+def open_text(checkpoint: Checkpoint | None, tokenizer: str | None) -> "Llama3Text | Llama2Text":
+    """The tokenizer of the path, else of the checkpoint."""
+    path = Path(tokenizer) if tokenizer else checkpoint.find("tokenizer.model") if checkpoint else None
+    if path is None:
+        raise Unusable("no tokenizer.model lies with the checkpoint; Meta's tokenizer needs one")
+    try:
+        start = path.open("rb").read(4096)
+    except OSError as error:
+        raise Unusable(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        return Llama3Text(path) if is_tiktoken(start) else Llama2Text(path)
+    except Exception as error:  # each library has errors of its own for a broken file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise Unusable(f"{path}: neither a Llama 3 nor a sentencepiece tokenizer ({reason})") from None
+
+
+def is_tiktoken(start: bytes) -> bool:
+    """A tiktoken file is lines of base64, a space and a rank."""
+    pieces = start.split(b"\n", 1)[0].split(b" ")
+    return len(pieces) == 2 and pieces[1].strip().isdigit()
+
+
+class Llama3Text:
+    def __init__(self, path: Path):
+        from llama_models.llama3.tokenizer import Tokenizer
+
+        self.model = Tokenizer(path)
+        self.stop_ids = frozenset(self.model.stop_tokens)
+
+    def encode(self, text: str, *, bos: bool) -> list[int]:
+        return self.model.encode(text, bos=bos, eos=False)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids)
+
+    def dialog(self, messages: Dialog) -> list[int] | None:
+        from llama_models.datatypes import RawMessage
+        from llama_models.llama3.chat_format import ChatFormat
+
+        raw = [RawMessage(**_raw_message(message)) for message in messages]
+        return ChatFormat(self.model).encode_dialog_prompt(raw).tokens
+
+
+def _raw_message(message: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: message[key] for key in ("role", "content", "stop_reason") if message.get(key) is not None}
+    calls = [tool_call(call) for call in message.get("tool_calls") or []]
+    return {"content": ""} | kept | {"tool_calls": [{"call_id": str(uuid.uuid4()), **call} for call in calls]}
+
+
+def tool_call(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call as {"tool_name", "arguments"}, whether written in Meta's manner or in OpenAI's."""
+    call = call.get("function", call)
+    return {"tool_name": call.get("tool_name", call.get("name")), "arguments": call["arguments"]}
+
+
+class Llama2Text:
+    """As Meta's Llama 2 code did it: sentencepiece, with BOS put before. That chat format is not in llama_models."""
+
+    def __init__(self, path: Path):
+        from sentencepiece import SentencePieceProcessor
+
+        self.model = SentencePieceProcessor(model_file=str(path))
+        self.stop_ids = frozenset({self.model.eos_id()})
+
+    def encode(self, text: str, *, bos: bool) -> list[int]:
+        return [self.model.bos_id()] * bos + self.model.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids)
+
+    def dialog(self, messages: Dialog) -> list[int] | None:
+        return None
