@@ -1,0 +1,319 @@
+"""Text from a model: prefill and decode as one iterator of events, for one prompt or a ragged batch.
+
+Each row has its own positions, random numbers and stop conditions, so its tokens are those it would get alone (within
+rounding); a row that stops leaves the batch. Prompts are read in chunks, a prompt with several answers only once.
+
+    from nanollama.generate import Llama, Sampling
+    llama = Llama.load("Meta-Llama-3.1-8B")
+    for event in llama.generate(["Once upon a time"], Sampling(max_new_tokens=64, temperature=0.8)):
+        print(event.text, end="", flush=True)
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanollama.checkpoint import open_checkpoint
+from nanollama.model import KVCache, ModelConfig, Transformer
+from nanollama.sample import Sampler, make_sampler, penalize_repetition, row_generator
+from nanollama.tokenizer import Stream, Tokenizer, open_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PREFILL_CHUNK_TOKENS = 512  # bounds the memory of the attention mask and the activations, whatever the prompt
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen and when an answer ends. Ranges are checked by `make_sampler`."""
+
+    max_new_tokens: int = 256  # the context may end an answer earlier
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    min_p: float = 0.0  # 0: off
+    repetition_penalty: float = 1.0  # 1: off
+    seed: int = 0
+    n: int = 1  # answers per prompt, each with random numbers of its own
+    stop: Sequence[str] = ()  # texts that end an answer and are not part of it
+    stop_ids: frozenset[int] | None = None  # None: the tokenizer's
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.n < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens} and n is {self.n}: expected at least 1")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}: expected more than 0 (1 is off)")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ValueError(f"stop is {self.stop!r}: expected a list of texts, none of them empty")
+
+    def sampler(self) -> Sampler:
+        return make_sampler(self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One token of one answer."""
+
+    prompt: int  # index of the prompt
+    answer: int  # index among the prompt's n answers
+    token: int
+    text: str  # the characters that are certain with this token: whole ones, and not the start of a stop text
+    logprob: float  # nats, under the model's own distribution: before temperature, filters and penalty
+    finish: Literal["stop", "length"] | None  # set on an answer's last event
+
+
+class Llama:
+    """A model with its tokenizer; `tokenizer` may be None where prompts are token ids."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model {model.config.vocab_size:,}: "
+                "name the model's own with --tokenizer"
+            )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        tokenizer: str | Path | None = None,
+        dtype: str | None = None,
+        device: str = "cpu",
+        attention: str = "fast",
+    ) -> "Llama":
+        """Open a checkpoint of any format. Weights that keep their dtype (the default) on CPU stay memory-mapped.
+
+        tokenizer: a file, where the checkpoint has none beside it. dtype: "fp32", "bf16", "fp16".
+        Raises ValueError (CheckpointError, TokenizerError) with one line.
+        """
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
+        checkpoint = open_checkpoint(path)
+        tokenizer = tokenizer or checkpoint.tokenizer
+        opened = open_tokenizer(tokenizer) if tokenizer else None
+        model = Transformer.from_weights(
+            checkpoint.config,
+            checkpoint.weights,
+            dtype=DTYPES[dtype] if dtype else None,
+            device=device,
+            attention=attention,
+        )
+        return cls(model.eval(), opened)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def encode(self, prompt: str) -> list[int]:
+        """The prompt's ids with BOS. Raises ValueError where there is no tokenizer."""
+        if self.tokenizer is None:
+            raise ValueError("the checkpoint has no tokenizer beside it: name one with --tokenizer, or give token ids")
+        return self.tokenizer.encode(prompt, bos=True)
+
+    def generate(self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | None = None) -> Iterator[Event]:
+        """Answers to all prompts at once, as events in the order in which tokens are decided.
+
+        prompts: texts (encoded with BOS) or token ids (taken as they are). Raises ValueError, before the first event,
+        for a prompt that is empty, outside of the vocabulary or longer than the context.
+        """
+        sampling = sampling or Sampling()
+        ids = [self.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        for i, prompt in enumerate(ids):
+            self._check_prompt(i, prompt)
+        rows = [
+            Row(i, answer, prompt, sampling, self.tokenizer, self.config.max_seq_len, self._device)
+            for i, prompt in enumerate(ids)
+            for answer in range(sampling.n)
+        ]
+        return decode(self.model, rows, sampling) if rows else iter(())
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.tok_embeddings.weight.device
+
+    def _check_prompt(self, index: int, ids: list[int]) -> None:
+        if not ids:
+            raise ValueError(f"prompt {index} is empty: give at least one token")
+        if len(ids) > self.config.max_seq_len:
+            raise ValueError(
+                f"prompt {index} has {len(ids):,} tokens and the context holds {self.config.max_seq_len:,}: shorten it"
+            )
+        if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
+            raise ValueError(f"prompt {index} has a token id outside of the model's 0..{self.config.vocab_size - 1}")
+
+
+class Row:
+    """One answer in the making: where it stands, and what of its text may be shown."""
+
+    def __init__(
+        self,
+        prompt: int,
+        answer: int,
+        ids: list[int],
+        sampling: Sampling,
+        tokenizer: Tokenizer | None,
+        context: int,
+        device: torch.device,
+    ) -> None:
+        self.prompt, self.answer, self.ids = prompt, answer, ids
+        # The position of the newest token; the last one that fits the context is decided, but never read.
+        self.position = len(ids) - 1
+        self.tokens_left = min(sampling.max_new_tokens, context - len(ids) + 1)
+        self.generator = row_generator(sampling.seed, answer, device)
+        self.stop_ids = sampling.stop_ids if sampling.stop_ids is not None else _stop_ids(tokenizer)
+        self.text = Text(tokenizer, ids, sampling.stop)
+
+    def add(self, token: int, logprob: float) -> Event:
+        self.position += 1
+        self.tokens_left -= 1
+        is_stop = token in self.stop_ids
+        text = "" if is_stop else self.text.push(token)
+        finish: Literal["stop", "length"] | None = None
+        if is_stop or self.text.stopped:
+            finish = "stop"
+        elif not self.tokens_left:
+            finish = "length"
+        if finish:
+            text += self.text.flush()
+        return Event(self.prompt, self.answer, token, text, logprob, finish)
+
+
+@dataclass
+class Text:
+    """Tokens in, text out, held back while it may be the start of a stop text."""
+
+    tokenizer: Tokenizer | None
+    prompt: list[int]
+    stop: Sequence[str]
+    held: str = ""
+    stopped: bool = False
+    stream: Stream | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.stop and self.tokenizer is None:
+            raise ValueError("stop texts need a tokenizer, and the checkpoint has none: name one with --tokenizer")
+        if self.tokenizer is not None:
+            self.stream = self.tokenizer.stream()
+            for token in self.prompt:  # so that the answer's first word keeps its leading space
+                self.stream.push(token)
+
+    def push(self, token: int) -> str:
+        return self._release(self.stream.push(token)) if self.stream else ""
+
+    def flush(self) -> str:
+        """What was held back, and an unfinished character; "" after a stop text."""
+        if self.stopped or self.stream is None:
+            return ""
+        text = self._release(self.stream.flush())
+        return text if self.stopped else text + self.held
+
+    def _release(self, new: str) -> str:
+        text = self.held + new
+        ends = [at for stop in self.stop if (at := text.find(stop)) >= 0]
+        if ends:
+            self.stopped, self.held = True, ""
+            return text[: min(ends)]
+        keep = max((_overlap(text, stop) for stop in self.stop), default=0)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next(n for n in range(min(len(text), len(stop)), -1, -1) if text.endswith(stop[:n]))
+
+
+def _stop_ids(tokenizer: Tokenizer | None) -> frozenset[int]:
+    return frozenset() if tokenizer is None else tokenizer.stop_ids
+
+
+@torch.inference_mode()
+def decode(model: Transformer, rows: list[Row], sampling: Sampling) -> Iterator[Event]:
+    """Prefill the rows, then one token for each per step until all have ended."""
+    sampler, penalty = sampling.sampler(), sampling.repetition_penalty
+    cache, logits = prefill(model, rows)  # (B, V)
+    seen = seen_tokens(rows, logits) if penalty != 1 else None  # (B, V)
+    rows = list(rows)
+    while rows:
+        scores = logits if seen is None else penalize_repetition(logits, seen, penalty)
+        ids = sampler(scores, [row.generator for row in rows])  # (B,)
+        logprobs = logits.log_softmax(-1).gather(1, ids.unsqueeze(1)).squeeze(1)  # (B,)
+        if seen is not None:
+            seen[torch.arange(len(rows)), ids] = True
+        events = [
+            row.add(*new) for row, new in zip(rows, zip(ids.tolist(), logprobs.tolist(), strict=True), strict=True)
+        ]
+        yield from events
+        alive = [slot for slot, event in enumerate(events) if event.finish is None]
+        if not alive:
+            return
+        if len(alive) < len(rows):
+            keep_rows_(cache, alive, max(row.position for row in rows))
+            rows, ids = [rows[slot] for slot in alive], ids[alive]
+            seen = seen if seen is None else seen[alive]
+        positions = torch.tensor([[row.position] for row in rows], device=ids.device)  # (B, 1)
+        logits = last_logits(model, ids.unsqueeze(1), positions, cache)
+
+
+def prefill(model: Transformer, rows: list[Row]) -> tuple[KVCache, Tensor]:
+    """A cache that holds every row's prompt, and the logits (B, V) of its last token.
+
+    Prompts are read one after the other: none is padded, and each gets the numbers that it gets alone.
+    """
+    head = model.head()
+    max_len = max(len(row.ids) + row.tokens_left - 1 for row in rows)
+    cache = KVCache(model.config, len(rows), max_len, dtype=head.dtype, device=head.device)
+    logits: list[Tensor] = []
+    for slot, row in enumerate(rows):
+        if row.answer:  # the same prompt as the slot before
+            for buffer in (*cache.k, *cache.v):
+                buffer[slot] = buffer[slot - 1]
+            logits.append(logits[-1])
+            continue
+        own = cache_slots(cache, slot, slot + 1)
+        tokens = torch.tensor([row.ids], device=head.device)  # (1, T)
+        for chunk in tokens.split(PREFILL_CHUNK_TOKENS, dim=1):
+            last = last_logits(model, chunk, None, own)  # (1, V)
+        logits.append(last)
+    return cache, torch.cat(logits)
+
+
+def last_logits(model: Transformer, tokens: Tensor, positions: Tensor | None, cache: KVCache) -> Tensor:
+    """Logits after the last of tokens (B, T), in float32: (B, V). The head is not applied to the others."""
+    return F.linear(model.hidden(tokens, positions, cache=cache)[:, -1], model.head()).float()
+
+
+def cache_slots(cache: KVCache, start: int, stop: int) -> KVCache:
+    """Rows start..stop of the cache as an empty cache of their own, on the same memory."""
+    own = copy.copy(cache)
+    own.k = [k[start:stop] for k in cache.k]
+    own.v = [v[start:stop] for v in cache.v]
+    own.rows = cache.rows[: stop - start]
+    own.length = 0
+    return own
+
+
+def keep_rows_(cache: KVCache, slots: list[int], length: int) -> None:
+    """Shrink the cache to these rows (ascending), of which `length` positions are in use; nothing is reallocated."""
+    for buffers in (cache.k, cache.v):
+        for layer, buffer in enumerate(buffers):
+            for to, slot in enumerate(slots):
+                if to != slot:
+                    buffer[to, :length] = buffer[slot, :length]
+            buffers[layer] = buffer[: len(slots)]
+    cache.rows = cache.rows[: len(slots)]
+
+
+def seen_tokens(rows: list[Row], logits: Tensor) -> Tensor:
+    """Which tokens the prompts hold: (B, V) bool."""
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    for slot, row in enumerate(rows):
+        seen[slot, row.ids] = True
+    return seen
