@@ -127,12 +127,11 @@ class HFTokenizer:
 
     kind = "hf"
 
-    def __init__(self, content: dict[str, Any], backend: tokenizers.Tokenizer):
+    def __init__(self, content: dict[str, Any], tokens: list[str], backend: tokenizers.Tokenizer):
         self.backend = backend
         backend.encode_special_tokens = True  # text that looks like a special token is text
         backend.no_truncation()  # a file may carry the settings of some training run
         backend.no_padding()
-        tokens = tokens_by_id(content)
         self.vocab_size = len(tokens)
         self.special_ids = {t["content"]: t["id"] for t in content.get("added_tokens") or [] if t["special"]}
         self.bos_id = self._id_of(BOS_NAMES)
@@ -187,6 +186,7 @@ def load(data: bytes, path: Path) -> HFTokenizer:
     """data: the content of a tokenizer.json; raises TokenizerError."""
     try:
         content = parse_json(data)
-        return HFTokenizer(content, _build(data))
+        tokens = tokens_by_id(content)  # before the Rust code sees them
+        return HFTokenizer(content, tokens, _build(data))
     except TokenizerError as error:
         raise TokenizerError(f"tokenizer {path}: not a usable tokenizer.json: {error}") from None
