@@ -93,7 +93,7 @@ def _vocab_size(params: dict[str, Any], shards: list[dict[str, Tensor]], path: P
 
 
 def _rope_scaling(params: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    """Meta's numbers are constants of its code. Its params.json has no factor, but 3.2 1B and 3B are known to use 32."""
+    """Meta's numbers are constants of its code; its params.json has no factor, though 3.2 1B and 3B use 32."""
     if not flag(params, "use_scaled_rope", path):
         return None
     default = 32.0 if (params["dim"], params["n_layers"]) in LLAMA_32_SHAPES else 8.0
