@@ -192,20 +192,19 @@ def _value(name: str, texts: list[str], annotation: Any) -> Any:
 
 def converter(annotation: Any) -> Callable[[str], Any]:
     """Text -> value of the annotated type; the ValueErrors that it raises say what was expected."""
-    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (types.UnionType, typing.Union):
-        kinds = [kind for kind in inner if kind is not type(None)]
-        assert len(kinds) == 1, f"a flag has one type, not {annotation}"
-        convert = converter(kinds[0])
-        return convert if kinds[0] is str else lambda text: None if text.lower() == "none" else convert(text)
+    kind = _without_none(annotation)
+    if kind is not annotation and kind is not str:
+        convert = converter(kind)
+        return lambda text: None if text.lower() == "none" else convert(text)
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (list, tuple):
         return lambda text: origin(_items(text, inner))
     if origin is Literal:
         return lambda text: _choice(text, inner)
-    if annotation is bool:
-        return lambda text: _lookup_bool(text)
-    assert annotation in (str, int, float, Path), f"no way to read a flag of type {annotation}"
-    return lambda text: _number(text, annotation) if annotation in (int, float) else annotation(text)
+    if kind is bool:
+        return _lookup_bool
+    assert kind in (str, int, float, Path), f"no way to read a flag of type {annotation}"
+    return lambda text: _number(text, kind) if kind in (int, float) else kind(text)
 
 
 def _items(text: str, inner: tuple[Any, ...]) -> list[Any]:
@@ -237,14 +236,26 @@ def _number(text: str, kind: type) -> Any:
 
 
 def _takes_one_item_per_flag(annotation: Any) -> bool:
-    return annotation in (list[str], list[str] | None)
+    return _without_none(annotation) == list[str]
+
+
+def _without_none(annotation: Any) -> Any:
+    """T of `T | None`; other annotations as they are."""
+    if typing.get_origin(annotation) not in (types.UnionType, typing.Union):
+        return annotation
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+    assert len(kinds) == 1, f"a flag has one type, not {annotation}"
+    return kinds[0]
 
 
 def _type_name(annotation: Any) -> str:
-    if typing.get_origin(annotation) is Literal:
-        return "|".join(map(str, typing.get_args(annotation)))
-    name = annotation.__name__ if isinstance(annotation, type) else str(annotation).removesuffix(" | None")
-    return name.upper()
+    kind = _without_none(annotation)
+    if typing.get_origin(kind) is Literal:
+        return "|".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) in (list, tuple):
+        item = _type_name(typing.get_args(kind)[0])
+        return item if _takes_one_item_per_flag(kind) else f"{item},..."
+    return kind.__name__.upper()
 
 
 def help_text(command: Command, prog: str) -> str:

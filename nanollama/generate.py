@@ -95,6 +95,8 @@ class Llama:
         """
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
+        if not _is_available(device):
+            raise ValueError(f"device {device!r} is not available to this torch: use cpu")
         checkpoint = open_checkpoint(path)
         tokenizer = tokenizer or checkpoint.tokenizer
         opened = open_tokenizer(tokenizer) if tokenizer else None
@@ -228,6 +230,15 @@ class Text:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a beginning of `stop`."""
     return next(n for n in range(min(len(text), len(stop)), -1, -1) if text.endswith(stop[:n]))
+
+
+def _is_available(device: str) -> bool:
+    kind = device.partition(":")[0]
+    return (
+        kind == "cpu"
+        or (kind == "cuda" and torch.cuda.is_available())
+        or (kind == "mps" and torch.backends.mps.is_available())
+    )
 
 
 def _stop_ids(tokenizer: Tokenizer | None) -> frozenset[int]:

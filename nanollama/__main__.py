@@ -1,0 +1,166 @@
+"""Commands: generate text from a checkpoint, and say what a checkpoint is.
+
+python -m nanollama generate --ckpt Meta-Llama-3.1-8B --prompt "Once upon a time" --max_new_tokens 64
+python -m nanollama inspect Meta-Llama-3.1-8B
+"""
+
+import json as jsonlib
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nanollama.cli import run
+
+# `--help` and usage errors answer at once: torch and what needs it is imported inside the commands.
+if TYPE_CHECKING:
+    from nanollama.generate import Event, Llama
+
+
+def generate(
+    ckpt: str,  # Meta folder, Hugging Face folder or hub id, .gguf or .bin
+    *,
+    prompt: list[str] | None = None,  # text to continue; more than one are decoded together
+    prompts: Path | None = None,  # a file of prompts, one a line (\n for a line end), or .jsonl of token id lists
+    max_new_tokens: int = 128,  # per answer
+    temperature: float = 0.0,  # 0 is greedy
+    top_k: int = 0,  # draw from the k most probable tokens; 0 is off
+    top_p: float = 1.0,  # draw from the most probable tokens that together reach p; 1 is off
+    min_p: float = 0.0,  # draw from tokens at least p times as probable as the first; 0 is off
+    repetition_penalty: float = 1.0,  # above 1 makes tokens that were there less likely
+    seed: int = 0,  # same seed, same answer
+    n: int = 1,  # answers per prompt
+    stop: list[str] | None = None,  # text that ends an answer; may be given several times
+    logprobs: bool = False,  # show each token's logprob (nats)
+    json: bool = False,  # one JSON object on stdout at the end
+    stream: bool = True,  # print a single answer as it comes
+    tokenizer: Path | None = None,  # a tokenizer file, where there is none beside the checkpoint
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None,  # default: as stored
+    device: Literal["cpu", "cuda", "mps"] = "cpu",
+) -> None:
+    """Continue one or more prompts. Text goes to stdout, the speed to stderr."""
+    texts = _read_prompts(prompt, prompts)
+
+    from nanollama.generate import Llama, Sampling
+
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        n=n,
+        stop=stop or (),
+    )
+    llama = Llama.load(ckpt, tokenizer=tokenizer, dtype=dtype, device=device)
+    ids = [llama.encode(text) if isinstance(text, str) else text for text in texts]
+    live = stream and not json and len(ids) * n == 1
+    answers: dict[tuple[int, int], list[Event]] = {(i, a): [] for i in range(len(ids)) for a in range(n)}
+    clock = [time.perf_counter()]
+    for event in llama.generate(ids, sampling):
+        if len(clock) == 1:
+            clock.append(time.perf_counter())
+        answers[event.prompt, event.answer].append(event)
+        if live:
+            print(_piece(event, llama), end="", flush=True)
+    clock.append(time.perf_counter())
+    speed = _speed(sum(map(len, ids)), [len(events) for events in answers.values()], *clock)
+    if json:
+        found = [_as_json(key, events, logprobs) for key, events in answers.items()]
+        print(jsonlib.dumps({"answers": found, "speed": speed}, ensure_ascii=False))
+        return
+    for (i, a), events in answers.items():
+        if len(answers) > 1:
+            print(f"--- prompt {i}" + (f", answer {a}" if n > 1 else ""))
+        print("" if live else "".join(_piece(event, llama) for event in events))
+        if logprobs:
+            print("\n".join(f"{event.logprob:9.4f}  {event.token:6}  {event.text!r}" for event in events))
+    print(_speed_line(speed), file=sys.stderr)
+
+
+def inspect(
+    ckpt: str,  # Meta folder, Hugging Face folder or hub id, .gguf or .bin
+    *,
+    json: bool = False,  # one JSON object with every tensor, on stdout
+) -> None:
+    """Say what a checkpoint is: format, config, parameters, tokenizer, weights. Reads no weights."""
+    from nanollama.checkpoint import open_checkpoint
+    from nanollama.describe import as_text, describe
+
+    facts = describe(open_checkpoint(ckpt))
+    print(jsonlib.dumps(facts, indent=2) if json else as_text(facts))
+
+
+def _read_prompts(texts: list[str] | None, file: Path | None) -> list[str | list[int]]:
+    """The prompts of both flags; raises ValueError where there is none."""
+    found: list[str | list[int]] = list(texts or [])
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file else [], start=1):
+        if file and file.suffix == ".jsonl":
+            found.append(_token_ids(line, f"{file} line {number}"))
+        elif line:
+            found.append(line.replace("\\n", "\n"))
+    if not found:
+        raise ValueError("there is no prompt: give --prompt TEXT or --prompts FILE")
+    return found
+
+
+def _token_ids(line: str, where: str) -> list[int]:
+    try:
+        ids = jsonlib.loads(line)
+    except ValueError:
+        ids = None
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise ValueError(f"{where}: {line[:40]!r} is no list of token ids such as [128000, 9906]")
+    return ids
+
+
+def _piece(event: "Event", llama: "Llama") -> str:
+    return event.text if llama.tokenizer else f"{event.token} "
+
+
+def _as_json(key: tuple[int, int], events: "list[Event]", logprobs: bool) -> dict[str, Any]:
+    found = {
+        "prompt": key[0],
+        "answer": key[1],
+        "text": "".join(event.text for event in events),
+        "tokens": [event.token for event in events],
+        "finish": events[-1].finish,
+    }
+    return {**found, "logprobs": [event.logprob for event in events]} if logprobs else found
+
+
+def _speed(prompt_tokens: int, lengths: list[int], start: float, first: float, end: float) -> dict[str, float | None]:
+    """Tokens and tokens per second. The first token of each answer belongs to the prefill."""
+    decoded = sum(lengths) - len(lengths)
+    return {
+        "prefill_tokens": prompt_tokens,
+        "prefill_tokens_per_s": prompt_tokens / (first - start),
+        "decode_tokens": decoded,
+        "decode_tokens_per_s": decoded / (end - first) if decoded else None,
+        "peak_memory_bytes": _peak_memory_bytes(),
+    }
+
+
+def _speed_line(speed: dict[str, float | None]) -> str:
+    parts = [f"prefill {speed['prefill_tokens']:,} tokens at {speed['prefill_tokens_per_s']:,.1f} tok/s"]
+    if speed["decode_tokens_per_s"]:
+        parts.append(f"decode {speed['decode_tokens']:,} tokens at {speed['decode_tokens_per_s']:,.1f} tok/s")
+    if speed["peak_memory_bytes"]:
+        parts.append(f"peak memory {speed['peak_memory_bytes'] / 2**30:.2f} GiB")
+    return "; ".join(parts)
+
+
+def _peak_memory_bytes() -> int | None:
+    """Most memory that the process held, mapped weights that were touched included; None where it cannot be known."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    run({"generate": generate, "inspect": inspect})
