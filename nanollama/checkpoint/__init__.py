@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nanollama.checkpoint.hf import open_hf, write_hf
 from nanollama.checkpoint.integrity import verify, write_manifest
+from nanollama.checkpoint.llama2c import open_bin, open_pt, write_bin
 from nanollama.checkpoint.meta import open_meta, write_meta
 from nanollama.checkpoint.weights import Checkpoint, CheckpointError, Lazy, Weights
 
@@ -25,6 +26,7 @@ __all__ = [
     "open_checkpoint",
     "sniff",
     "verify",
+    "write_bin",
     "write_hf",
     "write_manifest",
     "write_meta",
@@ -84,7 +86,12 @@ def _sniff_folder(folder: Path) -> str:
 
 
 def _reader(kind: str) -> Callable[[Path], Checkpoint]:
-    readers: dict[str, Callable[[Path], Checkpoint]] = {"meta": open_meta, "hf": open_hf}
+    readers: dict[str, Callable[[Path], Checkpoint]] = {
+        "meta": open_meta,
+        "hf": open_hf,
+        "llama2c": open_bin,
+        "pt": open_pt,
+    }
     return readers[kind]
 
 

@@ -18,19 +18,24 @@ def read(path: Path) -> dict[str, Tensor]:
 
     Raises CheckpointError for a damaged archive, a pickle of anything but plain tensors, overlapping tensors.
     """
-    _check_archive(path)
     state = load(path)
+    check_plain(path, state)
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def check_plain(path: Path, state: dict) -> None:
+    """Names to plain, contiguous tensors on bytes of their own: all that a checkpoint of Meta's holds."""
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(path, f"{name!r} is a {type(tensor).__name__}: expected a plain dict of tensors")
         if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.device.type != "cpu":
             raise CheckpointError(path, f"{name} is not a plain contiguous tensor; save it again with torch.save")
     _refuse_shared_bytes(path, state)
-    return {name: tensor.detach() for name, tensor in state.items()}
 
 
 def load(path: Path) -> dict:
     """torch.load with weights_only, memory-mapped; any failure as one CheckpointError."""
+    _check_archive(path)
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises whatever its zip reader, its unpickler or a rebuilt tensor raise
