@@ -162,5 +162,7 @@ def _peak_memory_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+COMMANDS = {"generate": generate, "inspect": inspect}
+
 if __name__ == "__main__":
-    run({"generate": generate, "inspect": inspect})
+    run(COMMANDS)

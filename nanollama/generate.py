@@ -30,7 +30,7 @@ PREFILL_CHUNK_TOKENS = 512  # bounds the memory of the attention mask and the ac
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen and when an answer ends. Ranges are checked by `make_sampler`."""
+    """How tokens are chosen and when an answer ends. Raises ValueError for what is out of range."""
 
     max_new_tokens: int = 256  # the context may end an answer earlier
     temperature: float = 0.0  # 0: greedy
@@ -50,6 +50,7 @@ class Sampling:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}: expected more than 0 (1 is off)")
         if isinstance(self.stop, str) or not all(self.stop):
             raise ValueError(f"stop is {self.stop!r}: expected a list of texts, none of them empty")
+        self.sampler()
 
     def sampler(self) -> Sampler:
         return make_sampler(self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
