@@ -42,7 +42,7 @@ BOS_NAMES, EOS_NAMES, PAD_NAMES = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """tokens: raw bytes by id; for "spm" the piece's text in UTF-8 with "▁" for spaces, and "<0x0A>" for byte pieces."""
+    """tokens: bytes by id; for "spm" the piece's text in UTF-8, "▁" for a space and "<0x0A>" for a byte piece."""
 
     kind: str  # "bpe" or "spm"
     tokens: list[bytes]
@@ -132,7 +132,9 @@ def from_ranks(data: bytes) -> Vocabulary:
 
 def from_llama2c(data: bytes) -> Vocabulary:
     """llama2.c's tokenizer.bin: spaces are written out, BOS and EOS have line ends around their names."""
-    tokens, scores, at = [], [], 4
+    tokens: list[bytes] = []
+    scores: list[float] = []
+    at = 4
     while at < len(data):
         score, size = struct.unpack_from("<fi", data, at)
         at += 8
@@ -261,6 +263,6 @@ def _scores_from_merges(texts: list[str], merges: list[Any]) -> list[float]:
 
 def byte_alphabet() -> dict[str, int]:
     """GPT-2's characters for bytes: printable Latin-1 for itself, the others from U+0100 on."""
-    own = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b]
+    own = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
     others = [b for b in range(256) if b not in own]
     return {chr(b): b for b in own} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -12,15 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from nanollama.checkpoint.staging import Stage
-from nanollama.checkpoint.vocab import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, Vocabulary, byte_alphabet
-from nanollama.checkpoint.vocab import looks_like_ranks
+from nanollama.checkpoint.vocab import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    Vocabulary,
+    byte_alphabet,
+    looks_like_ranks,
+)
 from nanollama.checkpoint.weights import CheckpointError
 
 # How Llama 3 cuts text before BPE; part of the vocabulary (llama_models.llama3.tokenizer).
-LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3_TEMPLATE = (
-    "{{- bos_token }}{%- for message in messages %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
-    "+ message['content'] | trim + '<|eot_id|>' }}{%- endfor %}"
+    "{{- bos_token }}{%- for message in messages %}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
+    "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
 )
 
