@@ -139,7 +139,8 @@ class HfModel:
 
     def greedy(self, prompt: list[int], max_new_tokens: int, stop_ids: frozenset[int] = frozenset()) -> list[int]:
         """Prefill, then one token at a time through transformers' cache."""
-        tokens, answer, cache = prompt, [], None
+        answer: list[int] = []
+        tokens, cache = prompt, None
         while len(answer) < max_new_tokens:
             batch = torch.tensor([tokens], device=self.engine.device)
             output = self.model(batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -189,7 +190,7 @@ class HfEngine:
     """transformers as the driver sees it."""
 
     name = "hf"
-    packages = ("transformers", "tokenizers")
+    packages: tuple[str, ...] = ("transformers", "tokenizers")
     errata: tuple[str, ...] = ()
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu"):

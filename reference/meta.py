@@ -155,7 +155,8 @@ class MetaModel:
     def greedy(self, prompt: list[int], max_new_tokens: int, stop_ids: frozenset[int] = frozenset()) -> list[int]:
         """Prefill, then one token at a time through Meta's cache."""
         self._empty_caches(len(prompt) + max_new_tokens)
-        tokens, answer, position = prompt, [], 0
+        answer: list[int] = []
+        tokens, position = prompt, 0
         while len(answer) < max_new_tokens:
             logits = self.model(torch.tensor([tokens], device=self.engine.device), position)
             position += len(tokens)
@@ -169,7 +170,7 @@ class MetaModel:
         if max_tokens > len(self.model.freqs_cis):
             self.model.freqs_cis = rope_table(self.engine.checkpoint.config, max_tokens).to(self.engine.device)
         for block in self.model.layers:
-            empty_cache_(block.attention, max_tokens, self.dtype, self.engine.device)
+            empty_cache_(block.attention, self.engine.checkpoint.config, max_tokens, self.dtype, self.engine.device)
 
 
 class MetaLayers:
@@ -194,13 +195,13 @@ class MetaLayers:
     def block(self, layer: int) -> Callable[..., Tensor]:
         with without_memory():
             block = meta_model.TransformerBlock(layer, self.args)
-        prefix = f"layers.{layer}."
+        config, prefix = self.engine.checkpoint.config, f"layers.{layer}."
         state = {name: self.engine.load(prefix + name, self.dtype) for name in block.state_dict()}
         block.load_state_dict(state, strict=True, assign=True)
         hook_block(block, layer, self.engine.recorder)
 
         def run(hidden: Tensor, *args: Any) -> Tensor:
-            empty_cache_(block.attention, hidden.shape[1], self.dtype, self.engine.device)
+            empty_cache_(block.attention, config, hidden.shape[1], self.dtype, self.engine.device)
             return block(hidden, *args)
 
         return run
@@ -215,14 +216,16 @@ class MetaEngine:
     """Meta's code as the driver sees it."""
 
     name = "meta"
-    packages = ("llama_models", "fairscale")
+    packages: tuple[str, ...] = ("llama_models", "fairscale")
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu"):
         self.checkpoint, self.device = checkpoint, device
         self.recorder = Recorder()
         scaling = checkpoint.config["rope_scaling"]
         changed = scaling is not None and scaling != META_SCALING
-        self.errata = (f"Meta's code hard-codes RoPE scaling {META_SCALING}; run with {scaling}",) if changed else ()
+        self.errata: tuple[str, ...] = (
+            (f"Meta's code hard-codes RoPE scaling {META_SCALING}; run with {scaling}",) if changed else ()
+        )
         model_args(checkpoint.config, 1)  # refuses what Meta's code cannot run
         start_model_parallel()
 
@@ -273,9 +276,9 @@ class MetaEngine:
         return self.checkpoint.weights.embed(tokens.cpu(), dtype).to(self.device)
 
 
-def empty_cache_(attention: nn.Module, max_tokens: int, dtype: torch.dtype, device: str) -> None:
+def empty_cache_(attention: nn.Module, config: Config, max_tokens: int, dtype: torch.dtype, device: str) -> None:
     """Meta's caches are plain attributes; each sequence starts with fresh ones."""
-    shape = (1, max_tokens, attention.n_local_kv_heads, attention.head_dim)
+    shape = (1, max_tokens, config["n_kv_heads"], config["head_dim"])
     attention.cache_k = torch.zeros(shape, dtype=dtype, device=device)
     attention.cache_v = torch.zeros(shape, dtype=dtype, device=device)
 

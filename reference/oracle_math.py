@@ -17,7 +17,7 @@ from reference.files import Config
 
 
 def rope_frequencies(config: Config) -> Tensor:
-    """(D/2,) float32 radians per position. At position 131071 one ulp here is 8e-3 radians: float32 is part of the model."""
+    """(D/2,) radians per position, in float32: an ulp is 8e-3 radians at position 131071: part of the model."""
     exponents = torch.arange(0, config["head_dim"], 2, dtype=torch.float32) / config["head_dim"]
     frequencies = 1.0 / config["rope_theta"] ** exponents
     if config["rope_scaling"] is None:

@@ -11,6 +11,7 @@ dtype. Part files are mapped and written in place, so that a trace larger than m
 import json
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from reference.weights import DTYPE_NAMES, DTYPES, Unusable
 CASE_SCHEMA, TRACE_SCHEMA = "nanollama.case/1", "nanollama.trace/1"
 SAFETENSORS_NAMES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp64": "F64"}
 
-BLOCK_TAPS = ("attn_norm", "q", "k", "v", "q_rope", "k_rope", "attn_mix", "attn_out")
+BLOCK_TAPS: tuple[str, ...] = ("attn_norm", "q", "k", "v", "q_rope", "k_rope", "attn_mix", "attn_out")
 BLOCK_TAPS += ("ffn_norm", "gate", "up", "ffn_mix", "ffn_out", "out")
 
 Dialog = list[dict[str, Any]]
@@ -132,7 +133,7 @@ class Taps:
     ):
         self.folder, self.config, self.lengths = folder, config, lengths
         self.dtype, self.logits_dtype = dtype, logits_dtype
-        self.positions = positions or [None] * len(lengths)
+        self.positions: Sequence[list[int] | None] = positions or [None] * len(lengths)
         self.names = tap_names(config["n_layers"]) if record == "taps" else ["logits"]
         self._wanted = set(self.names)
         self._written: set[tuple[int, str]] = set()
@@ -177,7 +178,8 @@ class Taps:
 
 def map_safetensors(path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Tensor]:
     """Make a safetensors file of zeros and return its tensors, mapped: what is assigned to them is on disk."""
-    header, offset = {}, 0
+    header: dict[str, Any] = {}
+    offset = 0
     for name, (dtype, shape) in sorted(layout.items(), key=lambda item: -item[1][0].itemsize):  # stays aligned
         end = offset + torch.Size(shape).numel() * dtype.itemsize
         kind = SAFETENSORS_NAMES[DTYPE_NAMES[dtype]]
@@ -189,8 +191,7 @@ def map_safetensors(path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, 
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         reserve(file.fileno(), size, path)
-    raw = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage.from_file(str(path), shared=True, nbytes=size))
-    data = raw[8 + len(text) :]
+    data = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)[8 + len(text) :]
     tensors = {}
     for name, (dtype, shape) in layout.items():
         start, end = header[name]["data_offsets"]

@@ -141,7 +141,7 @@ class Weights(Mapping[str, Tensor]):
         shape, value = self._sources[name].shape, 0
         for start, stop in row_blocks(shape, self._sources[name].dtype):
             block = self.rows(name, start, stop).contiguous()
-            value = zlib.crc32(memoryview(block.view(torch.uint8).numpy()), value)
+            value = zlib.crc32(block.view(torch.uint8).numpy().data, value)
         return value
 
     def _row_order(self, name: str, layout: str) -> Tensor | None:
