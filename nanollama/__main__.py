@@ -1,4 +1,4 @@
-"""Commands: generate text from a checkpoint, and say what a checkpoint is.
+"""Commands: generate text from a checkpoint, chat with it, and say what it is.
 
 python -m nanollama generate --ckpt Meta-Llama-3.1-8B --prompt "Once upon a time" --max_new_tokens 64
 python -m nanollama inspect Meta-Llama-3.1-8B
@@ -93,6 +93,37 @@ def inspect(
     print(jsonlib.dumps(facts, indent=2) if json else as_text(facts))
 
 
+def chat(
+    ckpt: str,  # an instruction-tuned checkpoint: Meta folder, Hugging Face folder or hub id, .gguf or .bin
+    *,
+    system: str = "",  # the system message
+    max_new_tokens: int = 1024,  # per answer
+    temperature: float = 0.6,  # 0 is greedy
+    top_k: int = 0,  # 0 is off
+    top_p: float = 0.9,  # 1 is off
+    min_p: float = 0.0,  # 0 is off
+    repetition_penalty: float = 1.0,  # 1 is off
+    seed: int = 0,  # same seed and messages, same answers
+    tokenizer: Path | None = None,  # a tokenizer file, where there is none beside the checkpoint
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None,  # default: as stored
+    device: Literal["cpu", "cuda", "mps"] = "cpu",
+) -> None:
+    """Talk with a model in the terminal. /help there lists the commands."""
+    from nanollama.generate import Llama, Sampling
+    from nanollama.repl import Chat, run_repl
+
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    run_repl(Chat(Llama.load(ckpt, tokenizer=tokenizer, dtype=dtype, device=device), sampling, system))
+
+
 def _read_prompts(texts: list[str] | None, file: Path | None) -> list[str | list[int]]:
     """The prompts of both flags; raises ValueError where there is none."""
     found: list[str | list[int]] = list(texts or [])
@@ -162,7 +193,7 @@ def _peak_memory_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-COMMANDS = {"generate": generate, "inspect": inspect}
+COMMANDS = {"generate": generate, "chat": chat, "inspect": inspect}
 
 if __name__ == "__main__":
     run(COMMANDS)

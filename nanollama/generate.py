@@ -181,10 +181,10 @@ class Row:
         finish: Literal["stop", "length"] | None = None
         if is_stop or self.text.stopped:
             finish = "stop"
+            text += self.text.flush()
         elif not self.tokens_left:
             finish = "length"
-        if finish:
-            text += self.text.flush()
+            text += self.text.held  # and not the half of a character that the limit cut off
         return Event(self.prompt, self.answer, token, text, logprob, finish)
 
 

@@ -198,6 +198,13 @@ def test_pieces_join_to_the_decoded_answer(talker: Llama, tokenizer: Tokenizer) 
         assert "".join(event.text for event in row) == tokenizer.decode(tokens(row))
 
 
+def test_a_character_that_the_limit_cuts_is_not_shown(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("🦙🦒", bos=False)
+    assert tokenizer.decode(ids[:-1]).endswith("\ufffd")
+    row = generate.Row(0, 0, [1], Sampling(max_new_tokens=len(ids) - 1), tokenizer, 100, torch.device("cpu"))
+    assert "".join(row.add(token, 0.0).text for token in ids[:-1]) == "🦙"
+
+
 def test_stop_texts_end_an_answer_and_are_not_shown(talker: Llama, tokenizer: Tokenizer) -> None:
     whole = list(talker.generate(["Once upon"], Sampling(max_new_tokens=30, temperature=1.0)))
     text = tokenizer.decode(tokens(whole))
