@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanollama.checkpoint import vocab_files
 from nanollama.checkpoint.fields import Fields, is_close, read_json
 from nanollama.checkpoint.names import hf_name, hf_rows, is_rotary, meta_from_hf, meta_rows
 from nanollama.checkpoint.staging import refuse_occupied, staged
@@ -214,7 +215,8 @@ def write_hf(
 ) -> None:
     """Write a Hugging Face folder that transformers opens, streaming; weights as `open_checkpoint` gives, or a dict.
 
-    A file of more than max_shard_bytes is split into shards with an index. A tied model gets no lm_head.
+    tokenizer: a file of any kind, written as tokenizer.json and tokenizer_config.json. Weights of more than
+    max_shard_bytes are split into shards with an index. A tied model gets no lm_head.
     """
     folder = Path(folder)
     refuse_occupied(folder)
@@ -222,6 +224,9 @@ def write_hf(
     for name, entry in to_write(folder, config, weights, dtype).items():
         entries[hf_name(name)] = _reordered(entry, config.head_dim, meta_rows) if is_rotary(name) else entry
     files = _split_by_size(entries, max_shard_bytes)
+    stored_dtype = FLOATS[entries["model.embed_tokens.weight"].dtype]
+    vocabulary = None if tokenizer is None else vocab_files.read_fitting(tokenizer, config.vocab_size)
+    ids: dict[str, Any] = {}
     with staged(folder) as stage:
         for file_name, names in files.items():
             with stage.open(file_name) as file:
@@ -230,8 +235,11 @@ def write_hf(
             weight_map = {name: file_name for file_name, names in files.items() for name in names}
             total_bytes = sum(_size(entry) for entry in entries.values())
             stage.text(INDEX, _json({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}))
-        stored_dtype = FLOATS[entries["model.embed_tokens.weight"].dtype]
-        stage.text("config.json", _json(make_hf_config(config, stored_dtype)))
+        if tokenizer is not None and vocabulary is not None:
+            ids = {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.stop_ids}
+            vocab_files.write_beside_hf(stage, vocabulary, tokenizer)
+            stage.text("generation_config.json", _json({"_from_model_config": True, **ids}))
+        stage.text("config.json", _json(make_hf_config(config, stored_dtype) | ids))
 
 
 def make_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:

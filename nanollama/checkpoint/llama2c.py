@@ -10,17 +10,19 @@ Source: karpathy/llama2.c, export.py and run.c for the layouts, model.py and tra
 
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from nanollama.checkpoint import pth
+from nanollama.checkpoint import pth, vocab_files
 from nanollama.checkpoint.fields import Fields
 from nanollama.checkpoint.names import layer_shapes, weight_shapes
-from nanollama.checkpoint.staging import staged
+from nanollama.checkpoint.staging import Stage, staged
+from nanollama.checkpoint.vocab import Vocabulary
 from nanollama.checkpoint.weights import (
     Checkpoint,
     CheckpointError,
@@ -170,11 +172,13 @@ def write_bin(
     config: ModelConfig,
     weights: Mapping[str, Tensor],
     *,
+    tokenizer: Path | None = None,
     version: int = 0,
     group_size: int = 64,
 ) -> None:
     """Write a .bin that llama2.c's programs read: version 0 for run.c, 1 (fp32), 2 (int8) for runq.c; streaming.
 
+    tokenizer: a file of any sentencepiece kind, written as tokenizer.bin beside the file, as the programs expect.
     group_size: int8 weights that share a scale; halved until it divides dim and hidden_dim, as runq.c needs. Raises
     CheckpointError for a model that the C programs would compute differently.
     """
@@ -185,23 +189,42 @@ def write_bin(
     entries = to_write(path, config, weights, torch.float32)
     while config.dim % group_size or config.hidden_dim % group_size:
         group_size //= 2
-    with staged(path.parent) as stage, stage.open(path.name) as file:
-        file.write(_header(config, version, group_size))
-        for name in file_order(config, version):
-            if version == 0 and name == HEAD:
-                file.write(_rope_tables(config))
-            if version == 2 and len(entries[name].shape) == 2:
-                scales = []
-                for block in _group_blocks(entries[name], group_size):
-                    values, scale = quantize_groups(block, group_size)
-                    file.write(values.numpy().data)
-                    scales.append(scale)
-                file.write(torch.cat(scales).numpy().data)
-            else:
-                for block in row_blocks(entries[name]):
-                    file.write(block.contiguous().flatten().numpy().data)
-        if version == 0 and config.tied:
+    vocabulary = None if tokenizer is None else vocab_files.read_fitting(tokenizer, config.vocab_size)
+    with staged(path.parent) as stage:
+        if vocabulary is not None:
+            _write_tokenizer(stage, vocab_files.padded(vocabulary, config.vocab_size))
+        with stage.open(path.name) as file:
+            _write_weights(file, config, entries, version, group_size)
+
+
+def _write_tokenizer(stage: Stage, vocabulary: Vocabulary) -> None:
+    data = vocab_files.llama2c(vocabulary)
+    there = stage.folder / "tokenizer.bin"
+    if there.exists() and there.read_bytes() != data:
+        raise CheckpointError(there, "is another model's tokenizer: choose another folder")
+    with stage.open("tokenizer.bin") as file:
+        file.write(data)
+
+
+def _write_weights(
+    file: BinaryIO, config: ModelConfig, entries: Mapping[str, Lazy], version: int, group_size: int
+) -> None:
+    file.write(_header(config, version, group_size))
+    for name in file_order(config, version):
+        if version == 0 and name == HEAD:
             file.write(_rope_tables(config))
+        if version == 2 and len(entries[name].shape) == 2:
+            scales = []
+            for block in row_blocks(entries[name]):  # whole rows, so whole groups
+                values, scale = quantize_groups(block, group_size)
+                file.write(values.numpy().data)
+                scales.append(scale)
+            file.write(torch.cat(scales).numpy().data)
+        else:
+            for block in row_blocks(entries[name]):
+                file.write(block.contiguous().flatten().numpy().data)
+    if version == 0 and config.tied:
+        file.write(_rope_tables(config))
 
 
 def _refuse_what_c_cannot(path: Path, config: ModelConfig) -> None:
@@ -245,12 +268,6 @@ def quantize_groups(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     scale = groups.abs().amax(dim=1) / 127.0
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))
     return torch.round(groups / safe[:, None]).to(torch.int8).flatten(), scale
-
-
-def _group_blocks(entry: Lazy, group_size: int) -> Iterator[Tensor]:
-    """Blocks of whole rows; `write_bin` has chosen groups that divide a row."""
-    assert entry.shape[1] % group_size == 0
-    return row_blocks(entry)
 
 
 def open_pt(path: Path) -> Checkpoint:

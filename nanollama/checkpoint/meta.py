@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanollama.checkpoint import pth
+from nanollama.checkpoint import pth, vocab_files
 from nanollama.checkpoint.fields import Fields, read_json
 from nanollama.checkpoint.names import weight_shapes
 from nanollama.checkpoint.staging import refuse_occupied, staged
@@ -262,14 +262,16 @@ def write_meta(
 ) -> None:
     """Write a Meta folder that Meta's own code opens, streaming; weights as `open_checkpoint` returns them, or a dict.
 
-    tokenizer: copied as tokenizer.model. shards: 1 to 16, read by as many processes of Meta's code (more shards than
-    kv heads: each head is repeated, as in the 16-shard 405B). embedding_split: "rows" as in Llama 3 and all of today's
-    code, "columns" as in Llama 2. Raises CheckpointError when the model cannot be said in params.json or split so.
+    tokenizer: a file of any kind, written as tokenizer.model. shards: 1 to 16, read by as many processes of Meta's code
+    (more shards than kv heads: each head is repeated, as in the 16-shard 405B). embedding_split: "rows" as in Llama 3
+    and all of today's code, "columns" as in Llama 2.
+    Raises CheckpointError when the model cannot be said in params.json or split so.
     """
     folder = Path(folder)
     refuse_occupied(folder)
     params = make_params(folder, config, shards)
     entries = to_write(folder, config, weights, dtype)
+    vocabulary = None if tokenizer is None else vocab_files.read_fitting(tokenizer, config.vocab_size)
     with staged(folder) as stage:
         for s in range(shards):
             parts = {
@@ -280,8 +282,8 @@ def write_meta(
                 parts[HEAD], aliases = _shard(folder, HEAD, entries[EMBEDDING], s, shards, config, "rows"), {}
             with stage.open(f"consolidated.{s:02d}.pth") as file:
                 write_pth(file, *streamed(parts), aliases)
-        if tokenizer is not None:
-            stage.copy(tokenizer, "tokenizer.model")
+        if tokenizer is not None and vocabulary is not None:
+            vocab_files.write_model(stage, "tokenizer.model", vocabulary, tokenizer)
         stage.text("params.json", json.dumps(params, indent=2) + "\n")
 
 

@@ -8,6 +8,7 @@ Sources: sentencepiece_model.proto; llama2.c tokenizer.py; transformers convert_
 import base64
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from nanollama.checkpoint.vocab import (
     NORMAL,
     SPACE,
     UNKNOWN,
+    UNUSED,
     Vocabulary,
     byte_alphabet,
     looks_like_ranks,
+    read,
 )
 from nanollama.checkpoint.weights import CheckpointError
 
@@ -31,8 +34,8 @@ LLAMA3_PATTERN = (
 )
 LLAMA3_TEMPLATE = (
     "{{- bos_token }}{%- for message in messages %}"
-    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
-    "{%- endfor %}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{- message['content'] | trim + '<|eot_id|>' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
 )
 
@@ -208,7 +211,31 @@ def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
-def write_beside_hf(stage: Stage, vocabulary: Vocabulary, source: Path | None) -> None:
+def read_fitting(path: Path, vocab_size: int) -> Vocabulary:
+    """The vocabulary of a tokenizer file; refuses one with more tokens than the model has rows."""
+    found = read(path)
+    if len(found.tokens) > vocab_size:
+        raise CheckpointError(
+            path, f"has {len(found.tokens)} tokens, the model {vocab_size}: it is another model's; give the right one"
+        )
+    return found
+
+
+def padded(vocabulary: Vocabulary, vocab_size: int) -> Vocabulary:
+    """With unused tokens up to the model's number of rows, which GGUF and tokenizer.bin require."""
+    n = vocab_size - len(vocabulary.tokens)
+    if not n:
+        return vocabulary
+    unused = [b"[UNUSED%d]" % i for i in range(len(vocabulary.tokens), vocab_size)]
+    return replace(
+        vocabulary,
+        tokens=vocabulary.tokens + unused,
+        scores=vocabulary.scores + [-1e9] * n,
+        types=vocabulary.types + [UNUSED] * n,
+    )
+
+
+def write_beside_hf(stage: Stage, vocabulary: Vocabulary, source: Path) -> None:
     """The tokenizer files of a Hugging Face folder.
 
     source: the file that the vocabulary was read from; Meta's own file is kept too, where hub copies have it.
@@ -233,9 +260,9 @@ def write_beside_hf(stage: Stage, vocabulary: Vocabulary, source: Path | None) -
         write_model(stage, "tokenizer.model", vocabulary, source)
 
 
-def write_model(stage: Stage, name: str, vocabulary: Vocabulary, source: Path | None) -> None:
+def write_model(stage: Stage, name: str, vocabulary: Vocabulary, source: Path) -> None:
     """tokenizer.model in Meta's form: the source's own bytes where it is such a file, else written anew."""
-    data = source.read_bytes() if source is not None else b""
+    data = source.read_bytes()
     is_model = looks_like_ranks(data) if vocabulary.kind == "bpe" else data[:1] == b"\n" and data[1:2] > b"\0"
     with stage.open(name) as file:
         file.write(data if is_model and not _is_llama2c(data) else meta_bytes(vocabulary))

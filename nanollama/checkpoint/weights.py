@@ -145,7 +145,14 @@ def cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
         return weights
 
     def entry(name: str) -> Lazy:
-        return Lazy(weights.shapes[name], dtype, lambda start, stop: weights.rows(name, start, stop).to(dtype))
+        def read(start: int, stop: int) -> Tensor:
+            rows = weights.rows(name, start, stop)
+            converted = rows.to(dtype)
+            if dtype == torch.float16 and rows.dtype != dtype and converted.isinf().any():
+                raise CheckpointError(name, "holds numbers beyond fp16's 65504: choose bf16 or fp32")
+            return converted
+
+        return Lazy(weights.shapes[name], dtype, read)
 
     return Weights({name: entry(name) for name in weights})
 

@@ -1,0 +1,167 @@
+"""The header of a GGUF file, read with every count and length checked against the file's size before it is believed.
+
+The gguf package's own reader trusts the counts and takes seconds for a vocabulary of 128,256 tokens; this one is for
+files from anywhere. The format is in docs/formats.md.
+
+    python -c "from nanollama.checkpoint.gguf_header import read; print(read('x.gguf').keys['general.architecture'])"
+"""
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanollama.checkpoint.weights import CheckpointError
+
+SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d"}
+BOOL, STRING, ARRAY = 7, 8, 9
+# ggml's number of the type -> (name, weights per block, bytes per block)
+TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 8: ("Q8_0", 32, 34), 30: ("BF16", 1, 2)}
+LONGEST_STRING_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies: shape in torch's order (rows first), absolute offset and size in bytes."""
+
+    shape: tuple[int, ...]
+    type: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    keys: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def read(path: str | Path) -> Header:
+    """Parse the header; raises CheckpointError for damage, and for tensor types other than F32, F16, BF16 and Q8_0."""
+    path = Path(path)
+    size = path.stat().st_size
+    if size < 24:
+        raise CheckpointError(path, f"is truncated: {size} bytes cannot hold a GGUF header")
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            return _Cursor(data).header()
+        except (ValueError, struct.error, OverflowError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(path, f"is damaged or not a GGUF file ({error}); download it again") from None
+
+
+class _Cursor:
+    """A place in the file. Methods raise ValueError when the file ends before what it promises."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at = data, 0
+
+    def scalar(self, form: str) -> Any:
+        (value,) = struct.unpack_from(form, self.data, self.at)
+        self.at += struct.calcsize(form)
+        return value
+
+    def count(self, smallest_bytes: int, what: str) -> int:
+        """A u64 that says how many things of at least so many bytes follow."""
+        count = self.scalar("<Q")
+        if count * smallest_bytes > len(self.data) - self.at:
+            raise ValueError(f"{count} {what} cannot fit into the {len(self.data) - self.at} bytes that are left")
+        return count
+
+    def text(self) -> str:
+        size = self.count(1, "bytes of text")
+        if size > LONGEST_STRING_BYTES:
+            raise ValueError(f"a text of {size} bytes")
+        raw = self.data[self.at : self.at + size]
+        self.at += size
+        # Byte-level tokens are UTF-8; a broken one must not be lost silently.
+        return raw.decode("utf-8")
+
+    def value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.text()
+        if kind == ARRAY:
+            return self.array()
+        if kind not in SCALARS:
+            raise ValueError(f"a value of unknown type {kind}")
+        value = self.scalar(SCALARS[kind])
+        if kind == BOOL:
+            return bool(value)
+        return shortest(value) if kind == 6 else value
+
+    def array(self) -> list[Any]:
+        kind = self.scalar("<I")
+        if kind == STRING:
+            return [self.text() for _ in range(self.count(8, "texts"))]
+        if kind not in SCALARS:
+            raise ValueError(f"an array of unknown type {kind}")
+        form = SCALARS[kind]
+        n = self.count(struct.calcsize(form), "values")
+        values = list(struct.unpack_from(f"<{n}{form[1]}", self.data, self.at))
+        self.at += n * struct.calcsize(form)
+        return values
+
+    def header(self) -> Header:
+        if self.data[:4] != b"GGUF":
+            raise ValueError(f"it begins with {self.data[:4]!r}")
+        self.at = 4
+        version = self.scalar("<I")
+        if version not in (2, 3):
+            raise ValueError(f"version {version}; 2 and 3, little-endian, are known")
+        n_tensors = self.count(24, "tensors")
+        n_keys = self.count(13, "keys")
+        keys: dict[str, Any] = {}
+        for _ in range(n_keys):
+            name = self.text()
+            if name in keys:
+                raise ValueError(f"the key {name!r} stands there twice")
+            keys[name] = self.value(self.scalar("<I"))
+        infos = [self.tensor_info() for _ in range(n_tensors)]
+        return Header(keys, self.placed(infos, keys.get("general.alignment", 32)))
+
+    def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
+        name, n_dims = self.text(), self.scalar("<I")
+        if not 1 <= n_dims <= 4:
+            raise ValueError(f"tensor {name} has {n_dims} dimensions")
+        shape = tuple(reversed([self.scalar("<Q") for _ in range(n_dims)]))
+        return name, shape, self.scalar("<I"), self.scalar("<Q")
+
+    def placed(self, infos: list[tuple[str, tuple[int, ...], int, int]], alignment: Any) -> dict[str, Tensor]:
+        """The tensors with absolute offsets: inside the file, aligned, not on each other's bytes."""
+        if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
+            raise ValueError(f"alignment {alignment!r}")
+        start = -(-self.at // alignment) * alignment
+        found: dict[str, Tensor] = {}
+        for name, shape, kind, offset in infos:
+            if kind not in TYPES:
+                raise ValueError(f"tensor {name} is of ggml type {kind}; only F32, F16, BF16 and Q8_0 can be read")
+            type_name, block, block_bytes = TYPES[kind]
+            nbytes = math.prod(shape) // block * block_bytes
+            if name in found or 0 in shape or shape[-1] % block or offset % alignment:
+                raise ValueError(f"tensor {name} with shape {shape} at offset {offset} is impossible or repeated")
+            if start + offset + nbytes > len(self.data):
+                raise ValueError(f"tensor {name} ends beyond the file: it is truncated")
+            found[name] = Tensor(shape, type_name, start + offset, nbytes)
+        end = 0
+        for name, tensor in sorted(found.items(), key=lambda item: item[1].offset):
+            if tensor.offset < end:
+                raise ValueError(f"tensor {name} lies on the bytes of another")
+            end = tensor.offset + tensor.nbytes
+        return found
+
+
+def shortest(value: float) -> float:
+    """The number with the fewest digits that is this float32: 1e-05 and not 9.999999747378752e-06."""
+    if not math.isfinite(value):
+        return value
+    for digits in range(1, 10):
+        candidate = float(f"{value:.{digits}g}")
+        try:
+            if struct.unpack("<f", struct.pack("<f", candidate))[0] == value:
+                return candidate
+        except OverflowError:
+            continue
+    return value
