@@ -1,0 +1,237 @@
+"""What every entry does around the loop: check the line, make the folder, prepare data, train, write the final model.
+
+    python -m finetune.tinystories          # one of the entries; the others are tinyshakespeare and text
+"""
+
+import errno
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.config import TrainConfig, from_json, merge_resumed, preset, resolve, to_json
+from finetune.evaluate import Score, bigram
+from finetune.parallelize import World, default_device, open_world
+from finetune.prepare.cache import Prepared, Say, cache_folder, prepare
+from finetune.prepare.corpus import Source
+from finetune.prepare.download import write_atomically
+from finetune.report import write_report
+from finetune.resume import checkpoints
+from finetune.start import Start, build_model, open_start
+from finetune.train import Outcome, Setup, TrainingStopped, train
+from nanollama.checkpoint import CheckpointError
+from nanollama.checkpoint.hf import write_hf
+from nanollama.checkpoint.meta import write_meta
+from nanollama.cli import run_config
+from nanollama.generate import Llama, Sampling
+from nanollama.model import Transformer
+from nanollama.tokenizer import Tokenizer, open_tokenizer
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SAMPLE_TOKENS = 120
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One `python -m finetune.NAME`."""
+
+    name: str
+    find: Callable[[TrainConfig, Path, Say], Source | Path]  # (config, cache folder, say) -> the data
+    defaults: dict[str, Any]  # in place of TrainConfig's
+    larger: tuple[str, ...] = ()  # flags of larger runs, printed at the end of a default run
+
+
+def run_entry(entry: Entry) -> None:
+    run_config(TrainConfig, lambda config: run(entry, config), defaults=entry.defaults)
+
+
+def run(entry: Entry, given: TrainConfig) -> int:
+    """The whole run; returns the exit code. Raises ValueError for what the user can mend."""
+    saved = _saved_config(entry, given)
+    device = (saved or given).device or default_device()
+    world = open_world(device)
+    try:
+        config = saved or resolve(given, device, given.threads or torch.get_num_threads())
+        assert config.threads is not None
+        torch.set_num_threads(config.threads)
+        out = Path(world.from_main(lambda: str(_open_out(entry, config))))
+        return _run(entry, replace(config, out=str(out)), out, world)
+    except TrainingStopped as stopped:
+        again = f"{_command(entry)} --out {given.out or out} --resume"
+        _complain(world, f"{stopped}\ncontinue with: {again}")
+        return stopped.code
+    except CheckpointError as error:
+        left = checkpoints(out)
+        good = f"the last good checkpoint is {left[-1]}" if left else "nothing was saved before"
+        if not isinstance(error.__context__, OSError):
+            raise
+        _complain(world, f"error: {error}; {good}")
+        return 1
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        _complain(world, f"error: {error.filename or 'a file of the run'}: {error.strerror}: free some space, then --resume")
+        return 1
+    finally:
+        world.close()
+
+
+def _run(entry: Entry, config: TrainConfig, out: Path, world: World) -> int:
+    say = _sayer(world)
+    start = open_start(config)
+    for notice in start.checkpoint.notices if start.checkpoint else ():
+        say(notice)
+    prepared = _prepare(entry, config, start, world, say)
+    tokenizer = open_tokenizer(prepared.tokenizer)
+    model = build_model(start, config, tokenizer.vocab_size, world.device)
+    describe(config, prepared, model, out, say)
+    setup = Setup(
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        train=prepared.train,
+        val=prepared.val,
+        fingerprint=prepared.fingerprint(),
+        out=out,
+        world=world,
+        sample=lambda m: sample(m, tokenizer, config.prompt),
+    )
+    outcome = train(setup)
+    if world.is_main:
+        finish(entry, setup, prepared, outcome, say)
+    world.barrier()
+    return 0
+
+
+def _saved_config(entry: Entry, given: TrainConfig) -> TrainConfig | None:
+    """The config of the run that `--resume` continues."""
+    if not given.resume:
+        return None
+    if given.out is None:
+        raise ValueError("--resume needs --out, the folder of the run to continue")
+    path = Path(given.out) / "config.json"
+    if not path.exists():
+        raise ValueError(f"--out {given.out}: holds no run to resume (config.json is missing): drop --resume to start one")
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if saved.pop("entry") != entry.name:
+        raise ValueError(f"--out {given.out}: holds a run of another entry: resume it with the command that began it")
+    world_size = saved.pop("world_size")
+    if world_size != int(os.environ.get("WORLD_SIZE", "1")):
+        raise ValueError(f"--resume continues a run of {world_size} processes: start as many")
+    return merge_resumed(given, from_json(saved, path), TrainConfig(**entry.defaults))
+
+
+def _open_out(entry: Entry, config: TrainConfig) -> Path:
+    """The run's folder, with config.json in it. Raises ValueError when it holds something else."""
+    out = Path(config.out or f"out/{entry.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if not config.resume:
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out}: is a file")
+        inside = [p.name for p in out.iterdir() if not p.name.endswith(".partial")] if out.exists() else []
+        if "config.json" in inside:
+            raise ValueError(f"--out {out}: holds a run already: add --resume to continue it, or choose another folder")
+        if inside:
+            raise ValueError(f"--out {out}: is not empty (it holds {min(inside)}): choose another folder")
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        saved = {"entry": entry.name, "world_size": world_size, **to_json(replace(config, out=str(out)))}
+        write_atomically(out / "config.json", (json.dumps(saved, indent=2) + "\n").encode())
+    return out
+
+
+def _prepare(entry: Entry, config: TrainConfig, start: Start, world: World, say: Say) -> Prepared:
+    """The main rank prepares; then every rank opens what is there."""
+    cache = cache_folder(config.cache)
+    tokenizer = Path(config.tokenizer) if config.tokenizer else start.tokenizer
+    if config.ckpt and tokenizer is None:
+        raise ValueError(f"--ckpt {config.ckpt}: has no tokenizer beside it: name one with --tokenizer")
+    source = world.from_main(lambda: entry.find(config, cache, say))
+
+    def opened(speak: Say) -> Prepared:
+        return prepare(
+            source,
+            cache=cache,
+            tokenizer=tokenizer,
+            vocab_size=config.vocab_size or preset(config).vocab_size,
+            workers=config.workers or os.cpu_count() or 1,
+            say=speak,
+        )
+
+    world.from_main(lambda: opened(say).name)
+    return opened(lambda text: None)
+
+
+def describe(config: TrainConfig, prepared: Prepared, model: Transformer, out: Path, say: Say) -> None:
+    train, val = prepared.train.lengths, prepared.val.lengths
+    assert config.seq_len is not None
+    say(f"data: {prepared.name}: {len(train):,} documents, {train.sum():,} tokens; held out: {len(val):,} documents")
+    long = int((train > config.seq_len).sum())
+    if long:
+        say(f"data: {long:,} documents are longer than --seq_len {config.seq_len}: cut in pieces, each with its BOS")
+    count = sum(p.numel() for p in model.parameters())
+    begun = config.ckpt or f"{config.init} from scratch"
+    say(f"model: {begun}: {count:,} parameters, {prepared.vocabulary.size:,} words; --method {config.method}")
+    say(f"run: {out}: {config.max_steps} steps of {config.batch_size} x {config.accumulate} rows of {config.seq_len} tokens")
+
+
+def finish(entry: Entry, setup: Setup, prepared: Prepared, outcome: Outcome, say: Say) -> None:
+    """The final model, the report and what to type next."""
+    config, out, model = setup.config, setup.out, setup.model
+    weights = {name: weight.detach() for name, weight in model.state_dict().items()}
+    for folder, write in ((out / "final", write_meta), (out / "final-hf", write_hf)):
+        if folder.exists():
+            shutil.rmtree(folder)  # of this run, when it is resumed after its end
+        if folder.name == "final" or config.export == "hf":
+            write(folder, model.config, weights, tokenizer=prepared.tokenizer)
+    write_report(out)
+    base = bigram(prepared.train, outcome.held_out, prepared.vocabulary.size)
+    write_atomically(out / "summary.json", json.dumps(summary(outcome, base), indent=2).encode())
+    say(f"sample: {setup.sample(model)}")
+    say(f"held-out bits per byte: {outcome.score.bpb:.4f}; a bigram model fitted on the training text: {base.bpb:.4f}")
+    say(f"held-out nats per token: {outcome.score.loss:.4f}; the bigram model: {base.loss:.4f}")
+    say(f"curves: {out / 'report.png'}   model: {out / 'final'}")
+    say("next:")
+    say(f'  python -m nanollama generate --ckpt {out / "final"} --prompt "{config.prompt}"')
+    say(f"  python -m parity.check --ckpt {out / 'final'}")
+    for flags in entry.larger:
+        say(f"  {_command(entry)} {flags}")
+
+
+def summary(outcome: Outcome, base: Score) -> dict[str, float]:
+    return {
+        "steps": outcome.progress.step,
+        "tokens": outcome.progress.tokens,
+        "val_loss": outcome.score.loss,
+        "val_bpb": outcome.score.bpb,
+        "bigram_loss": base.loss,
+        "bigram_bpb": base.bpb,
+    }
+
+
+def sample(model: Transformer, tokenizer: Tokenizer, prompt: str) -> str:
+    """The prompt and what the model makes of it."""
+    was_training = model.training
+    model.eval()
+    events = Llama(model, tokenizer).generate([prompt], Sampling(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=0))
+    text = prompt + "".join(event.text for event in events)
+    model.train(was_training)
+    return text
+
+
+def _sayer(world: World) -> Say:
+    return lambda text: print(text, flush=True) if world.is_main else None
+
+
+def _complain(world: World, text: str) -> None:
+    if world.is_main:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _command(entry: Entry) -> str:
+    return f"python -m finetune.{entry.name}"

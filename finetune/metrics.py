@@ -1,0 +1,162 @@
+"""What a run shows while it goes: a progress bar, OUT/metrics.jsonl, and TensorBoard or Weights & Biases where asked for.
+
+    {"step": 7, "loss": 5.1, "lr": 0.001, "grad_norm": 0.9, "tokens": 28553, "tokens_per_s": 9000.0, "peak_bytes": 410000000}
+    {"step": 100, "val_loss": 3.2, "val_bpb": 1.4}
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from finetune.config import TrainConfig, to_json
+from finetune.parallelize import World
+from finetune.prepare.download import write_atomically
+from nanollama.model import ModelConfig
+
+# Dense peak of the tensor cores in FLOP/s by the names that CUDA gives (vendors' data sheets): bf16, fp32 without TF32.
+PEAK_FLOPS = {
+    "H200": (989e12, 67e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, 91.6e12),
+    "4090": (165e12, 82.6e12),
+    "3090": (71e12, 35.6e12),
+}
+
+
+class Writer(Protocol):
+    def write(self, step: int, values: dict[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    def __init__(self, out: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("--tensorboard needs the package tensorboard: pip install 'nanollama[tensorboard]'") from None
+        self.writer = SummaryWriter(str(out / "tensorboard"))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    def __init__(self, out: Path, config: TrainConfig) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError("--wandb needs the package wandb: pip install 'nanollama[wandb]'") from None
+        # The run's folder is its name there too, so a resumed run continues its own curves.
+        self.run = wandb.init(project="nanollama", id=out.name, resume="allow", dir=str(out), config=to_json(config))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Metrics:
+    """The writers of the main rank; on the others it does nothing."""
+
+    def __init__(self, out: Path, config: TrainConfig, world: World, first_step: int) -> None:
+        assert config.max_steps is not None
+        self.is_main, self.writers = world.is_main, list[Writer]()
+        self.bar = tqdm(
+            total=config.max_steps,
+            initial=first_step,
+            unit="step",
+            disable=not world.is_main,
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+        )
+        if not world.is_main:
+            return
+        keep_until_(out / "metrics.jsonl", first_step)
+        self.file = (out / "metrics.jsonl").open("a", encoding="utf-8")
+        if config.tensorboard:
+            self.writers.append(TensorBoard(out))
+        if config.wandb:
+            self.writers.append(WandB(out, config))
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.close()
+        if self.is_main:
+            self.file.close()
+            for writer in self.writers:
+                writer.close()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        if not self.is_main:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        for writer in self.writers:
+            writer.write(step, values)
+
+    def progress(self, values: dict[str, float]) -> None:
+        """One step more."""
+        shown = {"loss": f"{values['loss']:.3f}", "tok/s": f"{values['tokens_per_s']:,.0f}"}
+        self.bar.set_postfix({**shown, "MB": f"{values['peak_bytes'] / 1e6:,.0f}"}, refresh=False)
+        self.bar.update()
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            self.bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; one that a kill cut short is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def keep_until_(path: Path, step: int) -> None:
+    """Drop the lines behind `step`: the steps that a resumed run does again."""
+    if path.exists():
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Largest memory in use so far: of the GPU's allocator, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if os.name != "posix":
+        return 0
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def flops_per_token(shape: ModelConfig, parameters: int, seq_len: int) -> float:
+    """Forward and backward: 6 per weight that is multiplied, 12 per layer, feature and key (PaLM, arXiv 2204.02311, B)."""
+    multiplied = parameters if shape.tied else parameters - shape.vocab_size * shape.dim
+    return 6 * multiplied + 12 * shape.n_layers * shape.n_heads * shape.head_dim * seq_len
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """None where it is not known: no MFU is shown then."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = next((peaks for key, peaks in PEAK_FLOPS.items() if key in name), None)
+    return known and known[dtype == "fp32"]

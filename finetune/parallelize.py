@@ -1,0 +1,100 @@
+"""Data parallelism, from outside: one process per rank, started by torchrun; gradients are summed over ranks, not averaged,
+since each rank divides its loss by the number of valid tokens on all of them.
+
+    torchrun --nproc_per_node 2 -m finetune.tinystories --init 15M
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: list[float] | Tensor) -> Tensor:
+        """Element by element over all ranks, in float64 for a list (counts stay exact)."""
+        total = torch.tensor(values, dtype=torch.float64) if isinstance(values, list) else values.clone()
+        total = total.to(self.device) if self.device.type == "cuda" else total
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns on the main rank, on every rank."""
+        if self.size == 1:
+            return make()
+        box = [make() if self.is_main else None]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def open_world(device: str) -> World:
+    """Join the ranks that torchrun started, if it did. Raises ValueError for a device that is not there."""
+    name = device.partition(":")[0]
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: no CUDA device is there: use --device cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: it is not there: use --device cpu")
+    if name not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {device}: expected cpu, cuda or mps")
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(torch.device(device))
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    if name == "cuda":
+        torch.cuda.set_device(local)
+    return World(torch.device(name, local) if name == "cuda" else torch.device(name), rank, size)
+
+
+def _sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's communication hook without its division by the number of ranks."""
+    reduced = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return reduced.then(lambda future: future.value()[0])
+
+
+def replicate(module: nn.Module, world: World) -> nn.Module:
+    """`module` with its gradients summed over all ranks in the backward pass; itself when there is one rank."""
+    if world.size == 1:
+        return module
+    replica = DistributedDataParallel(module)
+    replica.register_comm_hook(None, _sum_gradients)
+    return replica
+
+
+def no_sync(module: nn.Module, is_last: bool) -> AbstractContextManager[None]:
+    """Gradients of all but the last micro-batch stay on their rank."""
+    if isinstance(module, DistributedDataParallel) and not is_last:
+        return module.no_sync()
+    return nullcontext()

@@ -1,0 +1,178 @@
+"""From a source of text to token shards on the disk, each step made once and kept in the cache folder.
+
+    CACHE/text/sample-HASH.txt        CACHE/tokenizers/HASH.model        CACHE/shards/NAME-HASH/{train,val}_00000.bin
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.prepare import corpus, download
+from finetune.prepare.corpus import Format, Source
+from finetune.prepare.download import Offline, write_atomically
+from finetune.prepare.shards import VERSION, TokenStore, Vocabulary, write_shards
+from finetune.prepare.stories import GRAMMAR, stories
+from finetune.prepare.tokenizer import train_tokenizer
+from nanollama.tokenizer import open_tokenizer
+
+SAMPLE_STORIES = 12_000  # 6 MB
+WHOLE_HASH_BYTES = 64 << 20  # larger files are known by name, size and time
+TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training needs of the data."""
+
+    name: str
+    tokenizer: Path
+    vocabulary: Vocabulary
+    train: TokenStore
+    val: TokenStore
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256((self.train.fingerprint() + self.val.fingerprint()).encode()).hexdigest()
+
+
+def cache_folder(given: str | None) -> Path:
+    return Path(given or os.environ.get("NANOLLAMA_CACHE") or Path.home() / ".cache" / "nanollama").expanduser()
+
+
+def prepare(
+    source: Source | Path,
+    *,
+    cache: Path,
+    tokenizer: Path | None,
+    vocab_size: int,
+    workers: int,
+    say: Say,
+) -> Prepared:
+    """Open `source`'s shards, making what is missing. A Path is a folder of shards.
+
+    tokenizer: None trains one of `vocab_size` words on the text. Raises ValueError for data that cannot be used.
+    """
+    if isinstance(source, Path):
+        return _open(f"the shards in {source}", source, tokenizer or _tokenizer_of_shards(source))
+    if tokenizer is None:
+        tokenizer = _trained(source, vocab_size, cache / "tokenizers")
+        words = open_tokenizer(tokenizer).vocab_size
+        if words < vocab_size:
+            say(f"tokenizer: the data supports {words:,} words, not {vocab_size:,}; it gets {words:,}")
+    key = _key(source, tokenizer=hashlib.sha256(tokenizer.read_bytes()).hexdigest(), version=VERSION)
+    folder = cache / "shards" / f"{source.name}-{key}"
+    if not folder.exists():
+        _write(source, tokenizer, folder, workers)
+    return _open(source.name, folder, tokenizer)
+
+
+def _open(name: str, folder: Path, tokenizer: Path) -> Prepared:
+    vocabulary = Vocabulary.of(tokenizer)
+    stores = (TokenStore(folder, "train", vocabulary), TokenStore(folder, "val", vocabulary))
+    return Prepared(name, tokenizer, vocabulary, *stores)
+
+
+def is_shards(path: Path) -> bool:
+    return path.is_dir() and any(path.glob("*_*.bin"))
+
+
+def _tokenizer_of_shards(folder: Path) -> Path:
+    for name in TOKENIZERS:
+        if (folder / name).exists():
+            return folder / name
+    raise ValueError(f"--data {folder}: holds shards but no tokenizer: name theirs with --tokenizer")
+
+
+def _trained(source: Source, vocab_size: int, folder: Path) -> Path:
+    path = folder / f"{source.name}-{_key(source, vocab_size=vocab_size)}.model"
+    if not path.exists():
+        small = not source.val and corpus.is_small(source.train, source.format)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.partial")
+        try:
+            train_tokenizer(_training_texts(source, small), vocab_size, temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def _training_texts(source: Source, small: bool) -> Iterator[str]:
+    for path in source.train:
+        for chunk in corpus.chunks(path, source.format):
+            for side, text, _ in corpus.split(chunk, source.format, "train" if source.val else None, small):
+                if side == "train":
+                    yield text
+
+
+def _write(source: Source, tokenizer: Path, folder: Path, workers: int) -> None:
+    """All the shards, or nothing under this name."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        write_shards(source, tokenizer, temporary, workers)
+        name = tokenizer.name if tokenizer.name in TOKENIZERS else "tokenizer.model"
+        shutil.copyfile(tokenizer, temporary / name)
+        if not folder.exists():  # another run may have been faster
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _key(source: Source, **more: Any) -> str:
+    """A name for what is made of this source with these settings."""
+    files = [[_identity(path) for path in paths] for paths in (source.train, source.val)]
+    content = {"files": files, "format": [source.format.separator, source.format.field], **more}
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _identity(path: Path) -> list[Any]:
+    status = path.stat()
+    if status.st_size > WHOLE_HASH_BYTES:
+        return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    return [path.name, hashlib.sha256(path.read_bytes()).hexdigest()]
+
+
+def sample_source(cache: Path) -> Source:
+    """The bundled sample as a file."""
+    version = hashlib.sha256(GRAMMAR.read_bytes() + str(SAMPLE_STORIES).encode()).hexdigest()[:8]
+    path = cache / "text" / f"sample-{version}.txt"
+    if not path.exists():
+        form = Format()
+        write_atomically(path, f"\n{form.separator}\n".join(stories(SAMPLE_STORIES)).encode())
+    return Source("sample", (path,))
+
+
+def tinystories_source(*, small: bool, cached_only: bool = False) -> Source:
+    """TinyStories; small: the 19 MB of its validation file alone. Raises Offline."""
+    if small:
+        return Source("tinystories-valid", (download.fetch(download.VALID, cached_only=cached_only),))
+    train, val = download.tinystories(cached_only=cached_only)
+    return Source("tinystories", (train,), (val,))
+
+
+def auto_source(cache: Path, *, small: bool, say: Say) -> Source:
+    """TinyStories from the cache or the hub, else the sample; says which."""
+    try:
+        return tinystories_source(small=False, cached_only=True)
+    except Offline:
+        pass
+    try:
+        return tinystories_source(small=small)
+    except Offline as error:
+        say(f"data: {error}; using the bundled sample instead")
+        return sample_source(cache)
+
+
+def path_source(path: Path, form: Format) -> Source | Path:
+    """A file, a folder of files, or a folder of shards (which stays a Path). Raises ValueError."""
+    if is_shards(path):
+        return path
+    return Source(path.stem, corpus.text_files(path), format=form)

@@ -1,0 +1,82 @@
+"""Texts from the network: TinyStories (roneneldan/TinyStories, CDLA-Sharing-1.0) and tinyshakespeare (public domain).
+
+TinyStories comes through huggingface_hub, with its progress bar, and stays in huggingface_hub's own cache.
+
+    python -c "from finetune.prepare.download import tinystories; print(tinystories())"
+"""
+
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+REPOSITORY = "roneneldan/TinyStories"
+TRAIN, VALID = "TinyStories-train.txt", "TinyStories-valid.txt"  # 1.9 GB, 19 MB
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+REACH_TIMEOUT_S = 10
+
+
+class Offline(ValueError):
+    """The network could not be reached and the file is not in the cache."""
+
+
+def tinystories(*, cached_only: bool = False) -> tuple[Path, Path]:
+    """(training text, validation text). Raises Offline."""
+    return fetch(TRAIN, cached_only=cached_only), fetch(VALID, cached_only=cached_only)
+
+
+def fetch(name: str, *, cached_only: bool = False) -> Path:
+    """A file of the TinyStories data set; downloads it with a progress bar unless it is there. Raises Offline."""
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    failed = f"{REPOSITORY}/{name} is not in the cache and could not be downloaded"
+    try:
+        return Path(hf_hub_download(REPOSITORY, name, repo_type="dataset", local_files_only=True))
+    except OSError:  # huggingface_hub's LocalEntryNotFoundError is one
+        if cached_only or constants.HF_HUB_OFFLINE:
+            raise Offline(f"{failed} (offline)") from None
+    try:
+        _reach(constants.ENDPOINT)  # first, since huggingface_hub retries for half a minute
+        return Path(hf_hub_download(REPOSITORY, name, repo_type="dataset"))
+    except (OSError, HfHubHTTPError) as error:
+        reason = getattr(error, "reason", None) or type(error).__name__
+        raise Offline(f"{failed} ({reason})") from None
+
+
+def _reach(url: str) -> None:
+    """Raises OSError when no server answers there; any answer will do."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=REACH_TIMEOUT_S).close()
+    except urllib.error.HTTPError:
+        return
+
+
+def tinyshakespeare(cache: Path) -> Path:
+    """The 1.1 MB of char-rnn's tinyshakespeare. Raises Offline."""
+    path = cache / "text" / "tinyshakespeare.txt"
+    if path.exists():
+        return path
+    try:
+        with urllib.request.urlopen(SHAKESPEARE, timeout=REACH_TIMEOUT_S) as answer:
+            data = answer.read()
+    except OSError as error:
+        raise Offline(
+            f"tinyshakespeare could not be downloaded ({getattr(error, 'reason', error)}): name your copy with --data PATH"
+        ) from None
+    write_atomically(path, data)
+    return path
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

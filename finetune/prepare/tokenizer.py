@@ -1,0 +1,73 @@
+"""A sentencepiece BPE tokenizer trained on the data, as llama2.c trains its custom ones: bytes where no piece fits, digits
+one by one, no normalization. The same text gives the same file.
+
+Source: `train_vocab` in llama2.c's tinystories.py, for the settings.
+"""
+
+import io
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+MAX_TEXT_BYTES = 50 << 20  # more text changes a vocabulary of 32,000 little
+TOO_HIGH = re.compile(r"Vocabulary size too high .*<= (\d+)")
+TOO_LOW = re.compile(r"smaller than required_chars|Vocabulary size is smaller")
+LEAST_WORDS = 3 + 256 + 1  # unknown, BOS, EOS, and all bytes
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> int:
+    """Write a sentencepiece model of `vocab_size` words, or as many as the texts support; returns their number.
+
+    Raises ValueError when vocab_size is too small to hold the bytes.
+    """
+    if vocab_size < LEAST_WORDS:
+        raise ValueError(f"--vocab_size {vocab_size}: expected at least {LEAST_WORDS} (256 of them are the bytes)")
+    lines = list(_lines(texts))
+    coverage = 1.0
+    while True:
+        try:
+            path.write_bytes(_train(lines, vocab_size, coverage))
+            return vocab_size
+        except RuntimeError as error:
+            most = TOO_HIGH.search(str(error))
+            if most and int(most[1]) < vocab_size:
+                vocab_size = int(most[1])
+            elif TOO_LOW.search(str(error)) and coverage > 0.9:
+                coverage -= 0.01  # rare characters are spelled in bytes
+            else:
+                raise ValueError(f"no tokenizer of {vocab_size} words could be trained: {error}") from None
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """The first MAX_TEXT_BYTES, by line: sentencepiece skips what is longer than a few thousand bytes."""
+    left = MAX_TEXT_BYTES
+    for text in texts:
+        for line in text.splitlines():
+            for i in range(0, len(line), 1000):
+                yield line[i : i + 1000]
+        left -= len(text)
+        if left < 0:
+            return
+
+
+def _train(lines: list[str], vocab_size: int, coverage: float) -> bytes:
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        self_test_sample_size=0,
+        character_coverage=coverage,
+        num_threads=1,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        byte_fallback=True,
+        unk_surface=r" \342\201\207 ",
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return model.getvalue()

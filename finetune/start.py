@@ -1,0 +1,68 @@
+"""Where a run starts: an architecture with fresh weights (llama2.c's shapes and initialization), or a checkpoint's.
+
+    python -m finetune.tinystories --init 15M          python -m finetune.text --data notes.txt --ckpt Llama-3.2-1B
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finetune.config import TrainConfig, init_shape
+from nanollama.checkpoint import Checkpoint, open_checkpoint
+from nanollama.model import ModelConfig, Transformer
+
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class Start:
+    checkpoint: Checkpoint | None = None  # None: from scratch
+
+    @property
+    def tokenizer(self) -> Path | None:
+        return self.checkpoint.tokenizer if self.checkpoint else None
+
+
+def open_start(config: TrainConfig) -> Start:
+    """Opens what `--ckpt` names; reads no weights yet."""
+    return Start(open_checkpoint(config.ckpt) if config.ckpt else None)
+
+
+def build_model(start: Start, config: TrainConfig, vocab_size: int, device: torch.device) -> Transformer:
+    """The model in fp32 on the device, its parameters its own memory. Raises ValueError when the tokenizer does not fit."""
+    if start.checkpoint is None:
+        shape = init_shape(config, vocab_size)
+        weights = fresh_weights(shape, torch.Generator().manual_seed(config.seed))
+        return _own(shape, weights, device)
+    shape = start.checkpoint.config
+    if vocab_size > shape.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {vocab_size:,} words and {config.ckpt} {shape.vocab_size:,}: name its own with --tokenizer"
+        )
+    assert config.seq_len is not None
+    if config.seq_len > shape.max_seq_len:
+        raise ValueError(f"--seq_len {config.seq_len}: {config.ckpt} was made for at most {shape.max_seq_len} tokens")
+    return _own(shape, {name: start.checkpoint.weights[name] for name in start.checkpoint.weights}, device)
+
+
+def _own(shape: ModelConfig, weights: dict[str, Tensor], device: torch.device) -> Transformer:
+    # copy=True: an optimizer must never write into a memory-mapped file.
+    owned = {name: weight.to(device, torch.float32, copy=True) for name, weight in weights.items()}
+    return Transformer.from_weights(shape, owned, dtype=torch.float32, device=device)
+
+
+def fresh_weights(shape: ModelConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """llama2.c's initialization (`Transformer._init_weights`): normal with std 0.02, smaller where a matrix adds to the
+    residual stream (there: wo and w3), norms 1."""
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in Transformer(shape).state_dict().items()}
+    weights = {}
+    for name, size in shapes.items():
+        is_residual = name.endswith(("wo.weight", "w3.weight"))
+        std = INIT_STD / math.sqrt(2 * shape.n_layers) if is_residual else INIT_STD
+        norm = len(size) == 1
+        weights[name] = torch.ones(size) if norm else torch.empty(size).normal_(0, std, generator=generator)
+    return weights

@@ -1,0 +1,24 @@
+"""Train on text of your own: a .txt file, a .jsonl file with a field, a folder of them, or a folder of token shards.
+
+    python -m finetune.text --data notes/ --ckpt Llama-3.2-1B
+"""
+
+from pathlib import Path
+
+from finetune.config import TrainConfig
+from finetune.entry import Entry, run_entry
+from finetune.prepare.cache import Say, path_source
+from finetune.prepare.corpus import Format, Source
+
+
+def find(config: TrainConfig, cache: Path, say: Say) -> Source | Path:
+    """What `--data` names, which has to be given."""
+    if config.data == "auto":
+        raise ValueError("--data is missing: name a .txt or .jsonl file, a folder of them, or a folder of token shards")
+    return path_source(Path(config.data), Format(config.separator, config.field))
+
+
+ENTRY = Entry("text", find, {})
+
+if __name__ == "__main__":
+    run_entry(ENTRY)

@@ -1,0 +1,24 @@
+"""Train on tinyshakespeare: one document, the last tenth held out.
+
+    python -m finetune.tinyshakespeare --data tinyshakespeare.txt --max_steps 300
+"""
+
+from pathlib import Path
+
+from finetune.config import TrainConfig
+from finetune.entry import Entry, run_entry
+from finetune.prepare.cache import Say, path_source
+from finetune.prepare.corpus import Format, Source
+from finetune.prepare.download import tinyshakespeare
+
+
+def find(config: TrainConfig, cache: Path, say: Say) -> Source | Path:
+    """`--data PATH`, else the download."""
+    path = tinyshakespeare(cache) if config.data == "auto" else Path(config.data)
+    return path_source(path, Format(config.separator, config.field))
+
+
+ENTRY = Entry("tinyshakespeare", find, {"prompt": "ROMEO:"})
+
+if __name__ == "__main__":
+    run_entry(ENTRY)

@@ -1,0 +1,33 @@
+"""Features that wrap the model from outside: dropout, activation checkpointing. The model knows of none.
+
+    add_dropout_(model, 0.1)
+    checkpoint_blocks_(model)
+"""
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nanollama.model import Transformer
+
+
+def add_dropout_(model: Transformer, p: float) -> None:
+    """Zero a share `p` of the embedding and of what each attention and feed-forward adds, in training mode only."""
+
+    def drop(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return F.dropout(output, p, training=module.training)
+
+    for module in (
+        model.tok_embeddings,
+        *(block.attention.wo for block in model.layers),
+        *(block.feed_forward.w2 for block in model.layers),
+    ):
+        module.register_forward_hook(drop)
+
+
+def checkpoint_blocks_(model: Transformer) -> None:
+    """Keep only each block's input and run the block again in the backward pass."""
+    for block in model.layers:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
