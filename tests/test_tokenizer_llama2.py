@@ -4,6 +4,7 @@ Known exceptions (docs/tokenizers.md): "▁" in a text is a space to sentencepie
 text that starts with one; text before and after a parsed special token.
 """
 
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,19 @@ def theirs(package: sentencepiece.SentencePieceProcessor) -> LlamaTokenizer:
 def from_json(theirs: LlamaTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("llama2") / "tokenizer.json"
     theirs._tokenizer.save(str(path))
+    return open_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def published_json(theirs: LlamaTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """In the form of the tokenizer.json that lies beside Llama 2's published weights: a normalizer puts the space."""
+    content = json.loads(theirs._tokenizer.to_str())
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
+    content["pre_tokenizer"] = None
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    path = tmp_path_factory.mktemp("published") / "tokenizer.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
     return open_tokenizer(path)
 
 
@@ -96,6 +110,16 @@ def test_ids_equal_transformers(llama2: Tokenizer, theirs: LlamaTokenizer, from_
     assert from_json.encode(text, bos=False) == expected
 
 
+@settings(max_examples=200, deadline=None)
+@given(text=texts(), bos=st.booleans(), special=st.sampled_from([(), {"</s>"}]))
+def test_published_json_equals_sentencepiece(
+    llama2: Tokenizer, published_json: Tokenizer, text: str, bos: bool, special: set[str]
+) -> None:
+    ids = published_json.encode(text, bos=bos, allowed_special=special)
+    assert ids == llama2.encode(text, bos=bos, allowed_special=special)
+    assert published_json.decode(ids) == llama2.decode(ids)
+
+
 @settings(max_examples=300, deadline=None)
 @given(text=texts(exclude=NO_LOWER_BAR))
 def test_run_c_merging_equals_sentencepiece(llama2: Tokenizer, llama2_bin: Tokenizer, text: str) -> None:
@@ -134,16 +158,16 @@ def test_lone_surrogates_become_replacement_characters(llama2: Tokenizer, llama2
         assert tokenizer.decode(tokenizer.encode("a\ud83db", bos=False)) == "a\ufffdb"
 
 
-@pytest.mark.parametrize("kind", ["llama2", "llama2_bin"])
-@settings(max_examples=300, deadline=None)
+@pytest.mark.parametrize("kind", ["llama2", "llama2_bin", "published_json"])
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_decode_and_stream_equal_sentencepieces_decode(
     kind: str, request: pytest.FixtureRequest, package: sentencepiece.SentencePieceProcessor, data: st.DataObject
 ) -> None:
     """Over any ids: half characters, control pieces within them, spaces in front."""
     tokenizer = request.getfixturevalue(kind)
-    unknown = 0 if kind == "llama2" else 1  # run.c shows <unk> as it is spelled
-    space, byte = st.sampled_from([29871, 259, 1, 2]), st.integers(3, 258)
+    unknown = 1 if kind == "llama2_bin" else 0  # run.c shows <unk> as it is spelled
+    space, byte = st.sampled_from([29871, 259, 1, 2, unknown]), st.integers(3, 258)
     ids = data.draw(st.lists(st.one_of(space, byte, byte, st.integers(unknown, 31999)), max_size=25))
     expected = package.decode(ids)
     assert tokenizer.decode(ids) == expected

@@ -119,7 +119,7 @@ def piece_table(tokens: list[str], special: dict[str, int], strip_leading_space:
     if "<unk>" in special:
         texts[special["<unk>"]] = " \u2047 "  # as sentencepiece shows it
     bytes_ = {i: byte_ids[token] for i, token in enumerate(tokens) if token in byte_ids}
-    return Pieces(texts, bytes_, strip_leading_space=strip_leading_space)
+    return Pieces(texts, bytes_, strip_leading_space=strip_leading_space, unknown_id=special.get("<unk>"))
 
 
 class HFTokenizer:

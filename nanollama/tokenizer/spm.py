@@ -180,6 +180,7 @@ def pieces_of(model: Model) -> Pieces:
         bytes_={i: bytes([int(p[3:5], 16)]) for i, (p, _, kind) in enumerate(model.pieces) if kind == BYTE},
         strip_leading_space=model.add_dummy_prefix,
         strip_all_leading_spaces=model.remove_extra_whitespaces,
+        unknown_id=next(i for i, (_, _, kind) in enumerate(model.pieces) if kind == UNKNOWN),
     )
 
 

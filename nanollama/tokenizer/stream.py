@@ -37,13 +37,15 @@ class Pieces:
 
     texts: id -> text, "▁" already a space, "" for control pieces; bytes_: id -> one byte, for the byte pieces.
     strip_leading_space: encode puts a space before the text, so decode takes one away;
-    strip_all_leading_spaces: the same until a piece shows text (sentencepiece's remove_extra_whitespaces).
+    strip_all_leading_spaces: the same until a piece shows text (sentencepiece's remove_extra_whitespaces);
+    unknown_id: the piece whose text, " ⁇ ", keeps its space even in front.
     """
 
     texts: Sequence[str]
     bytes_: Mapping[int, bytes]
     strip_leading_space: bool = True
     strip_all_leading_spaces: bool = False
+    unknown_id: int | None = None
 
 
 class PieceStream:
@@ -66,9 +68,12 @@ class PieceStream:
             self.at_start = False  # even while its character is incomplete: it will show something
             return _mark_bad_bytes(self.decoder.decode(byte))
         unfinished = _mark_bad_bytes(self.decoder.decode(b"", final=True))
-        return unfinished + self._text(self.pieces.texts[token_id])
+        return unfinished + self._text(token_id)
 
-    def _text(self, text: str) -> str:
+    def _text(self, token_id: int) -> str:
+        text = self.pieces.texts[token_id]
+        if token_id == self.pieces.unknown_id:
+            self.at_start = False
         if self.at_start and text:
             stripped = text.removeprefix(" ")
             took_space = len(stripped) < len(text) and not self.pieces.strip_all_leading_spaces
