@@ -90,7 +90,7 @@ def test_llama2_vocabulary(llama2: Tokenizer) -> None:
     assert llama2.stop_ids == {2}
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(text=texts(), bos=st.booleans(), eos=st.booleans())
 def test_ids_equal_sentencepieces(
     llama2: Tokenizer, package: sentencepiece.SentencePieceProcessor, text: str, bos: bool, eos: bool
@@ -100,7 +100,7 @@ def test_ids_equal_sentencepieces(
     assert llama2.decode(ids) == package.decode(ids)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=texts(lookalikes=False, exclude=NO_LOWER_BAR))
 @example(" two")
 def test_ids_equal_transformers(llama2: Tokenizer, theirs: LlamaTokenizer, from_json: Tokenizer, text: str) -> None:
@@ -120,7 +120,7 @@ def test_published_json_equals_sentencepiece(
     assert published_json.decode(ids) == llama2.decode(ids)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=texts(exclude=NO_LOWER_BAR))
 def test_run_c_merging_equals_sentencepiece(llama2: Tokenizer, llama2_bin: Tokenizer, text: str) -> None:
     """Two algorithms over one vocabulary: best score first, and sentencepiece's own."""

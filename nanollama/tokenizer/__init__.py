@@ -27,19 +27,24 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     if not data.strip():
         raise TokenizerError(f"tokenizer {path}: the file is empty")
     if data.lstrip()[:1] in (b"{", b"["):
-        from nanollama.tokenizer import hf
+        from nanollama.tokenizer.hf import load as load_json
 
-        return hf.load(data, path)
-    from nanollama.tokenizer import llama3
+        return load_json(data, path)
+    from nanollama.tokenizer.llama3 import load as load_ranks
+    from nanollama.tokenizer.llama3 import looks_like_ranks
 
-    if llama3.looks_like_ranks(data):
-        return llama3.load(data, path)
-    from nanollama.tokenizer import llama2c, spm
+    if looks_like_ranks(data):
+        return load_ranks(data, path)
+    from nanollama.tokenizer.llama2c import load as load_bin
+    from nanollama.tokenizer.llama2c import looks_like_bin
 
-    if llama2c.looks_like_bin(data):
-        return llama2c.load(data, path)
-    if spm.looks_like_model(data):
-        return spm.load(data, path)
+    if looks_like_bin(data):
+        return load_bin(data, path)
+    from nanollama.tokenizer.spm import load as load_model
+    from nanollama.tokenizer.spm import looks_like_model
+
+    if looks_like_model(data):
+        return load_model(data, path)
     raise TokenizerError(
         f"tokenizer {path}: starts with {data[:8]!r}, which is neither a Llama 3 rank file, a sentencepiece model, "
         "a llama2.c tokenizer.bin nor a tokenizer.json; a cut or a wrong file?"
