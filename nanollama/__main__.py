@@ -7,6 +7,7 @@ python -m nanollama inspect Meta-Llama-3.1-8B
 import json as jsonlib
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -193,7 +194,7 @@ def _peak_memory_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-COMMANDS = {"generate": generate, "chat": chat, "inspect": inspect}
+COMMANDS: dict[str, Callable[..., object]] = {"generate": generate, "chat": chat, "inspect": inspect}
 
 if __name__ == "__main__":
     run(COMMANDS)
