@@ -119,6 +119,14 @@ def test_the_small_files_are_good(kind: str, tmp_path: Path) -> None:
     assert len(tokenizer.encode("on", bos=False)) < 3
 
 
+@pytest.mark.parametrize("first", [b"{", b"[", b"\n", b" ", b"A"])
+def test_a_bin_may_start_with_any_byte(first: bytes, tmp_path: Path) -> None:
+    """The first number is the longest token's length, which no reader needs."""
+    path = tmp_path / "tokenizer.bin"
+    path.write_bytes(first + bin_file()[1:])
+    assert open_tokenizer(path).kind == "llama2c"
+
+
 def corrupt(data: bytes, draw: random.Random) -> bytes:
     at, other = sorted(draw.choices(range(len(data)), k=2))
     length = draw.choice([1, 2, 4, 8, 100])

@@ -26,6 +26,11 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     data = read_bytes(path)
     if not data.strip():
         raise TokenizerError(f"tokenizer {path}: the file is empty")
+    from nanollama.tokenizer.llama2c import load as load_bin
+    from nanollama.tokenizer.llama2c import looks_like_bin
+
+    if looks_like_bin(data):  # first: a longest token of 123 bytes makes the file start with "{"
+        return load_bin(data, path)
     if data.lstrip()[:1] in (b"{", b"["):
         from nanollama.tokenizer.hf import load as load_json
 
@@ -35,11 +40,6 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
 
     if looks_like_ranks(data):
         return load_ranks(data, path)
-    from nanollama.tokenizer.llama2c import load as load_bin
-    from nanollama.tokenizer.llama2c import looks_like_bin
-
-    if looks_like_bin(data):
-        return load_bin(data, path)
     from nanollama.tokenizer.spm import load as load_model
     from nanollama.tokenizer.spm import looks_like_model
 
