@@ -131,15 +131,11 @@ class Llama:
         for i, prompt in enumerate(ids):
             self._check_prompt(i, prompt)
         rows = [
-            Row(i, answer, prompt, sampling, self.tokenizer, self.config.max_seq_len, self._device)
+            Row(i, answer, prompt, sampling, self.tokenizer, self.config.max_seq_len)
             for i, prompt in enumerate(ids)
             for answer in range(sampling.n)
         ]
         return decode(self.model, rows, sampling) if rows else iter(())
-
-    @property
-    def _device(self) -> torch.device:
-        return self.model.tok_embeddings.weight.device
 
     def _check_prompt(self, index: int, ids: list[int]) -> None:
         if not ids:
@@ -163,13 +159,12 @@ class Row:
         sampling: Sampling,
         tokenizer: Tokenizer | None,
         context: int,
-        device: torch.device,
     ) -> None:
         self.prompt, self.answer, self.ids = prompt, answer, ids
         # The position of the newest token; the last one that fits the context is decided, but never read.
         self.position = len(ids) - 1
         self.tokens_left = min(sampling.max_new_tokens, context - len(ids) + 1)
-        self.generator = row_generator(sampling.seed, answer, device)
+        self.generator = row_generator(sampling.seed, answer)
         self.stop_ids = sampling.stop_ids if sampling.stop_ids is not None else _stop_ids(tokenizer)
         self.text = Text(tokenizer, ids, sampling.stop)
 

@@ -65,12 +65,17 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """The smallest set of most probable tokens whose probabilities reach p; never fewer than one token."""
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)  # (B, V)
-    probs = ordered.softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs  # probability of all that come before this one
-    ordered = ordered.masked_fill(before >= p, -math.inf)
-    return torch.empty_like(logits).scatter_(-1, order, ordered)
+    """The fewest most probable tokens whose probabilities reach p; a tie at the last place stays whole."""
+    probs = logits.softmax(dim=-1)  # (B, V)
+    k = 512
+    while True:  # a peaked distribution needs few tokens, and sorting 128,256 costs more than a small model's step
+        best = probs.topk(min(k, probs.shape[-1]), dim=-1).values  # (B, k)
+        before = best.cumsum(dim=-1) - best  # probability of all that come before this one
+        if k >= probs.shape[-1] or bool((before[:, -1] >= p).all()):
+            break
+        k *= 8
+    smallest = best.masked_fill(before >= p, math.inf).amin(dim=-1, keepdim=True)  # (B, 1)
+    return logits.masked_fill(probs < smallest, -math.inf)
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
@@ -88,20 +93,26 @@ def draw(logits: Tensor, generators: Generators) -> Tensor:
 
     In float64: float32 sums over a large vocabulary would leave out tokens rarer than 6e-8.
     """
-    total = logits.double().softmax(dim=-1).cumsum(dim=-1)  # (B, V)
-    aim = _uniform(logits.shape[0], generators, logits.device).unsqueeze(1) * total[:, -1:]  # (B, 1)
+    wide = logits.cpu() if logits.device.type == "mps" else logits  # MPS has no float64
+    total = wide.double().softmax(dim=-1).cumsum(dim=-1)  # (B, V)
+    aim = _uniform(logits.shape[0], generators).to(total.device) * total[:, -1:]  # (B, 1)
     # right=True: the first place whose sum is beyond the aim, which a token of probability 0 never is.
-    return torch.searchsorted(total, aim, right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)  # (B,)
+    ids = torch.searchsorted(total, aim, right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)  # (B,)
+    return ids.to(logits.device)
 
 
-def row_generator(seed: int, stream: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
-    """The random numbers of one row; `stream` tells apart several answers to one prompt under one seed."""
+def row_generator(seed: int, stream: int = 0) -> torch.Generator:
+    """The random numbers of one row; `stream` tells apart several answers to one prompt under one seed.
+
+    On the CPU wherever the model is, so that a seed means the same on every device.
+    """
     # A large odd step keeps the streams of neighbouring seeds apart: (0, 1) must not be (1, 0).
-    return torch.Generator(device).manual_seed((seed + stream * 0x9E3779B97F4A7C15) % 2**63)
+    return torch.Generator().manual_seed((seed + stream * 0x9E3779B97F4A7C15) % 2**63)
 
 
-def _uniform(rows: int, generators: Generators, device: torch.device) -> Tensor:
+def _uniform(rows: int, generators: Generators) -> Tensor:
+    """Numbers in [0, 1): (rows, 1)."""
     if isinstance(generators, torch.Generator):
-        return torch.rand(rows, generator=generators, dtype=torch.float64, device=device)
+        return torch.rand(rows, 1, generator=generators, dtype=torch.float64)
     assert len(generators) == rows, f"{len(generators)} generators for {rows} rows"
-    return torch.cat([torch.rand(1, generator=g, dtype=torch.float64, device=device) for g in generators])
+    return torch.cat([torch.rand(1, 1, generator=g, dtype=torch.float64) for g in generators])

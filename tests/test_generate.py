@@ -107,7 +107,7 @@ def test_rows_that_stop_leave_the_batch(llama: Llama, monkeypatch: pytest.Monkey
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 300), st.integers(1, 90))
 def test_a_prompt_in_chunks_is_the_prompt_whole(llama: Llama, length: int, chunk: int) -> None:
-    row = [generate.Row(0, 0, prompt_ids(length, length), Sampling(), None, 400, torch.device("cpu"))]
+    row = [generate.Row(0, 0, prompt_ids(length, length), Sampling(), None, 400)]
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
         _, whole = prefill(llama.model, row)
         patch.setattr(generate, "PREFILL_CHUNK_TOKENS", chunk)
@@ -201,7 +201,7 @@ def test_pieces_join_to_the_decoded_answer(talker: Llama, tokenizer: Tokenizer) 
 def test_a_character_that_the_limit_cuts_is_not_shown(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("🦙🦒", bos=False)
     assert tokenizer.decode(ids[:-1]).endswith("\ufffd")
-    row = generate.Row(0, 0, [1], Sampling(max_new_tokens=len(ids) - 1), tokenizer, 100, torch.device("cpu"))
+    row = generate.Row(0, 0, [1], Sampling(max_new_tokens=len(ids) - 1), tokenizer, 100)
     assert "".join(row.add(token, 0.0).text for token in ids[:-1]) == "🦙"
 
 

@@ -25,13 +25,13 @@ def direct(
         limit = sorted(weights, reverse=True)[min(top_k, len(weights)) - 1]
         alive = {i for i in alive if weights[i] >= limit}
     if top_p < 1:
-        total, reached, kept = sum(weights[i] for i in alive), 0.0, set()
-        for i in sorted(alive, key=lambda i: (-weights[i], i)):
+        total, reached, limit = sum(weights[i] for i in alive), 0.0, 0.0
+        for weight in sorted((weights[i] for i in alive), reverse=True):
             if reached / total >= top_p:
                 break
-            kept.add(i)
-            reached += weights[i]
-        alive = kept
+            limit = weight
+            reached += weight
+        alive = {i for i in alive if weights[i] >= limit}
     if min_p:
         best = max(weights[i] for i in alive)
         alive = {i for i in alive if weights[i] >= min_p * best}
@@ -137,6 +137,19 @@ def test_rare_tokens_of_a_large_vocabulary_are_drawn() -> None:
     ids = draw(logits.expand(60, -1), torch.Generator().manual_seed(0))
     assert 15 < int((ids == 0).sum()) < 45
     assert int(ids.max()) > 100_000
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, 3.0])
+@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999])
+def test_top_p_of_a_large_vocabulary_is_the_direct_distribution(scale: float, top_p: float) -> None:
+    # 5,000 distinct logits, flat or peaked: from one kept token to nearly all, beyond the first guess of how many.
+    logits = torch.linspace(0, 1, 5000)[torch.randperm(5000, generator=torch.Generator().manual_seed(0))] * scale * 10
+    kept = make_filter(1.0, top_p=top_p)(torch.stack([logits, logits + 1, logits.flip(0)]))
+    wanted = torch.tensor(direct(logits.tolist(), top_p=top_p), dtype=torch.float64)
+    probs = kept.double().softmax(-1)
+    for row, expected in zip(probs, (wanted, wanted, wanted.flip(0)), strict=True):
+        assert abs(int((row > 0).sum()) - int((expected > 0).sum())) <= 1  # one at the threshold, by rounding
+        torch.testing.assert_close(row, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_repetition_penalty_lowers_what_was_seen() -> None:
