@@ -1,4 +1,4 @@
-"""Commands: generate text from a checkpoint, chat with it, and say what it is.
+"""Commands: generate text from a checkpoint, chat with it, say what it is, write it in another format.
 
 python -m nanollama generate --ckpt Meta-Llama-3.1-8B --prompt "Once upon a time" --max_new_tokens 64
 python -m nanollama inspect Meta-Llama-3.1-8B
@@ -125,6 +125,24 @@ def chat(
     run_repl(Chat(Llama.load(ckpt, tokenizer=tokenizer, dtype=dtype, device=device), sampling, system))
 
 
+def convert(
+    src: str,  # checkpoint of any format
+    dst: Path,  # folder to make, or .bin or .gguf file
+    *,
+    format: Literal["meta", "hf", "llama2c", "gguf"],  # of dst
+    dtype: Literal["fp32", "bf16", "fp16", "q8_0"] | None = None,  # default: as stored; q8_0 in gguf only
+    shards: int = 1,  # model-parallel files of a Meta folder, 1 to 16
+    version: int = 0,  # of llama2c: 0 and 1 are fp32, 2 is int8
+    tokenizer: Path | None = None,  # a tokenizer file, where there is none beside src
+) -> None:
+    """Write a checkpoint in another format. Weights stream from file to file."""
+    from nanollama.checkpoint import convert as write
+    from nanollama.describe import describe, summary
+
+    made = write(src, dst, format, dtype=dtype, shards=shards, version=version, tokenizer=tokenizer)
+    print(summary(describe(made)))
+
+
 def _read_prompts(texts: list[str] | None, file: Path | None) -> list[str | list[int]]:
     """The prompts of both flags; raises ValueError where there is none."""
     found: list[str | list[int]] = list(texts or [])
@@ -194,7 +212,12 @@ def _peak_memory_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-COMMANDS: dict[str, Callable[..., object]] = {"generate": generate, "chat": chat, "inspect": inspect}
+COMMANDS: dict[str, Callable[..., object]] = {
+    "generate": generate,
+    "chat": chat,
+    "inspect": inspect,
+    "convert": convert,
+}
 
 if __name__ == "__main__":
     run(COMMANDS)

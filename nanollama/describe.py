@@ -71,10 +71,7 @@ def dtype_name(dtype: object) -> str:
 
 def as_text(facts: dict[str, Any]) -> str:
     """The same for people; weights that all layers have in common take one line."""
-    shape = f"the shape of {facts['published_shape']}" if facts["published_shape"] else "no published shape"
-    lines = [
-        f"{facts['path']}: format {facts['format']}, {shape}, {facts['parameters']:,} parameters in {facts['dtype']}"
-    ]
+    lines = [summary(facts)]
     lines += [f"notice: {notice}" for notice in facts["notices"]]
     lines += ["", "config"]
     lines += [f"  {name:14} {_show(value)}" for name, value in facts["config"].items()]
@@ -86,6 +83,12 @@ def as_text(facts: dict[str, Any]) -> str:
         times = f"  x {count}" if count > 1 else ""
         lines.append(f"  {name:38} {dims:18} {dtype}{times}")
     return "\n".join(lines)
+
+
+def summary(facts: dict[str, Any]) -> str:
+    """One line: path, format, published shape, parameters, dtype."""
+    shape = f"the shape of {facts['published_shape']}" if facts["published_shape"] else "no published shape"
+    return f"{facts['path']}: format {facts['format']}, {shape}, {facts['parameters']:,} parameters in {facts['dtype']}"
 
 
 def _grouped(tensors: dict[str, Any]) -> dict[tuple[str, str, str], int]:

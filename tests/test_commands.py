@@ -130,6 +130,16 @@ def test_inspect_json_has_every_tensor(folder: Path, capsys: pytest.CaptureFixtu
     assert len(facts["tensors"]) == 2 * 9 + 3
 
 
+def test_convert_writes_what_inspect_then_finds(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands.convert(str(folder), tmp_path / "hf", format="hf", dtype="fp32")
+    line = f"{tmp_path / 'hf'}: format hf, no published shape, 4,108,880 parameters in fp32"
+    assert capsys.readouterr().out == line + "\n"
+    commands.inspect(str(tmp_path / "hf"))
+    assert capsys.readouterr().out.startswith(line + "\n")
+
+
 def test_published_shapes_have_names() -> None:
     shape = {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "hidden_dim": 14336, "vocab_size": 128256}
     assert published_name(ModelConfig(**shape)) == "Llama 3 8B"
@@ -146,6 +156,8 @@ def test_published_shapes_have_names() -> None:
         (["generate", "FOLDER", "--prompt", "x", "--top_p", "2"], "top_p is 2.0"),
         (["generate", "FOLDER", "--prompt", "x", "--tokenizer", "no.model"], "no.model"),
         (["generate", "FOLDER", "--prompts", "no.txt"], "no.txt: No such file or directory"),
+        (["convert", "FOLDER", "FOLDER/x"], "--format is missing"),
+        (["convert", "FOLDER", "FOLDER/x", "--format", "llama2c"], "must end in .bin"),
         (["inspect", "FOLDER/params.json"], "is a file of no known format"),
     ],
 )
