@@ -264,7 +264,7 @@ def help_text(command: Command, prog: str) -> str:
     lines = [" ".join(["usage:", prog, *required, "[--flag value ...]"]), "", inspect.getdoc(command.spec) or "", ""]
     for name, parameter in parameters.items():
         flag = f"--[no]{name}" if parameter.annotation is bool else f"--{name} {_type_name(parameter.annotation)}"
-        lines.append(f"  {flag:34} {comments.get(name, '')} {_default_note(parameter)}".rstrip())
+        lines.append(" ".join(filter(None, [f"  {flag:34}", comments.get(name), _default_note(parameter)])).rstrip())
     return "\n".join(lines)
 
 
