@@ -19,7 +19,8 @@ def open_text(checkpoint: Checkpoint | None, tokenizer: str | None) -> "Llama3Te
     if path is None:
         raise Unusable("no tokenizer.model lies with the checkpoint; Meta's tokenizer needs one")
     try:
-        start = path.open("rb").read(4096)
+        with path.open("rb") as file:
+            start = file.read(4096)
     except OSError as error:
         raise Unusable(f"{path}: cannot be read ({error.strerror})") from None
     try:
@@ -46,7 +47,8 @@ class Llama3Text:
         return self.model.encode(text, bos=bos, eos=False)
 
     def decode(self, ids: list[int]) -> str:
-        return self.model.decode(ids)
+        """Ids that the tokenizer lacks (a padded vocabulary) are left out."""
+        return self.model.decode([token for token in ids if token < self.model.n_words])
 
     def dialog(self, messages: Dialog) -> list[int] | None:
         from llama_models.datatypes import RawMessage
@@ -81,7 +83,7 @@ class Llama2Text:
         return [self.model.bos_id()] * bos + self.model.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        return self.model.decode(ids)
+        return self.model.decode([token for token in ids if token < self.model.get_piece_size()])
 
     def dialog(self, messages: Dialog) -> list[int] | None:
         return None

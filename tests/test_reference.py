@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from reference_checkpoints import Shape, make_weights, write_hf, write_meta
 from safetensors.torch import load_file
 from torch import Tensor
+
+from reference_checkpoints import Shape, make_weights, write_hf, write_meta
 
 UNIT = {"fp32": 6e-8, "fp16": 4.9e-4, "bf16": 3.9e-3}  # relative rounding
 ALL_DTYPES = ("fp32", "bf16", "fp16")

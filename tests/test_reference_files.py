@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_checkpoints import Shape, make_weights, params_json, write_hf, write_meta
 from torch import Tensor
 
 from reference.files import Checkpoint, open_folder
 from reference.files_hf import hf_name, meta_name
 from reference.weights import Unusable, half_split_rows, interleaved_rows
+from reference_checkpoints import Shape, make_weights, params_json, write_hf, write_meta
 
 SHAPE = Shape()
 SHARDED = Shape(n_heads=16, n_kv_heads=8, head_dim=4, vocab_size=320)
