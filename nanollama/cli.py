@@ -152,7 +152,7 @@ def parse(args: list[str], parameters: Mapping[str, inspect.Parameter]) -> dict[
         name, negated = _find_flag(typed, parameters)
         if negated and equals:
             raise UsageError(f"--{typed} takes no value")
-        if not equals and parameters[name].annotation is bool:
+        if not equals and _is_bool(parameters[name]):
             says = queue and queue[0].lower() in ("true", "false")
             text = "false" if negated else queue.popleft() if says else "true"
         elif not equals:
@@ -176,7 +176,7 @@ def _find_flag(typed: str, parameters: Mapping[str, inspect.Parameter]) -> tuple
     if name in parameters:
         return name, False
     positive = name.removeprefix("no").removeprefix("_")
-    if name.startswith("no") and positive in parameters and parameters[positive].annotation is bool:
+    if name.startswith("no") and positive in parameters and _is_bool(parameters[positive]):
         return positive, True
     raise UsageError(f"unknown flag --{typed}{_did_you_mean(name, parameters, '--')}")
 
@@ -235,6 +235,10 @@ def _number(text: str, kind: type) -> Any:
         raise ValueError(f"expected {NAMES_OF_TYPES[kind]}, not {text!r}") from None
 
 
+def _is_bool(parameter: inspect.Parameter) -> bool:
+    return _without_none(parameter.annotation) is bool
+
+
 def _takes_one_item_per_flag(annotation: Any) -> bool:
     return _without_none(annotation) == list[str]
 
@@ -263,7 +267,7 @@ def help_text(command: Command, prog: str) -> str:
     required = [name.upper() for name, p in parameters.items() if p.default is p.empty]
     lines = [" ".join(["usage:", prog, *required, "[--flag value ...]"]), "", inspect.getdoc(command.spec) or "", ""]
     for name, parameter in parameters.items():
-        flag = f"--[no]{name}" if parameter.annotation is bool else f"--{name} {_type_name(parameter.annotation)}"
+        flag = f"--[no]{name}" if _is_bool(parameter) else f"--{name} {_type_name(parameter.annotation)}"
         lines.append(" ".join(filter(None, [f"  {flag:34}", comments.get(name), _default_note(parameter)])).rstrip())
     return "\n".join(lines)
 

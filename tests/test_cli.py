@@ -20,6 +20,7 @@ def answer(
     max_new_tokens: int = 5,
     temperature: float | None = 0.5,
     stream: bool = True,  # print as it comes
+    color: bool | None = None,
     dtype: Literal["fp32", "bf16"] = "fp32",
     stop: list[str] | None = None,
     sizes: tuple[int, ...] = (),
@@ -75,6 +76,9 @@ def call(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]
         (["m", "--no-stream"], {"stream": False}),
         (["m", "--stream=false"], {"stream": False}),
         (["m", "--stream", "False"], {"stream": False}),
+        (["--nocolor", "m"], {"color": False}),
+        (["--color", "m"], {"color": True, "ckpt": "m"}),
+        (["m", "--color=none"], {"color": None}),
         (["m", "--dtype", "bf16"], {"dtype": "bf16"}),
         (["m", "--stop", "a,b", "--stop", "\n"], {"stop": ["a,b", "\n"]}),
         (["m", "--sizes", "1, 2,3"], {"sizes": (1, 2, 3)}),
