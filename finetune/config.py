@@ -1,19 +1,21 @@
 """One frozen dataclass holds everything that a run depends on; the entries' flags are its fields.
 
-Fields that are None are filled in by `resolve`, from the preset of `--init`, from the checkpoint, or from the device, so
-that the config that a run saves is complete: what it says is what was done, and `--resume` continues from it.
+Fields that are left open (0, or auto) are filled in by `resolve`, from the preset of `--init`, from the checkpoint, or
+from the device, so that the config that a run saves is complete: what it says is what was done, and `--resume`
+continues from it.
 
     python -m finetune.tinystories --help
 """
 
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from nanollama.model import ModelConfig
 
 METHODS = ("full", "norms", "no_embeddings")
+FROM_PRESET = ("seq_len", "batch_size", "lr", "max_steps", "vocab_size")  # 0: what the preset says
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,15 @@ class TrainConfig:
     """Train a Llama on text: from scratch (--init) or from a checkpoint (--ckpt); packed rows, document mask."""
 
     # Data
-    data: str = "auto"  # auto, tinystories, sample, or the path of a .txt, a .jsonl, a folder of them or of token shards
+    data: str = (
+        "auto"  # auto, tinystories, sample, or the path of a .txt, a .jsonl, a folder of them or of token shards
+    )
     field: str = "text"  # the field of each .jsonl line that holds the document
     separator: str = "<|endoftext|>"  # between the documents of a .txt file; \n: one document a line
     tokenizer: str | None = None  # a tokenizer file; else the checkpoint's, else one is trained on the data
-    vocab_size: int | None = None  # words of the tokenizer that is trained on the data; else the preset's
+    vocab_size: int = 0  # words of the tokenizer that is trained on the data; 0: the preset's
     cache: str | None = None  # folder of downloads and token shards; else $NANOLLAMA_CACHE or ~/.cache/nanollama
-    workers: int | None = None  # processes that tokenize; else one per core
+    workers: int = 0  # processes that tokenize; 0: one per core
     # Model
     ckpt: str | None = None  # start from this checkpoint (Meta or Hugging Face folder, hub id)
     init: str | None = None  # or from scratch: 260K, 15M, 42M, 110M, or a .json file of shapes
@@ -35,17 +39,17 @@ class TrainConfig:
     # Run
     out: str | None = None  # folder of the run; else out/ENTRY-TIME
     resume: bool = False  # continue the run in --out, bit by bit
-    max_steps: int | None = None  # optimizer steps; else the preset's
-    seq_len: int | None = None  # tokens in a packed row; else the preset's
-    batch_size: int | None = None  # rows in a micro-batch, on each rank; else the preset's
+    max_steps: int = 0  # optimizer steps; 0: the preset's
+    seq_len: int = 0  # tokens in a packed row; 0: the preset's
+    batch_size: int = 0  # rows in a micro-batch, on each rank; 0: the preset's
     accumulate: int = 1  # micro-batches in a step, on each rank
     doc_mask: Literal["on", "off"] = "on"  # off: attention and positions run across documents, for comparison only
     seed: int = 0  # of weights, data order and dropout
     # Optimizer
-    lr: float | None = None  # peak learning rate; else the preset's
+    lr: float = 0.0  # peak learning rate; 0: the preset's
     min_lr: float = 0.1  # at the end of the schedule, as a fraction of lr
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warmup
-    warmup_steps: int | None = None  # from 0 to lr; else a twentieth of max_steps
+    warmup_steps: int = -1  # from 0 to lr; -1: a twentieth of max_steps, at most 1000
     weight_decay: float = 0.1  # of matrices; norms are never decayed
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
@@ -53,9 +57,9 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest norm of all gradients together; 0: no clipping
     dropout: float = 0.0  # on the embedding and on what attention and feed-forward add to the residual
     # Compute
-    device: str | None = None  # cpu, cuda, mps; else cuda where there is one
+    device: str = "auto"  # cpu, cuda, mps; auto: cuda where there is one
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the computation; weights and optimizer states are fp32
-    threads: int | None = None  # CPU threads; recorded, since another number rounds differently
+    threads: int = 0  # CPU threads; 0: torch's choice; recorded, since another number rounds differently
     compile: bool = False  # torch.compile the model
     activation_checkpointing: bool = False  # recompute each block in the backward pass instead of keeping it
     # What is seen and kept
@@ -69,27 +73,24 @@ class TrainConfig:
     export: Literal["hf"] | None = None  # also write final-hf/, a Hugging Face folder
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "seq_len", "batch_size", "accumulate", "save_every", "eval_every", "eval_tokens"):
-            _at_least(self, name, 2 if name == "seq_len" else 1)
-        for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "dropout", "sample_every", "seed"):
-            _at_least(self, name, 0)
-        for name in ("vocab_size", "threads", "workers"):
+        for name in ("accumulate", "save_every", "eval_every", "eval_tokens"):
             _at_least(self, name, 1)
+        for name in ("lr", "min_lr", "weight_decay", "grad_clip", "dropout", "sample_every", "seed", *FROM_PRESET):
+            _at_least(self, name, 0)
+        _at_least(self, "warmup_steps", -1)
+        if self.seq_len == 1:
+            raise ValueError("--seq_len 1: expected at least 2, a token and its successor")
         if self.dropout >= 1:
             raise ValueError(f"--dropout {self.dropout}: expected less than 1")
         if self.ckpt and self.init:
             raise ValueError("--ckpt and --init together: start from one of them")
-        if self.ckpt and self.vocab_size:
-            raise ValueError("--vocab_size trains a tokenizer, which --ckpt brings already: give one of them")
-        if self.tokenizer and self.vocab_size:
-            raise ValueError("--vocab_size trains a tokenizer, and --tokenizer names one: give one of them")
         if self.method not in METHODS:
             raise ValueError(f"--method {self.method}: expected one of {', '.join(METHODS)}")
 
 
 def _at_least(config: TrainConfig, name: str, least: int) -> None:
     value = getattr(config, name)
-    if value is not None and not value >= least:  # "not >=" also refuses nan
+    if not value >= least:  # "not >=" also refuses nan
         raise ValueError(f"--{name} {value}: expected at least {least}")
 
 
@@ -97,20 +98,27 @@ def _at_least(config: TrainConfig, name: str, least: int) -> None:
 class Preset:
     """A shape of llama2.c with a recipe that suits it."""
 
-    shape: dict[str, int]
+    shape: dict[str, Any]
     vocab_size: int
     seq_len: int  # tokens
     batch_size: int
     lr: float
     max_steps: int
-    about: str = field(default="")
 
 
 PRESETS = {
-    "260K": Preset(dict(dim=64, n_layers=5, n_heads=8, n_kv_heads=4, hidden_dim=172), 512, 512, 8, 1e-2, 400),
-    "15M": Preset(dict(dim=288, n_layers=6, n_heads=6, n_kv_heads=6, hidden_dim=768), 32000, 256, 128, 1e-3, 20_000),
-    "42M": Preset(dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=8, hidden_dim=1376), 32000, 1024, 32, 1e-3, 40_000),
-    "110M": Preset(dict(dim=768, n_layers=12, n_heads=12, n_kv_heads=12, hidden_dim=2048), 32000, 1024, 32, 6e-4, 80_000),
+    "260K": Preset(
+        {"dim": 64, "n_layers": 5, "n_heads": 8, "n_kv_heads": 4, "hidden_dim": 172}, 512, 512, 4, 1e-2, 400
+    ),
+    "15M": Preset(
+        {"dim": 288, "n_layers": 6, "n_heads": 6, "n_kv_heads": 6, "hidden_dim": 768}, 32000, 256, 128, 1e-3, 20_000
+    ),
+    "42M": Preset(
+        {"dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8, "hidden_dim": 1376}, 32000, 1024, 32, 1e-3, 40_000
+    ),
+    "110M": Preset(
+        {"dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 12, "hidden_dim": 2048}, 32000, 1024, 32, 6e-4, 80_000
+    ),
 }
 # For --ckpt and --init FILE.json.
 FROM_CHECKPOINT = Preset({}, 32000, 1024, 4, 2e-5, 1000)
@@ -128,23 +136,29 @@ def preset(config: TrainConfig) -> Preset:
 
 
 def resolve(config: TrainConfig, device: str, threads: int) -> TrainConfig:
-    """Every None that stands for a preset, the device or the machine becomes a value."""
-    start = {} if config.ckpt or config.init else {"init": "260K" if device == "cpu" else "15M"}
-    config = replace(config, **start, device=device, threads=threads)
-    recipe = preset(config)
-    own = {name: getattr(recipe, name) for name in ("seq_len", "batch_size", "lr", "max_steps")}
-    config = replace(config, **{name: value for name, value in own.items() if getattr(config, name) is None})
-    if config.warmup_steps is None:
-        assert config.max_steps is not None
-        config = replace(config, warmup_steps=min(1000, config.max_steps // 20))
-    return config
+    """Everything that was left to the preset, the device or the machine gets its value."""
+    if (config.ckpt or config.tokenizer) and config.vocab_size:
+        brings = "--ckpt brings" if config.ckpt else "--tokenizer names"
+        raise ValueError(f"--vocab_size trains a tokenizer, but {brings} one: give one of them")
+    if not config.ckpt and not config.init:
+        config = replace(config, init="260K" if device == "cpu" else "15M")
+    recipe, chosen = preset(config), asdict(config)
+    for name in FROM_PRESET:
+        chosen[name] = chosen[name] or getattr(recipe, name)
+    if chosen["warmup_steps"] < 0:
+        chosen["warmup_steps"] = min(1000, chosen["max_steps"] // 20)
+    return TrainConfig(**{**chosen, "device": device, "threads": threads})
 
 
 def init_shape(config: TrainConfig, vocab_size: int) -> ModelConfig:
     """The architecture that `--init` names, for a tokenizer of `vocab_size` words. Raises ValueError."""
     assert config.init is not None
-    assert config.seq_len is not None
-    common: dict[str, Any] = dict(vocab_size=vocab_size, rope_theta=10_000.0, tied=True, max_seq_len=config.seq_len)
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "rope_theta": 10_000.0,
+        "tied": True,
+        "max_seq_len": config.seq_len,
+    }
     if config.init in PRESETS:
         return ModelConfig(**PRESETS[config.init].shape, **common)
     try:
@@ -182,11 +196,11 @@ def merge_resumed(given: TrainConfig, saved: TrainConfig, defaults: TrainConfig)
     free: dict[str, Any] = {"resume": True}
     for f in fields(TrainConfig):
         new, old, default = (getattr(c, f.name) for c in (given, saved, defaults))
-        if new == default or new == old:
+        if new in (default, old):
             continue
         if f.name not in FREE:
             raise ValueError(
-                f"--resume continues a run with --{f.name} {old}, not {new}: drop the flag, or start anew in another --out"
+                f"--resume continues a run with --{f.name} {old}, not {new}: drop the flag, or start anew elsewhere"
             )
         free[f.name] = new
     return replace(saved, **free)

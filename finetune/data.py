@@ -1,9 +1,9 @@
-"""Documents -> packed rows: every row begins with a document's BOS, positions restart with each document, and the label at
-a document's last token is ignored, so a packed row trains exactly like its documents one by one.
+"""Documents -> packed rows: every row begins with a document's BOS, positions restart with each document, and the
+label at a document's last token is ignored, so a packed row trains exactly like its documents one by one.
 
-A document longer than a row is cut into pieces, each with a BOS of its own. Pieces are shuffled by (seed, epoch) and packed
-window by window, best fit first, without splitting any. The order depends on nothing else, so a cursor of three integers
-is the whole state of the loader, and a resumed run continues at the same row.
+A document longer than a row is cut into pieces, each with a BOS of its own. Pieces are shuffled by (seed, epoch) and
+packed window by window, best fit first, without splitting any. The order depends on nothing else, so a cursor of three
+integers is the whole state of the loader, and a resumed run continues at the same row.
 
     >>> pack(np.array([5, 3, 2, 6]), 8)
     [[3, 2], [0, 1]]
@@ -171,7 +171,8 @@ class Packer:
             positions[:] = np.arange(self.seq_len)
         mask = torch.from_numpy(doc_ids) if self.doc_mask else None
         valid = int((labels != IGNORE).sum())
-        return Batch(*(torch.from_numpy(a) for a in (tokens, labels, positions)), mask, valid)
+        tensors = [torch.from_numpy(a) for a in (tokens, labels, positions)]
+        return Batch(tensors[0], tensors[1], tensors[2], mask, valid)
 
     def _placed(self, row: Sequence[int]) -> Iterator[tuple[int, int, Ints]]:
         """(number in the row, first place, tokens) of each piece."""

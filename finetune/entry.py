@@ -1,6 +1,6 @@
 """What every entry does around the loop: check the line, make the folder, prepare data, train, write the final model.
 
-    python -m finetune.tinystories          # one of the entries; the others are tinyshakespeare and text
+python -m finetune.tinystories          # one of the entries; the others are tinyshakespeare and text
 """
 
 import errno
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from finetune.config import TrainConfig, from_json, merge_resumed, preset, resolve, to_json
+from finetune.config import TrainConfig, from_json, merge_resumed, resolve, to_json
 from finetune.evaluate import Score, bigram
 from finetune.parallelize import World, default_device, open_world
 from finetune.prepare.cache import Prepared, Say, cache_folder, prepare
@@ -55,11 +55,11 @@ def run_entry(entry: Entry) -> None:
 def run(entry: Entry, given: TrainConfig) -> int:
     """The whole run; returns the exit code. Raises ValueError for what the user can mend."""
     saved = _saved_config(entry, given)
-    device = (saved or given).device or default_device()
+    device = (saved or given).device
+    device = default_device() if device == "auto" else device
     world = open_world(device)
     try:
         config = saved or resolve(given, device, given.threads or torch.get_num_threads())
-        assert config.threads is not None
         torch.set_num_threads(config.threads)
         out = Path(world.from_main(lambda: str(_open_out(entry, config))))
         return _run(entry, replace(config, out=str(out)), out, world)
@@ -77,7 +77,9 @@ def run(entry: Entry, given: TrainConfig) -> int:
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
-        _complain(world, f"error: {error.filename or 'a file of the run'}: {error.strerror}: free some space, then --resume")
+        _complain(
+            world, f"error: {error.filename or 'a file of the run'}: {error.strerror}: free some space, then --resume"
+        )
         return 1
     finally:
         world.close()
@@ -91,7 +93,7 @@ def _run(entry: Entry, config: TrainConfig, out: Path, world: World) -> int:
     prepared = _prepare(entry, config, start, world, say)
     tokenizer = open_tokenizer(prepared.tokenizer)
     model = build_model(start, config, tokenizer.vocab_size, world.device)
-    describe(config, prepared, model, out, say)
+    describe(config, prepared, model, out, world, say)
     setup = Setup(
         config=config,
         model=model,
@@ -118,7 +120,9 @@ def _saved_config(entry: Entry, given: TrainConfig) -> TrainConfig | None:
         raise ValueError("--resume needs --out, the folder of the run to continue")
     path = Path(given.out) / "config.json"
     if not path.exists():
-        raise ValueError(f"--out {given.out}: holds no run to resume (config.json is missing): drop --resume to start one")
+        raise ValueError(
+            f"--out {given.out}: holds no run to resume (config.json is missing): drop --resume to start one"
+        )
     saved = json.loads(path.read_text(encoding="utf-8"))
     if saved.pop("entry") != entry.name:
         raise ValueError(f"--out {given.out}: holds a run of another entry: resume it with the command that began it")
@@ -158,7 +162,7 @@ def _prepare(entry: Entry, config: TrainConfig, start: Start, world: World, say:
             source,
             cache=cache,
             tokenizer=tokenizer,
-            vocab_size=config.vocab_size or preset(config).vocab_size,
+            vocab_size=config.vocab_size,
             workers=config.workers or os.cpu_count() or 1,
             say=speak,
         )
@@ -167,9 +171,8 @@ def _prepare(entry: Entry, config: TrainConfig, start: Start, world: World, say:
     return opened(lambda text: None)
 
 
-def describe(config: TrainConfig, prepared: Prepared, model: Transformer, out: Path, say: Say) -> None:
+def describe(config: TrainConfig, prepared: Prepared, model: Transformer, out: Path, world: World, say: Say) -> None:
     train, val = prepared.train.lengths, prepared.val.lengths
-    assert config.seq_len is not None
     say(f"data: {prepared.name}: {len(train):,} documents, {train.sum():,} tokens; held out: {len(val):,} documents")
     long = int((train > config.seq_len).sum())
     if long:
@@ -177,7 +180,9 @@ def describe(config: TrainConfig, prepared: Prepared, model: Transformer, out: P
     count = sum(p.numel() for p in model.parameters())
     begun = config.ckpt or f"{config.init} from scratch"
     say(f"model: {begun}: {count:,} parameters, {prepared.vocabulary.size:,} words; --method {config.method}")
-    say(f"run: {out}: {config.max_steps} steps of {config.batch_size} x {config.accumulate} rows of {config.seq_len} tokens")
+    ranks = f" on each of {world.size} ranks" if world.size > 1 else ""
+    rows = f"{config.batch_size} x {config.accumulate} rows of {config.seq_len} tokens"
+    say(f"run: {out}: {config.max_steps} steps of {rows}{ranks}")
 
 
 def finish(entry: Entry, setup: Setup, prepared: Prepared, outcome: Outcome, say: Say) -> None:

@@ -1,5 +1,5 @@
-"""Validation loss in nats per token and, since that depends on the tokenizer, in bits per byte of text; the same of a bigram
-model fitted on the training tokens, which a model that has learned anything beats.
+"""Validation loss in nats per token and, since that depends on the tokenizer, in bits per byte of text; the same of a
+bigram model fitted on the training tokens, which a model that has learned anything beats.
 
     bits per byte = nats of all held-out tokens / ln 2 / bytes of their text
 """

@@ -1,5 +1,6 @@
 """The loss of next-token prediction: summed over valid labels here, divided by their number over all micro-batches and
-ranks by the caller, so that neither accumulation nor parallelism changes what a token weighs (HF#34191, torchtune#1875).
+ranks by the caller, so that neither accumulation nor parallelism changes what a token weighs (HF#34191,
+torchtune#1875).
 
     python -c "from finetune.loss import IGNORE; print(IGNORE)"      # -100, torch's own convention
 """
@@ -13,7 +14,7 @@ from nanollama.model import Transformer
 
 IGNORE = -100  # label of a token whose successor is not to be predicted
 
-# (hidden states (N, C), head (V, C), labels (N,)) -> summed loss in nats. The seam for losses that never hold all logits.
+# (hidden states (N, C), head (V, C), labels (N,)) -> summed loss in nats: the seam for losses that hold no logits.
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

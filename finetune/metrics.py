@@ -1,7 +1,8 @@
-"""What a run shows while it goes: a progress bar, OUT/metrics.jsonl, and TensorBoard or Weights & Biases where asked for.
+"""What a run shows while it goes: a progress bar, OUT/metrics.jsonl, and TensorBoard or Weights & Biases where asked
+for.
 
-    {"step": 7, "loss": 5.1, "lr": 0.001, "grad_norm": 0.9, "tokens": 28553, "tokens_per_s": 9000.0, "peak_bytes": 410000000}
-    {"step": 100, "val_loss": 3.2, "val_bpb": 1.4}
+{"step": 7, "loss": 5.1, "lr": 0.001, "grad_norm": 0.9, "tokens": 28553, "tokens_per_s": 9000.0, "peak_bytes": 41000}
+{"step": 100, "val_loss": 3.2, "val_bpb": 1.4}
 """
 
 import json
@@ -40,7 +41,9 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ValueError("--tensorboard needs the package tensorboard: pip install 'nanollama[tensorboard]'") from None
+            raise ValueError(
+                "--tensorboard needs the package tensorboard: pip install 'nanollama[tensorboard]'"
+            ) from None
         self.writer = SummaryWriter(str(out / "tensorboard"))
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -54,7 +57,7 @@ class TensorBoard:
 class WandB:
     def __init__(self, out: Path, config: TrainConfig) -> None:
         try:
-            import wandb
+            import wandb  # type: ignore[import-not-found,unused-ignore]
         except ImportError:
             raise ValueError("--wandb needs the package wandb: pip install 'nanollama[wandb]'") from None
         # The run's folder is its name there too, so a resumed run continues its own curves.
@@ -71,7 +74,6 @@ class Metrics:
     """The writers of the main rank; on the others it does nothing."""
 
     def __init__(self, out: Path, config: TrainConfig, world: World, first_step: int) -> None:
-        assert config.max_steps is not None
         self.is_main, self.writers = world.is_main, list[Writer]()
         self.bar = tqdm(
             total=config.max_steps,
@@ -150,7 +152,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def flops_per_token(shape: ModelConfig, parameters: int, seq_len: int) -> float:
-    """Forward and backward: 6 per weight that is multiplied, 12 per layer, feature and key (PaLM, arXiv 2204.02311, B)."""
+    """Forward and backward: 6 per weight, 12 per layer, feature and key (PaLM, arXiv 2204.02311, appendix B)."""
     multiplied = parameters if shape.tied else parameters - shape.vocab_size * shape.dim
     return 6 * multiplied + 12 * shape.n_layers * shape.n_heads * shape.head_dim * seq_len
 

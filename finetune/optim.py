@@ -1,8 +1,8 @@
 """AdamW with norms undecayed, which parameters a method trains, and the learning rate of each step.
 
-    >>> config = resolve(TrainConfig(init="260K", lr=1.0, max_steps=100, warmup_steps=10), "cpu", 1)
-    >>> [round(learning_rate(config, step), 3) for step in (0, 4, 9, 55, 99)]
-    [0.1, 0.5, 1.0, 0.548, 0.1]
+>>> config = resolve(TrainConfig(init="260K", lr=1.0, max_steps=100, warmup_steps=10), "cpu", 1)
+>>> [round(learning_rate(config, step), 3) for step in (0, 4, 9, 55, 99)]
+[0.1, 0.5, 1.0, 0.548, 0.1]
 """
 
 import math
@@ -42,15 +42,11 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     ]
     fused = parameters[0].device.type in FUSED
     betas = (config.beta1, config.beta2)
-    assert config.lr is not None
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.eps, fused=fused)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Of step 0, 1, ..., max_steps - 1: linear warmup that ends at lr, then down to min_lr * lr at the last step."""
-    assert config.lr is not None
-    assert config.max_steps is not None
-    assert config.warmup_steps is not None
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     done = min(1.0, (step - config.warmup_steps + 1) / max(1, config.max_steps - config.warmup_steps))

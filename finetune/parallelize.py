@@ -1,5 +1,5 @@
-"""Data parallelism, from outside: one process per rank, started by torchrun; gradients are summed over ranks, not averaged,
-since each rank divides its loss by the number of valid tokens on all of them.
+"""Data parallelism, from outside: one process per rank, started by torchrun; gradients are summed over ranks, not
+averaged, since each rank divides its loss by the number of valid tokens on all of them.
 
     torchrun --nproc_per_node 2 -m finetune.tinystories --init 15M
 """

@@ -1,6 +1,6 @@
 """OUT/report.png: the curves of a run's metrics.jsonl.
 
-    python -c "from pathlib import Path; from finetune.report import write_report; write_report(Path('out/RUN'))"
+python -c "from pathlib import Path; from finetune.report import write_report; write_report(Path('out/RUN'))"
 """
 
 from pathlib import Path

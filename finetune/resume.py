@@ -1,16 +1,17 @@
-"""Checkpoints of a run: everything that the next step depends on, written so that a kill at any moment leaves a whole one.
+"""Checkpoints of a run: everything that the next step depends on, written so that a kill at any moment leaves a whole
+one.
 
     OUT/checkpoints/step_000100/{model.safetensors, optimizer.safetensors, state.json}
 
-Files are written under temporary names and renamed when all are on the disk, state.json last: a folder without it is no
-checkpoint. Only trained parameters are stored; frozen ones come from where the run started. The RNG needs no state: each
-step seeds it by (seed, step, rank), so dropout repeats too.
+Files are written under temporary names and renamed when all are on the disk, state.json last: a folder without it is
+no checkpoint. Only trained parameters are stored; frozen ones come from where the run started. The RNG needs no state:
+each step seeds it by (seed, step, rank), so dropout repeats too.
 """
 
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Progress:
 
     step: int = 0  # optimizer steps done
     tokens: int = 0  # labels trained on
-    cursor: Cursor = Cursor()  # of the next row
+    cursor: Cursor = field(default_factory=Cursor)  # of the next row
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -75,9 +76,7 @@ def save(
     return folder
 
 
-def restore_(
-    out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, fingerprint: str
-) -> Progress:
+def restore_(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, fingerprint: str) -> Progress:
     """Load the newest checkpoint of the run in `out`; a run without any starts at step 0. Raises ValueError."""
     clean(out)
     found = checkpoints(out)
@@ -149,4 +148,6 @@ def _read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path, device=str(device))
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(path, f"cannot be read ({error}): remove its folder to continue from an older one") from None
+        raise CheckpointError(
+            path, f"cannot be read ({error}): remove its folder to continue from an older one"
+        ) from None

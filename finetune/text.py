@@ -1,6 +1,6 @@
 """Train on text of your own: a .txt file, a .jsonl file with a field, a folder of them, or a folder of token shards.
 
-    python -m finetune.text --data notes/ --ckpt Llama-3.2-1B
+python -m finetune.text --data notes/ --ckpt Llama-3.2-1B
 """
 
 from pathlib import Path

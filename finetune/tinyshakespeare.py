@@ -1,6 +1,6 @@
 """Train on tinyshakespeare: one document, the last tenth held out.
 
-    python -m finetune.tinyshakespeare --data tinyshakespeare.txt --max_steps 300
+python -m finetune.tinyshakespeare --data tinyshakespeare.txt --max_steps 300
 """
 
 from pathlib import Path

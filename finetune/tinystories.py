@@ -1,7 +1,7 @@
 """Train on TinyStories, or on the bundled sample where there is no network.
 
-    python -m finetune.tinystories                        # on a CPU: 260K parameters, minutes
-    python -m finetune.tinystories --init 15M --dtype bf16 --compile
+python -m finetune.tinystories                        # on a CPU: 260K parameters, minutes
+python -m finetune.tinystories --init 15M --dtype bf16 --compile
 """
 
 from pathlib import Path
@@ -23,7 +23,6 @@ def find(config: TrainConfig, cache: Path, say: Say) -> Source | Path:
         return tinystories_source(small=False)
     if config.data != "auto":
         return path_source(Path(config.data), Format(config.separator, config.field))
-    assert config.max_steps and config.batch_size and config.seq_len
     tokens = config.max_steps * config.batch_size * config.accumulate * config.seq_len
     return auto_source(cache, small=tokens < SMALL_RUN_TOKENS, say=say)
 

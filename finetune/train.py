@@ -1,7 +1,7 @@
 """The only training loop. Entries prepare a Setup; features wrap the model from outside; the loop knows neither.
 
-One step: take rows, sum the loss over their valid labels on all ranks, divide by the number of those labels, clip, update.
-A step depends on the checkpoint before it and on (seed, step, rank), so a resumed run repeats it bit by bit.
+One step: take rows, sum the loss over their valid labels on all ranks, divide by the number of those labels, clip,
+update. A step depends on the checkpoint before it and on (seed, step, rank), so a resumed run repeats it bit by bit.
 
     python -m finetune.tinystories --max_steps 100 --out out/first
 """
@@ -88,12 +88,12 @@ def train(setup: Setup) -> Outcome:
     loop = Loop(setup)
     with StopSignals() as signals, Metrics(setup.out, config, world, loop.progress.step) as metrics:
         score = None
-        while loop.progress.step < _steps(config):
+        while loop.progress.step < config.max_steps:
             values, stop = loop.step(signals.caught)
             step = loop.progress.step
             metrics.write(step, values)
             metrics.progress(values)
-            is_last = step == _steps(config)
+            is_last = step == config.max_steps
             if step % config.eval_every == 0 or is_last:
                 score = loop.evaluate()
                 metrics.write(step, {"val_loss": score.loss, "val_bpb": score.bpb})
@@ -113,7 +113,6 @@ class Loop:
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.config, self.world = setup, setup.config, setup.world
-        assert self.config.seq_len is not None
         masked = self.config.doc_mask == "on"
         self.packer = Packer(setup.train, self.config.seq_len, seed=self.config.seed, doc_mask=masked)
         held_out = Packer(setup.val, self.config.seq_len, doc_mask=masked)
@@ -152,14 +151,19 @@ class Loop:
         done = Progress(self.progress.step + 1, self.progress.tokens + int(count), cursor)
         self.progress = done
         speed = count / (time.perf_counter() - started)
-        values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": done.tokens, "tokens_per_s": round(speed, 1)}
+        values = {
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens": done.tokens,
+            "tokens_per_s": round(speed, 1),
+        }
         values["peak_bytes"] = peak_bytes(self.world.device)
         if self.peak_flops:
             values["mfu"] = speed * self.flops_per_token / self.peak_flops / self.world.size
         return values, round(stop_sum / self.world.size) if stop_sum else 0
 
     def _rows_per_step(self) -> int:
-        assert self.config.batch_size is not None
         return self.config.batch_size * self.config.accumulate * self.world.size
 
     def _mine(self, rows: list[list[int]]) -> list[list[list[int]]]:
@@ -174,13 +178,12 @@ class Loop:
         self.save()
         documents = self.packer.documents_in(rows)
         raise TrainingStopped(
-            f"step {self.progress.step + 1}: loss {loss}, gradient norm {grad_norm}; the batch holds documents {documents}; "
-            f"the state before the step is saved: lower --lr or look at those documents",
+            f"step {self.progress.step + 1}: loss {loss}, gradient norm {grad_norm}; the batch holds documents "
+            f"{documents}; the state before the step is saved: lower --lr or look at those documents",
             1,
         )
 
     def evaluate(self) -> Score:
-        assert self.config.batch_size is not None
         model = loss_model_of(self.loss_model)
         return evaluate(model, self.held_out, self.world, self.config.batch_size, self.autocast)
 
@@ -223,8 +226,3 @@ def accumulate_(
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Of the random numbers of one step on one rank (dropout): 21 bits each, so they do not meet."""
     return (seed % (1 << 20)) << 42 | (step % (1 << 26)) << 16 | rank % (1 << 16)
-
-
-def _steps(config: TrainConfig) -> int:
-    assert config.max_steps is not None
-    return config.max_steps

@@ -1,7 +1,7 @@
 """Features that wrap the model from outside: dropout, activation checkpointing. The model knows of none.
 
-    add_dropout_(model, 0.1)
-    checkpoint_blocks_(model)
+add_dropout_(model, 0.1)
+checkpoint_blocks_(model)
 """
 
 from functools import partial
@@ -19,12 +19,9 @@ def add_dropout_(model: Transformer, p: float) -> None:
     def drop(module: nn.Module, args: object, output: Tensor) -> Tensor:
         return F.dropout(output, p, training=module.training)
 
-    for module in (
-        model.tok_embeddings,
-        *(block.attention.wo for block in model.layers),
-        *(block.feed_forward.w2 for block in model.layers),
-    ):
-        module.register_forward_hook(drop)
+    for name, module in model.named_modules():
+        if name.endswith(("tok_embeddings", "attention.wo", "feed_forward.w2")):
+            module.register_forward_hook(drop)
 
 
 def checkpoint_blocks_(model: Transformer) -> None:

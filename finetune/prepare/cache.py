@@ -1,6 +1,6 @@
 """From a source of text to token shards on the disk, each step made once and kept in the cache folder.
 
-    CACHE/text/sample-HASH.txt        CACHE/tokenizers/HASH.model        CACHE/shards/NAME-HASH/{train,val}_00000.bin
+CACHE/text/sample-HASH.txt        CACHE/tokenizers/HASH.model        CACHE/shards/NAME-HASH/{train,val}_00000.bin
 """
 
 import hashlib

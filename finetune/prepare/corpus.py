@@ -1,7 +1,8 @@
-"""Text files -> documents: .txt with a separator, .jsonl with a field, folders of them; cut in chunks for parallel work.
+"""Text files -> documents: .txt with a separator, .jsonl with a field, folders of them; cut in chunks for parallel
+work.
 
-Which documents are held out depends on their place in the corpus alone: each 20th of them, or, in a corpus of fewer than 20
-documents, the last tenth of each.
+Which documents are held out depends on their place in the corpus alone: each 20th of them, or, in a corpus of fewer
+than 20 documents, the last tenth of each.
 
     >>> [text for _, text in documents(Chunk(Path("two.txt"), 0, 33, 0), Format())]     # doctest: +SKIP
     ['One story.', 'Another story.']
@@ -55,7 +56,9 @@ def text_files(path: Path) -> tuple[Path, ...]:
     if not path.exists():
         raise ValueError(f"--data {path}: no such file or folder")
     if path.is_file() and path.suffix not in SUFFIXES:
-        raise ValueError(f"--data {path}: expected a .txt or .jsonl file, a folder of them, or a folder of token shards")
+        raise ValueError(
+            f"--data {path}: expected a .txt or .jsonl file, a folder of them, or a folder of token shards"
+        )
     files = (path,) if path.is_file() else tuple(sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES))
     if not files:
         raise ValueError(f"--data {path}: the folder holds no .txt or .jsonl file")
@@ -134,7 +137,7 @@ def is_small(files: tuple[Path, ...], form: Format) -> bool:
 def split(chunk: Chunk, form: Format, only: Split | None, small: bool) -> Iterator[tuple[Split, str, bool]]:
     """(split, text, whether the document ends here) of the chunk's documents, long ones in parts.
 
-    only: all documents belong to this split. small: the last tenth of each document is held out, else each 20th document.
+    only: all documents belong to this split. small: the last tenth of each document is held out, else each 20th.
     """
     for number, text in documents(chunk, form):
         pieces: list[tuple[Split, str, bool]] = [(only or _side(number), text, True)]

@@ -62,7 +62,7 @@ def tinyshakespeare(cache: Path) -> Path:
             data = answer.read()
     except OSError as error:
         raise Offline(
-            f"tinyshakespeare could not be downloaded ({getattr(error, 'reason', error)}): name your copy with --data PATH"
+            f"tinyshakespeare could not be downloaded ({getattr(error, 'reason', error)}): name a copy with --data PATH"
         ) from None
     write_atomically(path, data)
     return path

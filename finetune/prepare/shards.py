@@ -1,8 +1,9 @@
-"""Token shards: memory-mapped files of uint16 or uint32 token ids behind a header of 64 bytes; documents begin with BOS.
+"""Token shards: memory-mapped files of uint16 or uint32 token ids behind a header of 64 bytes; documents begin with
+BOS.
 
-Header, little-endian: magic "NLTOKENS", version u32, bytes per token u32, tokens u64, vocabulary u32, BOS id u32, SHA-256 of
-the tokenizer file. Shards are named SPLIT_NNNNN.bin and sorted by name. Each chunk of text becomes one shard of each split,
-whatever process does it, so the files are the same on every machine.
+Header, little-endian: magic "NLTOKENS", version u32, bytes per token u32, tokens u64, vocabulary u32, BOS id u32,
+SHA-256 of the tokenizer file. Shards are named SPLIT_NNNNN.bin and sorted by name. Each chunk of text becomes one
+shard of each split, whatever process does it, so the files are the same on every machine.
 
     python -m finetune.prepare --data stories.txt --vocab_size 512 --out DIR
 """
@@ -57,7 +58,7 @@ def write_shard(path: Path, tokens: list[int], vocabulary: Vocabulary) -> None:
 
 
 def read_shard(path: Path, vocabulary: Vocabulary) -> NDArray[np.unsignedinteger]:
-    """The tokens, memory-mapped. Raises ValueError when the file is no shard, is cut short, or is of another vocabulary."""
+    """The tokens, memory-mapped. Raises ValueError for what is no whole shard, or one of another vocabulary."""
     with path.open("rb") as file:
         header = file.read(HEADER.size)
     if len(header) < HEADER.size or not header.startswith(MAGIC):
@@ -153,7 +154,7 @@ def jobs(source: Source, tokenizer: Path, folder: Path) -> Iterator[Job]:
 
 
 def write_shards(source: Source, tokenizer: Path, folder: Path, workers: int) -> None:
-    """Tokenize all of `source` into `folder`, in parallel. Raises ValueError when nothing is left to train or validate."""
+    """Tokenize all of `source` into `folder`, in parallel. Raises ValueError when a split stays empty."""
     todo = list(jobs(source, tokenizer, folder))
     total = sum(job.chunk.stop - job.chunk.start for job in todo)
     bar = tqdm(total=total, desc=f"tokenizing {source.name}", unit="B", unit_scale=True, leave=False)

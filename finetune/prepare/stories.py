@@ -1,7 +1,8 @@
 """The bundled sample: short stories from a seeded grammar, for machines with no network.
 
-A story has a hero, a friend, a place, a thing and one of a dozen plots; names, pronouns and things stay the same from its
-first sentence to its last, so there is something to learn beyond which word follows which. The grammar is stories.txt.
+A story has a hero, a friend, a place, a thing and one of a dozen plots; names, pronouns and things stay the same from
+its first sentence to its last, so there is something to learn beyond which word follows which. The grammar is
+stories.txt.
 
     python -m finetune.prepare.stories 2      # prints two stories
 """

@@ -1,5 +1,5 @@
-"""A sentencepiece BPE tokenizer trained on the data, as llama2.c trains its custom ones: bytes where no piece fits, digits
-one by one, no normalization. The same text gives the same file.
+"""A sentencepiece BPE tokenizer trained on the data, as llama2.c trains its custom ones: bytes where no piece fits,
+digits one by one, no normalization. The same text gives the same file.
 
 Source: `train_vocab` in llama2.c's tinystories.py, for the settings.
 """
