@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +14,9 @@ from safetensors.torch import load_file, save_file
 from checkpoint_cases import LLAMA2, LLAMA31, LLAMA32, make_weights, write
 from nanollama.checkpoint import (
     CheckpointError,
-    convert,
     open_checkpoint,
-    verify,
-    write_bin,
-    write_manifest,
-    write_meta,
 )
-from nanollama.checkpoint.integrity import MANIFESTS, file_digest
+from nanollama.checkpoint.meta import read_params
 from nanollama.model import RopeScaling
 
 
@@ -230,8 +224,6 @@ def test_published_quirks_load(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("extra", "factor", "told"), [({}, 32.0, 1), ({"rope_scaling_factor": 8}, 8.0, 0)])
 def test_scaling_factor_of_llama_3_2(tmp_path: Path, extra: dict[str, Any], factor: float, told: int) -> None:
     shape = {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 8, "multiple_of": 256}
-    from nanollama.checkpoint.meta import read_params
-
     notices: list[str] = []
     config = read_params(tmp_path, {**shape, "ffn_dim_multiplier": 1.5, "use_scaled_rope": True, **extra}, 0, notices)
     assert config.rope_scaling == RopeScaling(factor=factor)
@@ -288,84 +280,3 @@ def test_folders_that_are_two_formats_or_none(tmp_path: Path, meta: Path, hf: Pa
 def test_hub_ids_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     refused(Path("no-such-org/no-such-model"), "no-such-org/no-such-model", "cannot be reached")
-
-
-@pytest.mark.parametrize("algorithm", ["md5", "sha256"])
-def test_checksums(meta: Path, algorithm: str) -> None:
-    assert verify(meta) == []
-    write_manifest(meta)
-    names = ["consolidated.00.pth", "params.json"]
-    if algorithm == "md5":
-        (meta / "SHA256SUMS").unlink()
-        (meta / "checklist.chk").write_text("".join(f"{file_digest(meta / n, 'md5')}  {n}\n" for n in names))
-    assert verify(meta) == names
-    (manifest,) = [n for n, a in MANIFESTS.items() if a == algorithm]
-    with open(meta / "consolidated.00.pth", "r+b") as file:
-        file.seek(-3000, 2)
-        file.write(b"\xff")
-    with pytest.raises(CheckpointError, match=f"consolidated.00.pth: has {algorithm} .* {manifest}"):
-        verify(meta)
-    (meta / "consolidated.00.pth").unlink()
-    with pytest.raises(CheckpointError, match="is listed in"):
-        verify(meta)
-    (meta / manifest).write_text("0" * 64 + "  ../../etc/passwd\n")
-    with pytest.raises(CheckpointError, match="digest and file name"):
-        verify(meta)
-
-
-def test_writers_refuse_what_their_format_cannot_say(tmp_path: Path) -> None:
-    weights = make_weights(LLAMA31)
-    with pytest.raises(CheckpointError, match="norm_eps is 2e-05, llama2.c's programs compute with 1e-05"):
-        write_bin(tmp_path / "x.bin", LLAMA31, weights)
-    with pytest.raises(CheckpointError, match="3 shards"):
-        write_meta(tmp_path / "x", LLAMA31, weights, shards=3)
-    with pytest.raises(CheckpointError, match=r"tok_embeddings.weight has shape \(96, 64\)"):
-        write_meta(tmp_path / "x", replace(LLAMA31, vocab_size=95), weights)
-    with pytest.raises(CheckpointError, match="head_dim 10"):
-        write_meta(tmp_path / "x", replace(LLAMA31, head_dim=10), weights)
-    with pytest.raises(CheckpointError, match=r"norm.weight: holds numbers beyond fp16's 65504"):
-        write_meta(tmp_path / "x", LLAMA31, weights | {"norm.weight": torch.full((64,), 1e6)}, dtype=torch.float16)
-    assert list(tmp_path.iterdir()) == []  # nothing half-written is left
-    path = write(tmp_path, "meta", LLAMA31, weights)
-    with pytest.raises(CheckpointError, match="already holds a checkpoint"):
-        write_meta(path, LLAMA31, weights)
-    for options in ({"dtype": "q8_0"}, {"version": 1}, {"dtype": "int8"}):
-        with pytest.raises(CheckpointError):
-            convert(path, tmp_path / "y", "meta", **options)  # type: ignore[arg-type]
-    with pytest.raises(CheckpointError, match=r"must end in .gguf"):
-        convert(path, tmp_path / "y", "gguf")
-
-
-@pytest.mark.parametrize(
-    ("header", "part"),
-    [
-        (struct.pack("<7i", -64, 172, 5, 8, 4, 512, 512), "dim -64"),
-        (struct.pack("<7i", 64, 172, 2**31 - 1, 8, 4, 512, 512), "its header asks for"),
-        (struct.pack("<7i", 2**31 - 1, 2**31 - 1, 2**31 - 1, 1, 1, 2**31 - 1, 2**31 - 1), "odd|multiple|asks for"),
-        (struct.pack("<Ii", 0x616B3432, 9).ljust(256, b"\0"), "version 9"),
-        (struct.pack("<Ii7iBi", 0x616B3432, 2, 64, 172, 5, 8, 4, 512, 512, 1, -4).ljust(256, b"\0"), "group size -4"),
-        (b"abc", "truncated"),
-    ],
-)
-def test_llama2c_headers(tmp_path: Path, header: bytes, part: str) -> None:
-    (tmp_path / "x.bin").write_bytes(header + bytes(100) if len(header) > 3 else header)
-    with pytest.raises(CheckpointError, match=part):
-        open_checkpoint(tmp_path / "x.bin")
-
-
-@pytest.mark.parametrize(
-    ("data", "part"),
-    [
-        (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), "tensors cannot fit"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**40), "keys cannot fit"),
-        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**50) + bytes(40), "bytes of text cannot fit"),
-        (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 8, 2**55) + bytes(40), "texts cannot fit"),
-        (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1"),
-        (b"GGML" + bytes(30), "begins with"),
-        (b"GGUF", "truncated"),
-        (b"", "truncated"),
-    ],
-)
-def test_gguf_headers(tmp_path: Path, data: bytes, part: str) -> None:
-    (tmp_path / "x.gguf").write_bytes(data)
-    refused(tmp_path / "x.gguf", part)

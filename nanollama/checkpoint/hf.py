@@ -110,7 +110,7 @@ def _read_rope(fields: Fields) -> tuple[float, RopeScaling | None]:
 
 def _read_rope_section(part: Fields) -> tuple[float | None, RopeScaling | None]:
     theta = part.number("rope_theta", None)
-    kinds = {part.take(key, None) for key in ("rope_type", "type")} - {None}
+    kinds = {str(part.take(key, None)) for key in ("rope_type", "type")} - {"None"}
     if kinds - {"default", "llama3"} or len(kinds) > 1:
         raise part.error("rope_type", f"is {', '.join(map(repr, kinds))}: only default and llama3 can be computed")
     scaling = None
