@@ -65,7 +65,7 @@ class TrainConfig:
     # What is seen and kept
     save_every: int = 100  # steps between checkpoints; there is one at the end and at SIGINT, SIGTERM as well
     eval_every: int = 100  # steps between validation losses; there is one at the end as well
-    eval_tokens: int = 100_000  # validation tokens looked at, about
+    eval_tokens: int = 50_000  # validation tokens looked at, about
     sample_every: int = 0  # steps between samples; 0: only at the end
     prompt: str = "Once upon a time"  # of the samples
     tensorboard: bool = False  # also write TensorBoard events
