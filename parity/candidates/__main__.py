@@ -1,0 +1,46 @@
+"""Run one candidate on one case in a process of its own: `python -m parity.candidates NAME PATH CASE.json OUT`.
+
+PATH is the label of one of the candidate's paths, "-" for its only one. Speaks the same protocol as the references:
+progress as JSON lines on stdout, exit code 2 and one `error:` line for unusable input.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from parity.candidates import resolve
+from parity.contract import Case, UsageError
+from parity.record import record
+from parity.trace import TraceWriter
+
+
+def progress(stage: str, done: float) -> None:
+    print(json.dumps({"stage": stage, "done": round(done, 4)}), flush=True)
+
+
+def main(argv: list[str]) -> int:
+    name, path, case_file, out = argv
+    try:
+        load = resolve(name)[None if path == "-" else path]
+        case = Case.read(Path(case_file))
+        torch.set_num_threads(case.threads)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        record(load, case, TraceWriter(Path(out)), progress)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        # Errors of our own readers are user errors too; they are ValueErrors of one line with a name of their own.
+        if type(error).__name__ in ("CheckpointError", "TokenizerError"):
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

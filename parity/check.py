@@ -1,0 +1,161 @@
+"""Does this implementation compute what Meta's code and transformers compute?
+
+    python -m parity.check                                   # the embedded tiny checkpoint, nanollama, both references
+    python -m parity.check --ckpt Meta-Llama-3.1-8B          # a checkpoint of yours
+    python -m parity.check --candidate my_port.py:load       # an implementation of yours
+
+Exit codes: 0 pass, 1 a parity failure, 2 unusable input, 3 nothing failed but not everything could be judged.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parity.cli import Parser
+from parity.contract import DTYPES, Case, UsageError
+from parity.prompts import CORPUS, DIALOGS, Prompts, built_in, from_file, seeded
+
+if TYPE_CHECKING:
+    from parity.candidates.describe import Description
+
+REFERENCES = ("meta", "hf")
+
+
+def build_parser() -> Parser:
+    parser = Parser("python -m parity.check", __doc__)
+    add = parser.add_argument
+    add("--ckpt", metavar="PATH", help="Meta folder or HF folder (default: the embedded tiny checkpoint)")
+    add("--tokenizer", metavar="FILE", help="a tokenizer file, where the checkpoint has none")
+    add("--candidate", default="nanollama", metavar="NAME", help="nanollama, module:attr or file.py:attr")
+    add("--references", default="meta,hf", metavar="LIST", help="comma list of meta, hf (default: both)")
+    add("--dtype", default="fp32,bf16", metavar="LIST", help="comma list of fp32, bf16, fp16 (default: fp32,bf16)")
+    add("--device", default="cpu", choices=("cpu", "cuda", "mps"))
+    add("--prompts", type=Path, metavar="FILE", help=r"one prompt a line (\n escapes), or .jsonl of token lists")
+    add("--max_new_tokens", type=int, default=32, metavar="N", help="greedy tokens per prompt (default: 32)")
+    add("--checks", metavar="LIST", help="comma list, or `list` to print them (default: all)")
+    add("--json", type=Path, metavar="PATH", help="write the whole report as JSON")
+    add("--version", action="store_true", help="print the version and stop")
+    return parser
+
+
+def comma_list(flag: str, text: str, known: tuple[str, ...]) -> list[str]:
+    """The items of a comma list, each one known. Raises UsageError."""
+    items = list(dict.fromkeys(item.strip() for item in text.split(",") if item.strip()))
+    for item in items:
+        if item not in known:
+            raise UsageError(f"{flag} {item!r} is unknown: expected {', '.join(known)}")
+    if not items:
+        raise UsageError(f"{flag} is empty: expected a comma list of {', '.join(known)}")
+    return items
+
+
+def validate(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that can be refused before any work. Raises UsageError."""
+    from parity.checks import CHECKS
+
+    chosen = {
+        "references": comma_list("--references", args.references, REFERENCES),
+        "dtypes": comma_list("--dtype", args.dtype, tuple(DTYPES)),
+        "checks": comma_list("--checks", args.checks, tuple(CHECKS)) if args.checks else list(CHECKS),
+    }
+    if args.max_new_tokens < 0:
+        raise UsageError(f"--max_new_tokens {args.max_new_tokens}: expected 0 or more")
+    if args.ckpt is not None and not Path(args.ckpt).exists():
+        raise UsageError(f"--ckpt {args.ckpt}: no such file or folder; give a Meta or Hugging Face checkpoint folder")
+    if args.tokenizer is not None and not Path(args.tokenizer).is_file():
+        raise UsageError(f"--tokenizer {args.tokenizer}: no such file")
+    for flag in ("json",):
+        path = getattr(args, flag)
+        if path is not None and not (path.resolve().parent.is_dir() and os.access(path.resolve().parent, os.W_OK)):
+            raise UsageError(f"--{flag} {path}: its folder does not exist or cannot be written")
+    for module in [{"meta": "llama_models", "hf": "transformers"}[r] for r in chosen["references"]]:
+        if importlib.util.find_spec(module) is None:
+            raise UsageError(f"the package {module} is not installed: pip install {module}, or leave its reference out")
+    if args.device != "cpu":
+        import torch
+
+        if not getattr(torch.backends if args.device == "mps" else torch, args.device).is_available():
+            raise UsageError(f"--device {args.device}: torch sees no such device here")
+    return chosen
+
+
+def main(argv: list[str] | None = None) -> int:
+    return build_parser().run(run, argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.version:
+        from importlib.metadata import version
+
+        print(f"parity {version('nanollama')}")
+        return 0
+    if args.checks == "list":
+        from parity.checks import CHECKS
+
+        for name, function in CHECKS.items():
+            print(f"{name:12} {(function.__doc__ or '').splitlines()[0]}")
+        return 0
+    chosen = validate(args)
+    from parity.candidates import resolve
+
+    resolve(args.candidate)
+    report = check(args, chosen)
+    from parity.report import summary, terminal
+
+    print(terminal.render(report))
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return summary.EXIT_CODES[report["verdict"]]
+
+
+def check(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[str, Any]:
+    """Run everything and return the report."""
+    from parity.candidates.describe import describe
+    from parity.report import summary
+    from parity.runner import ROPE_POSITIONS, Clock, Runner, cores, embedded_default, threads_for, workspace
+
+    clock = Clock()
+    checkpoint = describe(args.ckpt or str(embedded_default()), args.tokenizer)
+    prompts = choose_prompts(args.prompts, checkpoint)
+    case = Case(
+        checkpoint=str(checkpoint.path.resolve()),
+        tokenizer=str(checkpoint.tokenizer) if checkpoint.tokenizer else None,
+        dtypes=chosen["dtypes"],
+        texts=prompts.texts,
+        prompts=prompts.tokens,
+        corpus=list(CORPUS) if checkpoint.tokenizer else [],
+        dialogs=[list(d) for d in DIALOGS] if checkpoint.tokenizer else [],
+        device=args.device,
+        threads=threads_for(checkpoint.stored_bytes),
+        max_new_tokens=args.max_new_tokens,
+        rope_positions=list(ROPE_POSITIONS),
+        weights="weights" in chosen["checks"],
+    )
+    with workspace() as folder:
+        runner = Runner(case, chosen["references"], args.candidate, folder, sys.stderr.isatty())
+        runner.notices += [*checkpoint.notices, *prompts.notices]
+        ev = runner.run()
+        ev.prepare(cores())
+        results = summary.judge_all(ev, chosen["checks"])
+        entry = {"path": args.ckpt or "embedded default", "format": checkpoint.format, "verified": checkpoint.verified}
+        return summary.summarise(ev, results, runner, clock(), entry)
+
+
+def choose_prompts(file: Path | None, checkpoint: "Description") -> Prompts:
+    """The user's prompts, the built-in ones, or seeded token ids where there is no tokenizer. Raises UsageError."""
+    vocab_size = checkpoint.config["vocab_size"]
+    prompts = from_file(file) if file else built_in() if checkpoint.tokenizer else seeded(vocab_size)
+    if prompts.texts and not checkpoint.tokenizer:
+        raise UsageError(f"--prompts {file}: {checkpoint.path} has no tokenizer; give --tokenizer, or a .jsonl of ids")
+    for i, ids in enumerate(prompts.tokens or [], 1):
+        if max(ids) >= vocab_size:
+            raise UsageError(f"--prompts {file}, prompt {i}: id {max(ids)} is outside the {vocab_size} tokens")
+    return prompts
+
+
+if __name__ == "__main__":
+    sys.exit(main())

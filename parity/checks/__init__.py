@@ -1,0 +1,23 @@
+"""The checks, registered by name. To add one: write a function Evidence -> Iterator[Result] and put it in CHECKS."""
+
+from collections.abc import Callable, Iterator
+
+from parity.checks import decoding, forward, identity
+from parity.contract import Result
+from parity.evidence import Evidence
+
+CHECKS: dict[str, Callable[[Evidence], Iterator[Result]]] = {
+    "tokens": identity.tokens,
+    "chat": identity.chat,
+    "config": identity.config,
+    "weights": identity.weights,
+    "rope": identity.rope,
+    "taps": forward.taps,
+    "logits": forward.logits,
+    "bitwise": forward.bitwise,
+    "kl": forward.kl,
+    "argmax": forward.argmax,
+    "greedy": decoding.greedy,
+    "cache": decoding.cache,
+    "metamorphic": decoding.metamorphic,
+}

@@ -1,0 +1,121 @@
+"""Gates on the teacher-forced forward pass: G3 and G4 on taps and logits, G5 on KL, G6 on tokens, BIT."""
+
+from collections.abc import Iterator
+
+import torch
+
+from parity.contract import Result, Status, judge
+from parity.evidence import Evidence, Pair, worst_ratio
+from parity.metrics import percentile
+from parity.tolerances import BOUNDS, KL_FLOOR_NATS
+
+
+def broken_or_missing(ev: Evidence, pair: Pair, check: str, gate: str, taps: list[str]) -> Iterator[Result]:
+    """Failures for taps of the wrong shape; an error where the candidate gave nothing to compare."""
+    candidate = ev.candidate(pair)
+    for tap in taps:
+        if tap in candidate.broken:
+            yield Result(check, gate, Status.FAIL, where=tap, reason=candidate.broken[tap], **pair.labels)
+
+
+def taps(ev: Evidence) -> Iterator[Result]:
+    """G3 at every tap but the logits: the worst ratio, and the pairwise G4 at its worst."""
+    for pair in ev.pairs():
+        yield from broken_or_missing(ev, pair, "taps", "G3", [t for t in ev.candidate(pair).broken if t != "logits"])
+        shared = [t for t in ev.shared(pair) if t != "logits"]
+        if not shared:
+            reason = "not covered: the candidate has no taps()"
+            yield Result("taps", "G3", Status.SKIP, reason=reason, required=False, **pair.labels)
+            continue
+        ratios = {tap: ev.rho(pair, tap)[0] for tap in shared}
+        yield _worst(ev, pair, "taps", "G3", ratios, BOUNDS["G3.taps"].value)
+        pairwise = {tap: _pairwise(ev, pair, tap) for tap in shared}
+        yield _worst(ev, pair, "taps", "G4", pairwise, BOUNDS["G4"].value)
+
+
+def logits(ev: Evidence) -> Iterator[Result]:
+    """G3 and G4 on the logits."""
+    for pair in ev.pairs():
+        yield from broken_or_missing(ev, pair, "logits", "G3", ["logits"])
+        if "logits" in ev.candidate(pair).taps:
+            ratios = {"logits": ev.rho(pair, "logits")[0]}
+            yield _worst(ev, pair, "logits", "G3", ratios, BOUNDS["G3.logits"].value)
+            pairwise = {"logits": _pairwise(ev, pair, "logits")}
+            yield _worst(ev, pair, "logits", "G4", pairwise, BOUNDS["G4"].value)
+
+
+def _pairwise(ev: Evidence, pair: Pair, tap: str) -> float:
+    return worst_ratio(ev.pairwise(pair, tap), ev.reference(pair).taps[tap], pair.dtype)[0]
+
+
+def _worst(ev: Evidence, pair: Pair, check: str, gate: str, ratios: dict[str, float], bound: float) -> Result:
+    tap = max(ratios, key=lambda t: float("inf") if ratios[t] != ratios[t] else ratios[t])
+    where = f"{tap}, {ev.candidate(pair).taps[tap].place}"
+    return judge(ratios[tap], bound, check=check, gate=gate, metric="rho", unit="x noise", where=where, **pair.labels)
+
+
+def bitwise(ev: Evidence) -> Iterator[Result]:
+    """BIT: nanollama's exact path gives Meta's logits, bit for bit, on CPU. Asked of no other path or candidate."""
+    if "exact" not in ev.candidates or "meta" not in ev.references or ev.case.device != "cpu":
+        reason = "asked of nanollama's exact path against meta on CPU alone"
+        yield Result("bitwise", "BIT", Status.SKIP, reason=reason, required=False)
+        return
+    for pair in ev.pairs():
+        if pair.path == "exact" and pair.reference == "meta" and "logits" in ev.candidate(pair).taps:
+            difference = ev.pairwise(pair, "logits")
+            yield judge(
+                difference.largest,
+                0.0,
+                check="bitwise",
+                gate="BIT",
+                metric="max |difference|",
+                unit="logits",
+                where=str(difference.place),
+                **pair.labels,
+            )
+
+
+def kl(ev: Evidence) -> Iterator[Result]:
+    """G5: mean, 99th percentile and maximum over positions of KL(oracle || candidate), against the reference's."""
+    for pair in ev.pairs():
+        mine, theirs = ev.candidate(pair).rows, ev.reference(pair).rows
+        if not mine:
+            continue
+        c, r = torch.cat([rows.kl for rows in mine]), torch.cat([rows.kl for rows in theirs])
+        for name, statistic in (
+            ("mean", torch.Tensor.mean),
+            ("p99", lambda x: percentile(x, 0.99)),
+            ("max", torch.max),
+        ):
+            value = float(statistic(c)) / (float(statistic(r)) + KL_FLOOR_NATS)
+            where = f"{float(statistic(c)):.3g} nats for {float(statistic(r)):.3g}"
+            yield judge(
+                value,
+                BOUNDS[f"G5.{name}"].value,
+                check="kl",
+                gate="G5",
+                metric=f"KL {name}",
+                unit="x noise",
+                where=where,
+                **pair.labels,
+            )
+
+
+def argmax(ev: Evidence) -> Iterator[Result]:
+    """G6: at decided positions the candidate's best token is the oracle's; undecided ones are ties, counted."""
+    for pair in ev.pairs():
+        mine = ev.candidate(pair).rows
+        if not mine:
+            continue
+        decided = [ev.decided(pair, i) for i in range(len(mine))]
+        best = [rows.argmax for rows in ev.oracle_rows(pair.dtype)]
+        wrong = [(m.argmax != b) & d for m, b, d in zip(mine, best, decided, strict=True)]
+        count, total = sum(int(w.sum()) for w in wrong), sum(int(d.sum()) for d in decided)
+        positions = sum(d.numel() for d in decided)
+        first = next((f"sequence {i}, position {int(w.nonzero()[0])}" for i, w in enumerate(wrong) if w.any()), None)
+        labels = {"metric": "tokens that differ", "unit": "decided positions", "where": first, **pair.labels}
+        reason = f"{total} of {positions} positions decided"
+        if total == 0:
+            yield Result("argmax", "G6", Status.SKIP, reason=f"{reason}: nothing to judge", **labels)
+        else:
+            yield judge(count, BOUNDS["G6"].value, check="argmax", gate="G6", reason=reason, **labels)

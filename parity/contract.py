@@ -1,0 +1,183 @@
+"""The nouns of the harness: Case, Candidate, Result, Status, and the names that checkpoints, taps and dtypes go by.
+
+A Case is run by a reference, the oracle or a candidate into a Trace (see trace.py); comparing traces gives Results.
+Outside programs write the same files: docs/parity.md has the two formats.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+CASE_SCHEMA = "nanollama.case/1"
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Unit roundoff: the largest relative error of one rounding. Gates are floored at half of it.
+UNIT: dict[str, float] = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
+
+LAYER_TAPS = (
+    "attn_norm",
+    "q",
+    "k",
+    "v",
+    "q_rope",
+    "k_rope",
+    "attn_mix",
+    "attn_out",
+    "ffn_norm",
+    "gate",
+    "up",
+    "ffn_mix",
+    "ffn_out",
+    "out",
+)
+
+
+def tap_names(n_layers: int) -> list[str]:
+    """Every tap in the order of computation."""
+    layers = [f"layers.{i}.{tap}" for i in range(n_layers) for tap in LAYER_TAPS]
+    return ["embed", *layers, "final_norm", "logits"]
+
+
+def part_of(tap: str) -> str:
+    """The file of a trace that holds a tap: embed, layers.N or head."""
+    if tap.startswith("layers."):
+        return ".".join(tap.split(".")[:2])
+    return "embed" if tap == "embed" else "head"
+
+
+class UsageError(ValueError):
+    """Unusable input: one line that says what, where and how to mend. Ends in exit code 2."""
+
+
+class Status(str, Enum):
+    PASS = "pass"
+    FAIL = "fail"
+    SKIP = "skip"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One judgement. `value` and `bound` are in `unit`; `where` names the worst place, `reason` says why in words."""
+
+    check: str
+    gate: str
+    status: Status
+    reference: str | None = None
+    dtype: str | None = None
+    path: str | None = None  # which of the candidate's paths ("exact", "fast"), None for the only one
+    metric: str | None = None
+    value: float | None = None
+    bound: float | None = None
+    unit: str | None = None
+    where: str | None = None
+    reason: str | None = None
+    required: bool = True
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "status": self.status.value}
+
+
+def judge(value: float, bound: float, **fields: Any) -> Result:
+    """A Result that passes when value <= bound. A value that is not a number never passes."""
+    status = Status.PASS if value <= bound else Status.FAIL
+    return Result(status=status, value=value, bound=bound, **fields)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to run and what to record; written as JSON for every process of a run.
+
+    `prompts` are token ids; None: the ids of `texts` (with BOS, by the implementation's own tokenizer).
+    `positions`: per sequence, where taps are kept (None: everywhere). `whole_bytes`: the largest model at its run dtype
+    that is run whole and not layer by layer (None: decided from the machine's memory).
+    """
+
+    checkpoint: str
+    dtypes: list[str]
+    prompts: list[list[int]] | None = None
+    texts: list[str] | None = None
+    corpus: list[str] = field(default_factory=list)
+    dialogs: list[list[dict[str, Any]]] = field(default_factory=list)
+    tokenizer: str | None = None
+    device: str = "cpu"
+    threads: int = 1
+    max_new_tokens: int = 0
+    record: str = "taps"
+    positions: list[list[int]] | None = None
+    rope_positions: list[int] = field(default_factory=list)
+    weights: bool = False
+    stream: str = "auto"
+    whole_bytes: int | None = None
+    prompt_lengths: list[int] | None = None  # of `prompts` that already carry a continuation
+    schema: str = CASE_SCHEMA
+
+    def write(self, path: Path, *without: str) -> Path:
+        """As JSON; `without` names keys that the reader does not know."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({k: v for k, v in asdict(self).items() if k not in without}))
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> "Case":
+        case = cls(**json.loads(path.read_text()))
+        if case.schema != CASE_SCHEMA:
+            raise UsageError(f"{path} has schema {case.schema!r}: this version reads {CASE_SCHEMA!r}")
+        return case
+
+
+class Candidate(Protocol):
+    """The least that is checked: tokens (B, T) int64 -> logits (B, T, V). The methods of `Optional` widen it."""
+
+    def __call__(self, tokens: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class HasTaps(Protocol):
+    """taps(tokens (B, T)) -> {tap name: (B, T, ...)}; q, k, v, q_rope, k_rope (B, T, heads, head_dim) in Meta's layout."""
+
+    def taps(self, tokens: Tensor) -> dict[str, Tensor]: ...
+
+
+@runtime_checkable
+class HasOps(Protocol):
+    """ops(tap name, {input tap: (B, T, ...)}) -> that tap, computed from the given inputs alone."""
+
+    def ops(self, name: str, inputs: dict[str, Tensor]) -> Tensor: ...
+
+
+@runtime_checkable
+class HasCache(Protocol):
+    """prefill(tokens (B, T)) starts anew, decode(tokens (B, n)) goes on; both -> logits of these tokens, or of the last.
+
+    n is 1 when generating, more when a prompt is prefilled in chunks: raise NotImplementedError for n > 1 if it cannot.
+    """
+
+    def prefill(self, tokens: Tensor) -> Tensor: ...
+
+    def decode(self, token: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class HasTraining(Protocol):
+    """loss_and_grads(tokens (B, T), targets (B, T), -100 ignored) -> (mean loss, {Meta weight name: gradient})."""
+
+    def loss_and_grads(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+@runtime_checkable
+class HasTokenizer(Protocol):
+    """encode(text) -> token ids, with BOS."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+@runtime_checkable
+class HasDocuments(Protocol):
+    """packed(tokens (B, T), doc_ids (B, T)) -> logits (B, T, V) where documents do not see each other."""
+
+    def packed(self, tokens: Tensor, doc_ids: Tensor) -> Tensor: ...

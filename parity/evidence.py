@@ -1,0 +1,137 @@
+"""Evidence: the traces of one run and what was measured on them, each measured once however many checks ask."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from parity.contract import Case
+from parity.metrics import Measured, OracleRows, TapError, compare, measure, noise, oracle_rows, ratio
+from parity.tolerances import DECIDED_MARGIN, LONG_SEQUENCE_TOKENS
+from parity.trace import Trace
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One judgement's parties: a reference, a dtype and one path of the candidate."""
+
+    reference: str
+    dtype: str
+    path: str | None
+
+    @property
+    def labels(self) -> dict[str, str | None]:
+        return {"reference": self.reference, "dtype": self.dtype, "path": self.path}
+
+
+@dataclass
+class Evidence:
+    case: Case
+    oracle: Trace
+    references: dict[str, Trace]
+    candidates: dict[str | None, Trace]  # by path; {None: trace} for a candidate with one path
+    ops: dict[str, Trace] = field(default_factory=dict)  # the oracle on each reference's own inputs, see checks/ops.py
+    training: dict[str, dict] = field(default_factory=dict)
+    _measured: dict[tuple[int, str], Measured] = field(default_factory=dict)
+    _oracle_rows: dict[str, list[OracleRows]] = field(default_factory=dict)
+    _pairwise: dict[tuple[Pair, str], TapError] = field(default_factory=dict)
+
+    def prepare(self, workers: int) -> None:
+        """Measure everything that the forward gates ask for, in threads: torch leaves the interpreter lock alone.
+
+        Single-threaded kernels side by side keep their speed on a busy machine, where threads inside one do not.
+        """
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(self.oracle_rows, dict.fromkeys(self.case.dtypes)))
+                runs = [(trace, dtype) for dtype, _, trace in self.per_dtype()]
+                runs += [(trace, dtype) for trace in self.references.values() for dtype in self.case.dtypes]
+                list(pool.map(lambda run: self.measured(*run), runs))
+                list(pool.map(lambda job: self.pairwise(*job), [(p, t) for p in self.pairs() for t in self.shared(p)]))
+        finally:
+            torch.set_num_threads(before)
+
+    def shared(self, pair: Pair) -> list[str]:
+        """Taps that the candidate and the reference both have, in order of computation."""
+        theirs = self.reference(pair).taps
+        return [tap for tap in self.candidate(pair).taps if tap in theirs]
+
+    def pairwise(self, pair: Pair, tap: str) -> TapError:
+        """One tap of the candidate against the reference's."""
+        if (pair, tap) not in self._pairwise:
+            difference = compare(self.candidates[pair.path], self.references[pair.reference], pair.dtype, tap)
+            self._pairwise[pair, tap] = difference
+        return self._pairwise[pair, tap]
+
+    def pairs(self) -> Iterator[Pair]:
+        for path, trace in self.candidates.items():
+            for dtype in self.case.dtypes:
+                if dtype in trace.meta["dtypes"]:
+                    yield from (Pair(reference, dtype, path) for reference in self.references)
+
+    def per_dtype(self) -> Iterator[tuple[str, str | None, Trace]]:
+        """(dtype, path, trace) of each candidate run, for checks that need no reference."""
+        for path, trace in self.candidates.items():
+            yield from ((dtype, path, trace) for dtype in self.case.dtypes if dtype in trace.meta["dtypes"])
+
+    def measured(self, trace: Trace, dtype: str) -> Measured:
+        key = (id(trace), dtype)
+        if key not in self._measured:
+            self._measured[key] = measure(trace, self.oracle, dtype, self.oracle_rows(dtype))
+        return self._measured[key]
+
+    def oracle_rows(self, dtype: str) -> list[OracleRows]:
+        """The oracle's own choices, per sequence; dtypes that round the weights alike share them."""
+        folder = self.oracle.meta["dtypes"][dtype]
+        if folder not in self._oracle_rows:
+            logits = (self.oracle.get(dtype, i, "logits") for i in range(len(self.oracle.sequences)))
+            self._oracle_rows[folder] = [oracle_rows(x) for x in logits]
+        return self._oracle_rows[folder]
+
+    def reference(self, pair: Pair) -> Measured:
+        return self.measured(self.references[pair.reference], pair.dtype)
+
+    def candidate(self, pair: Pair) -> Measured:
+        return self.measured(self.candidates[pair.path], pair.dtype)
+
+    def rho(self, pair: Pair, tap: str) -> tuple[float, int | None]:
+        """The worst error ratio at a tap, over all sequences together and over each long one alone, and which."""
+        candidate, reference = self.candidate(pair).taps[tap], self.reference(pair).taps[tap]
+        return worst_ratio(candidate, reference, pair.dtype)
+
+    def decided(self, pair: Pair, sequence: int) -> Tensor:
+        """True (T,) where the oracle's margin exceeds what the reference's rounding could overturn."""
+        largest = self.reference(pair).taps["logits"].worst[sequence]
+        return self.oracle_rows(pair.dtype)[sequence].margin > DECIDED_MARGIN * largest
+
+    def error_at(self, trace: Trace, dtype: str, sequence: int, tap: str, positions: list[int]) -> TapError:
+        """An extra logits tensor (len(positions), V) of a candidate against the oracle's rows at those positions."""
+        error = TapError()
+        error.add(sequence, trace.get(dtype, sequence, tap), self.oracle.get(dtype, sequence, "logits")[positions])
+        return error
+
+    def noise_at(self, pair: Pair, sequence: int, positions: list[int]) -> float:
+        """The reference's error over these rows of its logits."""
+        whole = self.reference(pair).taps["logits"]
+        part = TapError([whole.error[sequence][positions]], [whole.expected[sequence][positions]], width=whole.width)
+        return noise(part, pair.dtype)
+
+
+def worst_ratio(error: TapError, reference: TapError, dtype: str) -> tuple[float, int | None]:
+    """Largest error ratio over all sequences together (None) and over each long sequence alone (its number)."""
+    found: list[tuple[float, int | None]] = [(ratio(error.rms(), noise(reference, dtype)), None)]
+    for i, positions in enumerate(error.error):
+        if positions.numel() >= LONG_SEQUENCE_TOKENS and len(error.error) > 1:
+            found.append((ratio(error.rms(i), noise(reference, dtype, i)), i))
+    return max(found, key=lambda pair: float("inf") if pair[0] != pair[0] else pair[0])
+
+
+def position_ratios(error: TapError, reference: TapError, dtype: str, sequence: int) -> Tensor:
+    """The error ratio of each position of one sequence (T,), against that sequence's noise."""
+    floor = noise(reference, dtype, sequence)
+    rms = (error.error[sequence] / error.width).sqrt()
+    return torch.where(rms == 0, 0.0, rms / floor if floor > 0 else torch.inf)

@@ -1,0 +1,133 @@
+"""The built-in prompts, and prompts from a user's file.
+
+The set holds plain completions, other scripts, code, numbers, and one text of more than 256 tokens: dropped RoPE scaling
+hides in bf16 on short ones.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from parity.contract import UsageError
+
+LONG = (
+    "A parity harness answers one question: does this program compute what that program computes? The question sounds "
+    "simple, and it is not. Two programs that are both right differ in their last digits, because sums of rounded "
+    "numbers depend on the order of the terms, and a machine with wide registers orders them differently from a machine "
+    "with narrow ones. Two programs of which one is wrong may agree in all the digits that anyone prints, because a "
+    "small model on a short prompt forgives a wrong rotation, a wrong constant under a square root, or a mask that "
+    "leaves one key too many in view. A fixed tolerance has to choose: wide enough to let the honest differences pass, "
+    "it lets the mistakes pass as well; narrow enough to catch the mistakes, it cries wolf at every change of library. "
+    "The way out is to measure. Compute the same thing once more, slowly, with twice the digits, and call the result "
+    "the truth. Look how far the reference strays from it: that is what rounding does to this model, on this prompt, in "
+    "this number format, at this layer. Then look how far the newcomer strays. If it strays about as far, it makes the "
+    "same kind of error and no other. If it strays three times as far, there is something in it that rounding does not "
+    "explain, and the first place where that happens is the place to look. Numbers such as 3.14159, 2,718 and 1e-5, a "
+    "few words in other languages (Schmetterling, bibliothèque, mañana) and a line of code, `x = x + f(norm(x))`, "
+    "are here only so that this text is not all of one kind."
+)
+
+BUILT_IN: tuple[str, ...] = (
+    "Clearly, the meaning of life is",
+    "Simply put, the theory of relativity states that",
+    "The repo llm.c on GitHub is",
+    "def fibonacci(n):\n    if n < 2:",
+    LONG,
+)
+
+# Texts that only the tokenizers see.
+CORPUS: tuple[str, ...] = (
+    "",
+    " ",
+    "Hello, world!",
+    "  two spaces, a\ttab and\r\na line end \n\n\n",
+    "1234567890 3.14 0x1F 12,345",
+    "don't, I'll, WE'VE, it's",
+    "naïve café, Straße, ñandú, Ελληνικά, русский, العربية, עברית",
+    "日本語のテキスト、中文文本，한국어 문장",
+    "ภาษาไทยไม่มีช่องว่างระหว่างคำ",
+    "😀👩‍👩‍👧‍👦🇨🇭 ✓ ∑∫√",
+    "def f(x):\n\treturn {k: v for k, v in x.items()}  # ok\n",
+    "<|begin_of_text|> and <|eot_id|> are plain text here",
+    "a" * 300 + " " * 300 + "!" * 60,
+)
+
+DIALOGS: tuple[tuple[dict[str, str], ...], ...] = (
+    ({"role": "user", "content": "Hello!"},),
+    (
+        {"role": "system", "content": "You are terse.\nAnswer in one line."},
+        {"role": "user", "content": "What is 2 + 2?"},
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": "  Are you sure? <|eot_id|>"},
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Either texts or token ids, and remarks about them that a user should read."""
+
+    texts: list[str] | None
+    tokens: list[list[int]] | None
+    notices: list[str]
+
+
+def built_in() -> Prompts:
+    return Prompts(list(BUILT_IN), None, [])
+
+
+def seeded(vocab_size: int, seed: int = 0) -> Prompts:
+    """For a checkpoint that has no tokenizer: random ids, of odd lengths, one prompt of more than 256 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in (7, 13, 11, 271)]
+    return Prompts(None, tokens, ["no tokenizer lies beside the checkpoint: seeded token prompts are used"])
+
+
+def from_file(path: Path) -> Prompts:
+    r"""A text file, one prompt a line (\n, \t and \\ escapes), or a .jsonl of token lists. Raises UsageError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UsageError(f"--prompts {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--prompts {path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
+    numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise UsageError(f"--prompts {path}: holds no prompt; write one a line")
+    if path.suffix == ".jsonl":
+        return Prompts(None, [_tokens(path, i, line) for i, line in numbered], [])
+    texts = [unescape(line) for _, line in numbered]
+    return Prompts(texts, None, [lint for (i, _), text in zip(numbered, texts, strict=True) for lint in warn(i, text)])
+
+
+def _tokens(path: Path, number: int, line: str) -> list[int]:
+    try:
+        ids = json.loads(line)
+    except ValueError:
+        ids = None
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+        raise UsageError(f"--prompts {path}, line {number}: expected a list of token ids such as [128000, 9906]")
+    return ids
+
+
+def unescape(line: str) -> str:
+    r"""\n, \t, \r and \\ become what they stand for; every other backslash stays."""
+    out, i = [], 0
+    escapes = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    while i < len(line):
+        if line[i] == "\\" and i + 1 < len(line) and line[i + 1] in escapes:
+            out.append(escapes[line[i + 1]])
+            i += 2
+        else:
+            out.append(line[i])
+            i += 1
+    return "".join(out)
+
+
+def warn(number: int, text: str) -> list[str]:
+    """The known tokenization trap: a trailing space becomes a token that the model hardly ever saw there."""
+    if text.endswith(" "):
+        return [f"prompt {number} ends in a space: the next word usually carries its own space; drop the trailing one"]
+    return []

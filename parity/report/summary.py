@@ -1,0 +1,158 @@
+"""The verdict, and everything that a report says about a run, as one JSON-ready dict (schema nanollama.parity/1)."""
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parity.checks import CHECKS
+from parity.contract import Result, Status
+from parity.evidence import Evidence, Pair
+from parity.localise import first_divergence, rho_curve
+from parity.metrics import noise, ratio
+from parity.runner import Runner
+
+SCHEMA = "nanollama.parity/1"
+PACKAGES = ("torch", "transformers", "llama_models", "fairscale", "safetensors", "tokenizers", "tiktoken")
+EXIT_CODES = {"pass": 0, "fail": 1, "limited": 3}
+
+
+def judge_all(ev: Evidence, checks: Sequence[str]) -> list[Result]:
+    """The results of the named checks. A check that cannot finish is an error, never a skip."""
+    results: list[Result] = []
+    for name in checks:
+        try:
+            results += list(CHECKS[name](ev))
+        except Exception as error:
+            reason = f"the check failed: {type(error).__name__}: {error}"
+            results.append(Result(name, "-", Status.ERROR, reason=reason))
+    return results
+
+
+def verdict(results: Sequence[Result], dtypes: Sequence[str], compared: int) -> tuple[str, str]:
+    """("pass" | "fail" | "limited", why)."""
+    bad = [r for r in results if r.status in (Status.FAIL, Status.ERROR)]
+    if bad:
+        names = ", ".join(dict.fromkeys(r.check for r in bad))
+        return "fail", f"{len(bad)} of {len(results)} results failed: {names}"
+    if compared == 0:
+        return "limited", "no tensor was compared"
+    missed = [r for r in results if r.status is Status.SKIP and r.required]
+    if missed:
+        return "limited", f"{missed[0].check} could not run: {missed[0].reason}"
+    if "fp32" not in dtypes:
+        return "limited", "fp32 was not among the dtypes; lower precision cannot see every error"
+    return "pass", f"{sum(r.status is Status.PASS for r in results)} results passed"
+
+
+def compared_tensors(ev: Evidence) -> int:
+    """How many tensors of the candidate were held against the oracle."""
+    return sum(
+        len(error.error)
+        for dtype, _, trace in ev.per_dtype()
+        for error in ev.measured(trace, dtype).taps.values()
+    )  # fmt: skip
+
+
+def noise_floor(ev: Evidence) -> list[dict[str, Any]]:
+    """Each reference judged against the other as if it were a candidate: what the bounds have to leave room for."""
+    rows = []
+    for dtype in ev.case.dtypes:
+        for a in ev.references:
+            for b in ev.references:
+                if a != b:
+                    mine, theirs = (ev.measured(ev.references[n], dtype).taps for n in (a, b))
+                    shared = [t for t in mine if t in theirs]
+                    rhos = {t: ratio(mine[t].rms(), noise(theirs[t], dtype)) for t in shared}
+                    worst = max((t for t in shared if t != "logits"), key=rhos.__getitem__, default=None)
+                    rows.append(
+                        {"of": a, "against": b, "dtype": dtype, "logits": rhos.get("logits"), "tap": worst}
+                        | {"taps": rhos[worst] if worst else None, "rms_logits": mine["logits"].rms()}
+                    )
+    return rows
+
+
+def decided_fraction(ev: Evidence) -> dict[str, float]:
+    """Share of positions where the oracle's choice stands clear of rounding, by dtype, the worst over references."""
+    shares: dict[str, float] = {}
+    for pair in ev.pairs():
+        masks = [ev.decided(pair, i) for i in range(len(ev.oracle.sequences))]
+        share = sum(int(m.sum()) for m in masks) / max(1, sum(m.numel() for m in masks))
+        shares[pair.dtype] = min(share, shares.get(pair.dtype, 1.0))
+    return shares
+
+
+def environment(case_threads: int, device: str) -> dict[str, Any]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    cpu = torch.backends.cpu.get_cpu_capability()
+    machine = {"system": platform.system(), "machine": platform.machine(), "cpu_capability": cpu}
+    return {"python": platform.python_version(), **versions, **machine, "threads": case_threads, "device": device}
+
+
+def summarise(ev: Evidence, results: list[Result], runner: Runner, seconds: float, checkpoint: dict) -> dict[str, Any]:
+    """Everything a report shows. `checkpoint`: path, format."""
+    first = next(iter(ev.references.values()))
+    decided = decided_fraction(ev)
+    word, why = verdict(results, ev.case.dtypes, compared_tensors(ev))
+    errata = [e for trace in ev.references.values() for e in trace.meta.get("errata", [])]
+    lengths = [len(s) for s in ev.oracle.sequences]
+    return {
+        "schema": SCHEMA,
+        "verdict": word,
+        "why": why,
+        "candidate": runner.candidate,
+        "references": list(ev.references),
+        "checkpoint": checkpoint | {"config": first.meta["config"], "parameters": count_parameters(first.meta)},
+        "environment": environment(ev.case.threads, ev.case.device),
+        "results": [r.as_json() for r in results],
+        "first_divergence": first_divergence(ev) if word == "fail" else None,
+        "errata": errata,
+        "notices": runner.notices,
+        "noise_floor": noise_floor(ev),
+        "rho": {_key(pair): rho_curve(ev, pair) for pair in ev.pairs()},
+        "streamed": {dtype: trace.meta["streamed"].get(dtype) for dtype, _, trace in ev.per_dtype()},
+        "tokens": {
+            "prompts": len(lengths),
+            "positions": sum(lengths),
+            "longest": max(lengths),
+            "new_tokens": sum(lengths) - sum(ev.case.prompt_lengths or lengths),
+            "decided_fraction": min(decided.values(), default=0.0),
+            "decided_fraction_by_dtype": decided,
+        },
+        "seconds": round(seconds, 3),
+        "seconds_in_forward": round(runner.seconds_in_forward, 3),
+        "peak_anonymous_bytes": runner.peak_bytes,
+    }
+
+
+def _key(pair: Pair) -> str:
+    return " ".join(part for part in (pair.path, pair.dtype, "vs", pair.reference) if part)
+
+
+def count_parameters(meta: dict[str, Any]) -> int:
+    """From the config alone, so that a streamed checkpoint needs no pass over its tensors."""
+    c = meta["config"]
+    kv = c["n_kv_heads"] * c["head_dim"]
+    q = c["n_heads"] * c["head_dim"]
+    layer = c["dim"] * (2 * q + 2 * kv + 3 * c["hidden_dim"] + 2)
+    return c["n_layers"] * layer + c["dim"] + c["vocab_size"] * c["dim"] * (1 if c["tied"] else 2)
+
+
+def own_peak_bytes() -> int:
+    """Peak resident memory of this process; an upper bound of its anonymous part."""
+    from parity.process import anonymous_bytes
+
+    return anonymous_bytes(os.getpid())
+
+
+def checkpoint_entry(path: Path, kind: str) -> dict[str, Any]:
+    return {"path": str(path), "format": kind}

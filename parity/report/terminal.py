@@ -1,0 +1,107 @@
+"""The result table and the verdict, as plain text: one row a judgement, the worst over references and paths shown."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+WIDTH = 160
+MARKS = {"pass": "ok", "fail": "FAIL", "error": "ERROR", "skip": "-"}
+SEVERITY = {"error": 3, "fail": 2, "pass": 1, "skip": 0}
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if math.isfinite(value) and value == int(value) else f"{value:.3g}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns padded to their widest cell."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def render(report: dict[str, Any]) -> str:
+    """The whole text of one run."""
+    c, tokens = report["checkpoint"], report["tokens"]
+    decided = ", ".join(f"{share:.0%} in {dtype}" for dtype, share in tokens["decided_fraction_by_dtype"].items())
+    versions = report["environment"]
+    lines = [
+        f"checkpoint   {c['path']} ({c['format']}, {c['parameters']:,} parameters, {c['config']['n_layers']} layers)",
+        f"candidate    {report['candidate']}, against "
+        + ", ".join({"meta": "Meta's llama_models", "hf": "transformers"}[r] for r in report["references"])
+        + f" (torch {versions['torch']}, transformers {versions.get('transformers', '-')})",
+        f"tokens       {tokens['positions']} positions in {tokens['prompts']} prompts, the longest {tokens['longest']}; "
+        f"decided: {decided}",
+        "",
+        *table([("check", "gate", "what", "dtype", "worst", "bound", "", "of"), *_rows(report)]),
+        "",
+    ]
+    lines += [
+        f"noise floor  {n['of']} against {n['against']}, {n['dtype']}: logits {number(n['logits'])}, "
+        f"worst tap {number(n['taps'])} ({n['tap']})"
+        for n in report["noise_floor"]
+    ]
+    lines += [f"not covered  {text}" for text in _uncovered(report)]
+    lines += [f"erratum      {text}" for text in report["errata"]]
+    lines += [f"note         {text}" for text in report["notices"]]
+    lines += [f"problem      {text}" for text in _problems(report)]
+    lines += _divergence(report["first_divergence"])
+    lines += [
+        f"verdict      {report['verdict'].upper()}: {report['why']}",
+        f"             {report['seconds']:.1f} s, of which {report['seconds_in_forward']:.1f} s in forward passes; "
+        f"peak {report['peak_anonymous_bytes'] / 2**20:,.0f} MiB a process",
+    ]
+    return "\n".join(lines)
+
+
+def _rows(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Judgements of one kind and dtype in one row: the worst of them, and how many there are."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for r in report["results"]:
+        if r["status"] != "skip":
+            groups.setdefault((r["check"], r["gate"], r["metric"] or "", r["dtype"] or ""), []).append(r)
+    for key, results in groups.items():
+        worst = max(results, key=lambda r: (SEVERITY[r["status"]], _size(r["value"])))
+        values = (number(worst["value"]), number(worst["bound"]), MARKS[worst["status"]], str(len(results)))
+        yield (*key, *values)
+
+
+def _size(value: float | None) -> float:
+    return -1.0 if value is None else math.inf if math.isnan(value) else value
+
+
+def _party(r: dict[str, Any]) -> str:
+    against = f"against {r['reference']}" if r["reference"] else None
+    return ", ".join(part for part in (r["dtype"], r["path"], against) if part)
+
+
+def _uncovered(report: dict[str, Any]) -> list[str]:
+    found = {}
+    for r in report["results"]:
+        if r["status"] == "skip":
+            text = (r["reason"] or "").removeprefix("not covered: ")
+            found.setdefault(f"{r['check']}: {text}", None)
+    return list(found)
+
+
+def _problems(report: dict[str, Any]) -> list[str]:
+    lines = []
+    for r in report["results"]:
+        if r["status"] in ("fail", "error"):
+            head = f"{r['check']} ({_party(r)}): {r['metric'] or ''} {number(r['value'])} beyond {number(r['bound'])}"
+            head = head if r["value"] is not None else f"{r['check']} ({_party(r)})"
+            lines.append("; ".join(text for text in (head, r["where"], r["reason"]) if text)[:WIDTH])
+    return lines[:12] + ([f"and {len(lines) - 12} more, see --json"] if len(lines) > 12 else [])
+
+
+def _divergence(first: dict[str, Any] | None) -> list[str]:
+    if first is None:
+        return []
+    place = f"sequence {first['sequence']}, position {first['position']}" if first["position"] is not None else ""
+    values = f"worst {first['value']:.6g} for {first['expected']:.6g}" if first["value"] is not None else ""
+    head = f"first departs at {first['tap']} ({first['dtype']}, against {first['reference']})"
+    return [
+        f"divergence   {'; '.join(t for t in (head, place, values) if t)}",
+        f"             {first['probable_cause']}",
+    ]

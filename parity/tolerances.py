@@ -1,0 +1,66 @@
+"""The one table of bounds: what each gate allows, how it is measured, and the noise floor that was seen.
+
+Ratios compare the candidate's error with the error that the reference itself makes at the same place, so 1 means "as
+good as the reference". Loosening a bound needs an entry in docs/LOG.md that says what was measured.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Bound:
+    value: float
+    unit: str
+    noise: str  # the largest value that correct code was seen to reach, and where
+    reason: str
+
+
+BOUNDS: dict[str, Bound] = {
+    "G1": Bound(
+        1.0,
+        "ulp of 1.0",
+        "0 for torch.polar, 1 for cos() and sin()",
+        "the table is float32 arithmetic on float32 angles; one rounding may differ",
+    ),
+    "G2": Bound(
+        2.0,
+        "RMS(c-o) / max(RMS(r-o), u RMS(o)/2)",
+        "see docs/LOG.md",
+        "one op on the reference's own input: errors cannot pile up",
+    ),
+    "G3.logits": Bound(
+        2.0,
+        "RMS(c-o) / max(RMS(r-o), u RMS(o)/2)",
+        "1.43 over 200 random shapes",
+        "two correct implementations make independent rounding errors of one size",
+    ),
+    "G3.taps": Bound(
+        3.0,
+        "RMS(c-o) / max(RMS(r-o), u RMS(o)/2)",
+        "2.30 over 200 random shapes",
+        "as for logits, over fewer elements, so with more scatter",
+    ),
+    "G4": Bound(
+        3.0,
+        "RMS(c-r) / max(RMS(r-o), u RMS(o)/2)",
+        "1.9 between Meta and transformers",
+        "the difference of two independent errors is sqrt(2) times one",
+    ),
+    "G5.mean": Bound(4.0, "ratio of KL", "see docs/LOG.md", "KL grows with the square of the error: 2 squared"),
+    "G5.p99": Bound(4.0, "ratio of KL", "see docs/LOG.md", "KL grows with the square of the error: 2 squared"),
+    "G5.max": Bound(9.0, "ratio of KL", "see docs/LOG.md", "a maximum scatters more: 3 squared"),
+    "G6": Bound(
+        0.0, "decided positions that differ", "0", "where the oracle's margin exceeds the noise, there is one answer"
+    ),
+    "G8.grad": Bound(3.0, "RMS(c-o) / max(RMS(r-o), u RMS(o)/2)", "see docs/LOG.md", "as for taps"),
+    "G8.step": Bound(
+        2.0, "ulp of max(|p|, lr)", "see docs/LOG.md", "AdamW from identical gradients is a dozen roundings"
+    ),
+}
+
+KL_FLOOR_NATS = 1e-10
+# A position is decided when the oracle's margin exceeds this many times the reference's largest error in that row.
+DECIDED_MARGIN = 4.0
+# A sequence at least this long is judged on its own too, so that an error which grows with the position is not
+# diluted by short prompts; shorter ones hold too few numbers for a stable ratio and are judged together.
+LONG_SEQUENCE_TOKENS = 64

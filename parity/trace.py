@@ -1,0 +1,106 @@
+"""Traces: the tensors that one implementation computed for one case, as a folder of safetensors files.
+
+    TRACE/trace.json                 what ran: config, sequences, versions, seconds (docs/parity.md lists the keys)
+    TRACE/fp32/layers.3.safetensors  "{sequence}/{tap}" -> (T, ...), one file per layer; also embed, head, extra
+    TRACE/rope.safetensors           cos and sin at the case's rope_positions
+
+Reading is lazy and memory-mapped: a trace may be larger than memory.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from parity.contract import UsageError, part_of
+
+SCHEMA = "nanollama.trace/1"
+
+
+class Trace:
+    """A trace on disk. Raises UsageError when the folder holds none."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / "trace.json"
+        if not path.is_file():
+            raise UsageError(f"{folder} holds no trace: trace.json is missing")
+        self.meta: dict[str, Any] = json.loads(path.read_text())
+        if self.meta.get("schema") != SCHEMA:
+            raise UsageError(f"{path} has schema {self.meta.get('schema')!r}: this version reads {SCHEMA!r}")
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        return self.meta["sequences"]
+
+    @property
+    def n_layers(self) -> int:
+        return self.meta["config"]["n_layers"]
+
+    def _file(self, dtype: str, part: str) -> Path:
+        return self.folder / self.meta["dtypes"].get(dtype, dtype) / f"{part}.safetensors"
+
+    @cached_property
+    def _keys(self) -> dict[Path, frozenset[str]]:
+        return {}
+
+    def keys(self, dtype: str, part: str) -> frozenset[str]:
+        """Names "{sequence}/{tap}" in one part file; empty when the file is absent."""
+        path = self._file(dtype, part)
+        if path not in self._keys:
+            if not path.is_file():
+                return frozenset()
+            with safe_open(path, "pt") as file:
+                self._keys[path] = frozenset(file.keys())
+        return self._keys[path]
+
+    def has(self, dtype: str, sequence: int, tap: str) -> bool:
+        return f"{sequence}/{tap}" in self.keys(dtype, part_of(tap.split("@")[0]) if "@" not in tap else "extra")
+
+    def get(self, dtype: str, sequence: int, tap: str) -> Tensor:
+        """The tensor (T, ...). Taps with an @ ("logits@cached") live in the part `extra`. Raises KeyError if absent."""
+        part = "extra" if "@" in tap else part_of(tap)
+        path, key = self._file(dtype, part), f"{sequence}/{tap}"
+        if key not in self.keys(dtype, part):
+            raise KeyError(f"{path} holds no {key}")
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(key)
+
+    def rope(self) -> dict[str, Tensor]:
+        path = self.folder / "rope.safetensors"
+        if not path.is_file():
+            return {}
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+
+
+class TraceWriter:
+    """Writes one trace, a part file at a time, so that memory holds one part at most; trace.json comes last."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def part(self, dtype: str, part: str, tensors: dict[str, Tensor]) -> None:
+        (self.folder / dtype).mkdir(exist_ok=True)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, self.folder / dtype / f"{part}.safetensors")
+
+    def rope(self, cos: Tensor, sin: Tensor) -> None:
+        save_file({"cos": cos.contiguous(), "sin": sin.contiguous()}, self.folder / "rope.safetensors")
+
+    def finish(self, meta: dict[str, Any]) -> None:
+        (self.folder / "trace.json").write_text(json.dumps({"schema": SCHEMA, **meta}))
+
+
+def by_part(tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Split "{sequence}/{tap}" tensors into the part files that they belong to."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        tap = key.split("/", 1)[1]
+        parts.setdefault("extra" if "@" in tap else part_of(tap), {})[key] = tensor
+    yield from parts.items()
