@@ -59,9 +59,7 @@ def _own(shape: ModelConfig, weights: dict[str, Tensor], device: torch.device) -
 
 
 def fresh_weights(shape: ModelConfig, generator: torch.Generator) -> dict[str, Tensor]:
-    """llama2.c's initialization (`Transformer._init_weights`): normal, narrower where it holds that a matrix adds to the
-    residual stream (wo and w3), norms 1.
-    """
+    """llama2.c's initialization (`Transformer._init_weights`): normal, narrower for wo and w3, norms 1."""
     with torch.device("meta"):
         shapes = {name: weight.shape for name, weight in Transformer(shape).state_dict().items()}
     weights = {}

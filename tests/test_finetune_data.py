@@ -1,4 +1,4 @@
-"""Packing: every token once, rows that begin with BOS, labels that stay inside their document, an order that resumes."""
+"""Packing: every token once, rows begin with BOS, labels stay inside their document, the order resumes."""
 
 from collections import Counter
 from dataclasses import dataclass

@@ -40,8 +40,7 @@ def fetch(name: str, *, cached_only: bool = False) -> Path:
         _reach(constants.ENDPOINT)  # first, since huggingface_hub retries for half a minute
         return Path(hf_hub_download(REPOSITORY, name, repo_type="dataset"))
     except (OSError, HfHubHTTPError) as error:
-        reason = getattr(error, "reason", None) or type(error).__name__
-        raise Offline(f"{failed} ({reason})") from None
+        raise Offline(f"{failed} ({_reason(error)})") from None
 
 
 def _reach(url: str) -> None:
@@ -50,6 +49,11 @@ def _reach(url: str) -> None:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=REACH_TIMEOUT_S).close()
     except urllib.error.HTTPError:
         return
+
+
+def _reason(error: Exception) -> str:
+    inner = getattr(error, "reason", error)  # URLError wraps what went wrong
+    return getattr(inner, "strerror", None) or type(inner).__name__
 
 
 def tinyshakespeare(cache: Path) -> Path:
@@ -62,7 +66,7 @@ def tinyshakespeare(cache: Path) -> Path:
             data = answer.read()
     except OSError as error:
         raise Offline(
-            f"tinyshakespeare could not be downloaded ({getattr(error, 'reason', error)}): name a copy with --data PATH"
+            f"tinyshakespeare could not be downloaded ({_reason(error)}): name a copy with --data PATH"
         ) from None
     write_atomically(path, data)
     return path

@@ -6,12 +6,12 @@ Source: `train_vocab` in llama2.c's tinystories.py, for the settings.
 
 import io
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 MAX_TEXT_BYTES = 50 << 20  # more text changes a vocabulary of 32,000 little
 TOO_HIGH = re.compile(r"Vocabulary size too high .*<= (\d+)")
-TOO_LOW = re.compile(r"smaller than required_chars|Vocabulary size is smaller")
 LEAST_WORDS = 3 + 256 + 1  # unknown, BOS, EOS, and all bytes
 
 
@@ -22,20 +22,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> int:
     """
     if vocab_size < LEAST_WORDS:
         raise ValueError(f"--vocab_size {vocab_size}: expected at least {LEAST_WORDS} (256 of them are the bytes)")
-    lines = list(_lines(texts))
-    coverage = 1.0
-    while True:
-        try:
-            path.write_bytes(_train(lines, vocab_size, coverage))
-            return vocab_size
-        except RuntimeError as error:
-            most = TOO_HIGH.search(str(error))
-            if most and int(most[1]) < vocab_size:
-                vocab_size = int(most[1])
-            elif TOO_LOW.search(str(error)) and coverage > 0.9:
-                coverage -= 0.01  # rare characters are spelled in bytes
-            else:
-                raise ValueError(f"no tokenizer of {vocab_size} words could be trained: {error}") from None
+    lines = _spelled(list(_lines(texts)), (vocab_size - LEAST_WORDS) // 2)
+    try:
+        model = _train(lines, vocab_size)
+    except RuntimeError as error:
+        most = TOO_HIGH.search(str(error))
+        if not most:
+            raise ValueError(f"no tokenizer of {vocab_size} words could be trained: {error}") from None
+        vocab_size = int(most[1])
+        model = _train(lines, vocab_size)
+    path.write_bytes(model)
+    return vocab_size
+
+
+def _spelled(lines: list[str], most: int) -> list[str]:
+    """The lines without all but the `most` frequent characters: those get no word and are spelled in bytes."""
+    counts = Counter("".join(lines))
+    rare = {ord(character): " " for character, _ in counts.most_common()[max(most, 1) :]}
+    return [line.translate(rare) for line in lines] if rare else lines
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
@@ -50,7 +54,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
             return
 
 
-def _train(lines: list[str], vocab_size: int, coverage: float) -> bytes:
+def _train(lines: list[str], vocab_size: int) -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
@@ -60,7 +64,7 @@ def _train(lines: list[str], vocab_size: int, coverage: float) -> bytes:
         model_type="bpe",
         vocab_size=vocab_size,
         self_test_sample_size=0,
-        character_coverage=coverage,
+        character_coverage=1.0,
         num_threads=1,
         split_digits=True,
         allow_whitespace_only_pieces=True,
