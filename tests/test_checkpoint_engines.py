@@ -102,7 +102,8 @@ def test_a_vocabulary_keeps_its_ids_in_every_file(tmp_path: Path, name: str, tes
         assert vocab.read(tmp_path / f"rebuilt.{suffix}").tokens == vocabulary.tokens
     assert (source.read_bytes() in files.values()) == (name != "llama2_tokenizer.model")  # its trainer's notes are lost
     reference, theirs = open_tokenizer(source), AutoTokenizer.from_pretrained(tmp_path)
-    rebuilt = [open_tokenizer(tmp_path / f"rebuilt.{suffix}") for suffix in files]
+    # A file equal to the source needs no second look.
+    rebuilt = [open_tokenizer(tmp_path / f"rebuilt.{s}") for s, data in files.items() if data != source.read_bytes()]
     for text in corpus(seed=0):
         expected = reference.encode(text, bos=True)
         assert theirs.encode(text) == expected
