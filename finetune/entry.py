@@ -62,27 +62,31 @@ def run(entry: Entry, given: TrainConfig) -> int:
         config = saved or resolve(given, device, given.threads or torch.get_num_threads())
         torch.set_num_threads(config.threads)
         out = Path(world.from_main(lambda: str(_open_out(entry, config))))
-        return _run(entry, replace(config, out=str(out)), out, world)
+        try:
+            return _run(entry, replace(config, out=str(out)), out, world)
+        except ValueError:
+            _forget_unbegun(out, world)
+            raise
     except TrainingStopped as stopped:
         again = f"{_command(entry)} --out {given.out or out} --resume"
         _complain(world, f"{stopped}\ncontinue with: {again}")
         return stopped.code
-    except CheckpointError as error:
-        left = checkpoints(out)
-        good = f"the last good checkpoint is {left[-1]}" if left else "nothing was saved before"
-        if not isinstance(error.__context__, OSError):
+    except (OSError, CheckpointError) as error:
+        cause = error.__context__ if isinstance(error, CheckpointError) else error
+        if not isinstance(cause, OSError) or cause.errno not in FULL_DISK:
             raise
-        _complain(world, f"error: {error}; {good}")
-        return 1
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        _complain(
-            world, f"error: {error.filename or 'a file of the run'}: {error.strerror}: free some space, then --resume"
-        )
+        _complain(world, f"error: {_full_disk(error, Path(given.out or '.'))}")
         return 1
     finally:
         world.close()
+
+
+def _full_disk(error: OSError | CheckpointError, out: Path) -> str:
+    """One line for a disk that takes no more, at whatever moment."""
+    what = f"{error.filename or out}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    left = checkpoints(out)
+    good = f"the last good checkpoint is {left[-1]}" if left else "no checkpoint was saved before"
+    return f"{what}; {good}: make room, then continue with --resume"
 
 
 def _run(entry: Entry, config: TrainConfig, out: Path, world: World) -> int:
@@ -147,6 +151,13 @@ def _open_out(entry: Entry, config: TrainConfig) -> Path:
         saved = {"entry": entry.name, "world_size": world_size, **to_json(replace(config, out=str(out)))}
         write_atomically(out / "config.json", (json.dumps(saved, indent=2) + "\n").encode())
     return out
+
+
+def _forget_unbegun(out: Path, world: World) -> None:
+    """A run that was refused before its first step leaves no folder behind, so that the mended line can be typed."""
+    if world.is_main and [path.name for path in out.iterdir()] == ["config.json"]:
+        (out / "config.json").unlink()
+        out.rmdir()
 
 
 def _prepare(entry: Entry, config: TrainConfig, start: Start, world: World, say: Say) -> Prepared:

@@ -66,6 +66,7 @@ def prepare(
         words = open_tokenizer(tokenizer).vocab_size
         if words < vocab_size:
             say(f"tokenizer: the data supports {words:,} words, not {vocab_size:,}; it gets {words:,}")
+    open_tokenizer(tokenizer)  # a broken one is named before anything is written
     key = _key(source, tokenizer=hashlib.sha256(tokenizer.read_bytes()).hexdigest(), version=VERSION)
     folder = cache / "shards" / f"{source.name}-{key}"
     if not folder.exists():

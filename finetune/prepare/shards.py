@@ -157,7 +157,7 @@ def write_shards(source: Source, tokenizer: Path, folder: Path, workers: int) ->
     """Tokenize all of `source` into `folder`, in parallel. Raises ValueError when a split stays empty."""
     todo = list(jobs(source, tokenizer, folder))
     total = sum(job.chunk.stop - job.chunk.start for job in todo)
-    bar = tqdm(total=total, desc=f"tokenizing {source.name}", unit="B", unit_scale=True, leave=False)
+    bar = tqdm(total=total, desc=f"tokenizing {source.name}", unit="B", unit_scale=True, leave=False, delay=1)
     with bar:
         for done in _map(todo, min(workers, len(todo))):
             bar.update(done)
