@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from reference.files import Checkpoint, Config, check_config, check_names, check_weights, flag, number, read_json
-from reference.weights import Source, Unusable, Weights
+from reference.weights import Source, Unusable, Weights, row_blocks
 
 # Keys that the forward pass uses, and keys that cannot change it (limits of Meta's own run time).
 USED = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps"}
 USED |= {"rope_theta", "use_scaled_rope", "rope_scaling_factor"}
-HARMLESS = {"max_seq_len", "max_batch_size"}
+# Not Meta's: how the converters of this project say what Meta's keys cannot (docs/formats.md).
+USED |= {"rope_low_freq_factor", "rope_high_freq_factor", "rope_original_context", "kv_head_repeats"}
+HARMLESS = {"max_seq_len", "max_batch_size", "model_parallel_size", "max_position_embeddings"}
 HARMLESS_VALUES = {"vision_chunk_size": -1, "vision_num_cross_attention_layers": -1, "vision_max_num_chunks": 4}
 
 LLAMA_32_SHAPES = {(2048, 16), (3072, 28)}  # (dim, n_layers) of the 1B and the 3B, which scale RoPE by 32
@@ -37,7 +39,27 @@ def open_meta(folder: Path) -> Checkpoint:
     sources = {name: _source(name, [shard[name] for shard in shards], config) for name in shards[0]}
     weights = Weights(sources, layout="meta", head_dim=config["head_dim"])
     check_weights(weights, config, folder)
+    if _is_tied(weights, shards):
+        config = config | {"tied": True}
+        kept = {name: source for name, source in sources.items() if name != "output.weight"}
+        weights = Weights(kept, layout="meta", head_dim=config["head_dim"])
     return Checkpoint(folder, "meta", config, weights, notices)
+
+
+def _is_tied(weights: Weights, shards: list[dict[str, Tensor]]) -> bool:
+    """Meta's files hold both matrices, also of a tied model: then they are one storage, or equal row by row.
+
+    Three rows tell nearly every untied model; a tied one is compared whole, block by block.
+    """
+    first, last = "tok_embeddings.weight", "output.weight"
+    if weights.dtypes[first] != weights.dtypes[last]:
+        return False
+    if all(shard[first].data_ptr() == shard[last].data_ptr() for shard in shards):
+        return True
+    n_rows = weights.shapes[first][0]
+    samples = [(row, row + 1) for row in (0, n_rows // 2, n_rows - 1)]
+    blocks = row_blocks(weights.shapes[first], weights.dtypes[first])
+    return all(torch.equal(weights.rows(first, *rows), weights.rows(last, *rows)) for rows in samples + blocks)
 
 
 def hidden_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
@@ -66,18 +88,22 @@ def _config(params: dict[str, Any], shards: list[dict[str, Tensor]], path: Path)
     multiplier = params.get("ffn_dim_multiplier")
     if multiplier is not None:
         multiplier = number(params, "ffn_dim_multiplier", path, float)
+    kv_heads = number(params, "n_kv_heads", path, default=n_heads)
+    repeats = number(params, "kv_head_repeats", path, default=1)
+    if kv_heads % repeats:
+        raise Unusable(f"{path}: kv_head_repeats {repeats} does not divide n_kv_heads {kv_heads}")
     config = {
         "dim": dim,
         "n_layers": number(params, "n_layers", path),
         "n_heads": n_heads,
-        "n_kv_heads": number(params, "n_kv_heads", path, default=n_heads),
+        "n_kv_heads": kv_heads // repeats,
         "head_dim": dim // n_heads,
         "hidden_dim": hidden_dim(dim, number(params, "multiple_of", path, default=256), multiplier),
         "vocab_size": _vocab_size(params, shards, path),
         "norm_eps": number(params, "norm_eps", path, float),
         "rope_theta": number(params, "rope_theta", path, float, default=10000.0),
         "rope_scaling": _rope_scaling(params, path),
-        "tied": False,  # Meta's files always hold an output matrix
+        "tied": False,  # the weights will say
     }
     check_config(config, path)
     return config
@@ -98,7 +124,12 @@ def _rope_scaling(params: dict[str, Any], path: Path) -> dict[str, Any] | None:
         return None
     default = 32.0 if (params["dim"], params["n_layers"]) in LLAMA_32_SHAPES else 8.0
     factor = number(params, "rope_scaling_factor", path, float, default=default)
-    return {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context": 8192}
+    return {
+        "factor": factor,
+        "low_freq_factor": number(params, "rope_low_freq_factor", path, float, default=1.0),
+        "high_freq_factor": number(params, "rope_high_freq_factor", path, float, default=4.0),
+        "original_context": number(params, "rope_original_context", path, default=8192),
+    }
 
 
 def _notices(params: dict[str, Any], config: Config) -> tuple[str, ...]:
