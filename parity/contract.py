@@ -138,7 +138,7 @@ class Candidate(Protocol):
 
 @runtime_checkable
 class HasTaps(Protocol):
-    """taps(tokens (B, T)) -> {tap name: (B, T, ...)}; q, k, v, q_rope, k_rope (B, T, heads, head_dim) in Meta's layout."""
+    """taps(tokens (B, T)) -> {tap: (B, T, ...)}; q, k, v, q_rope, k_rope: (B, T, heads, head_dim) in Meta's layout."""
 
     def taps(self, tokens: Tensor) -> dict[str, Tensor]: ...
 
@@ -152,7 +152,7 @@ class HasOps(Protocol):
 
 @runtime_checkable
 class HasCache(Protocol):
-    """prefill(tokens (B, T)) starts anew, decode(tokens (B, n)) goes on; both -> logits of these tokens, or of the last.
+    """prefill(tokens (B, T)) starts anew, decode(tokens (B, n)) goes on: logits of these tokens, or of the last.
 
     n is 1 when generating, more when a prompt is prefilled in chunks: raise NotImplementedError for n > 1 if it cannot.
     """

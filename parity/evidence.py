@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class Pair:
     path: str | None
 
     @property
-    def labels(self) -> dict[str, str | None]:
+    def labels(self) -> dict[str, Any]:
         return {"reference": self.reference, "dtype": self.dtype, "path": self.path}
 
 
@@ -37,6 +38,7 @@ class Evidence:
     _measured: dict[tuple[int, str], Measured] = field(default_factory=dict)
     _oracle_rows: dict[str, list[OracleRows]] = field(default_factory=dict)
     _pairwise: dict[tuple[Pair, str], TapError] = field(default_factory=dict)
+    _extra: dict[tuple[str | None, str, str, int], TapError] = field(default_factory=dict)
 
     def prepare(self, workers: int) -> None:
         """Measure everything that the forward gates ask for, in threads: torch leaves the interpreter lock alone.
@@ -52,6 +54,7 @@ class Evidence:
                 runs += [(trace, dtype) for trace in self.references.values() for dtype in self.case.dtypes]
                 list(pool.map(lambda run: self.measured(*run), runs))
                 list(pool.map(lambda job: self.pairwise(*job), [(p, t) for p in self.pairs() for t in self.shared(p)]))
+                list(pool.map(lambda job: self.error_at(*job), self._extras()))
         finally:
             torch.set_num_threads(before)
 
@@ -108,11 +111,21 @@ class Evidence:
         largest = self.reference(pair).taps["logits"].worst[sequence]
         return self.oracle_rows(pair.dtype)[sequence].margin > DECIDED_MARGIN * largest
 
-    def error_at(self, trace: Trace, dtype: str, sequence: int, tap: str, positions: list[int]) -> TapError:
-        """An extra logits tensor (len(positions), V) of a candidate against the oracle's rows at those positions."""
-        error = TapError()
-        error.add(sequence, trace.get(dtype, sequence, tap), self.oracle.get(dtype, sequence, "logits")[positions])
-        return error
+    def error_at(self, path: str | None, dtype: str, kind: str, sequence: int) -> TapError:
+        """Extra logits of a candidate ("cached", "batch", ...) against the oracle's rows at their positions."""
+        key = (path, dtype, kind, sequence)
+        if key not in self._extra:
+            trace, error = self.candidates[path], TapError()
+            positions = trace.meta["extra"][dtype][kind][str(sequence)]
+            expected = self.oracle.get(dtype, sequence, "logits")[positions]
+            error.add(sequence, trace.get(dtype, sequence, f"logits@{kind}"), expected)
+            self._extra[key] = error
+        return self._extra[key]
+
+    def _extras(self) -> Iterator[tuple[str | None, str, str, int]]:
+        for dtype, path, trace in self.per_dtype():
+            for kind, places in trace.meta.get("extra", {}).get(dtype, {}).items():
+                yield from ((path, dtype, kind, int(sequence)) for sequence in places)
 
     def noise_at(self, pair: Pair, sequence: int, positions: list[int]) -> float:
         """The reference's error over these rows of its logits."""

@@ -1,6 +1,6 @@
 """Error statistics of a trace against the oracle: sums of squares per tap and position, KL and margins per row.
 
-Everything is accumulated in float64, in row blocks, so that a (T, 128256) tensor never needs more than a block's memory.
+Everything is accumulated in float64, in row blocks: a (T, 128256) tensor needs a block's memory and no more.
 Each trace is read once; the gates are then arithmetic on these small tables.
 """
 

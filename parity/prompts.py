@@ -1,7 +1,7 @@
 """The built-in prompts, and prompts from a user's file.
 
-The set holds plain completions, other scripts, code, numbers, and one text of more than 256 tokens: dropped RoPE scaling
-hides in bf16 on short ones.
+The set holds plain completions, code, and one text of more than 256 tokens: dropped RoPE scaling hides in bf16 on
+short ones.
 """
 
 import json
@@ -13,20 +13,18 @@ import torch
 from parity.contract import UsageError
 
 LONG = (
-    "A parity harness answers one question: does this program compute what that program computes? The question sounds "
-    "simple, and it is not. Two programs that are both right differ in their last digits, because sums of rounded "
-    "numbers depend on the order of the terms, and a machine with wide registers orders them differently from a machine "
-    "with narrow ones. Two programs of which one is wrong may agree in all the digits that anyone prints, because a "
-    "small model on a short prompt forgives a wrong rotation, a wrong constant under a square root, or a mask that "
-    "leaves one key too many in view. A fixed tolerance has to choose: wide enough to let the honest differences pass, "
-    "it lets the mistakes pass as well; narrow enough to catch the mistakes, it cries wolf at every change of library. "
-    "The way out is to measure. Compute the same thing once more, slowly, with twice the digits, and call the result "
-    "the truth. Look how far the reference strays from it: that is what rounding does to this model, on this prompt, in "
-    "this number format, at this layer. Then look how far the newcomer strays. If it strays about as far, it makes the "
-    "same kind of error and no other. If it strays three times as far, there is something in it that rounding does not "
-    "explain, and the first place where that happens is the place to look. Numbers such as 3.14159, 2,718 and 1e-5, a "
-    "few words in other languages (Schmetterling, bibliothèque, mañana) and a line of code, `x = x + f(norm(x))`, "
-    "are here only so that this text is not all of one kind."
+    "A parity harness answers one question: does this program compute what that program computes? It sounds "
+    "simple and is not. Two programs that are both right differ in their last digits, because sums of rounded "
+    "numbers depend on the order of the terms, and a machine with wide registers orders them differently from one"
+    " with narrow ones. Two programs of which one is wrong may agree in all the digits that anyone prints, "
+    "because a small model on a short prompt forgives a wrong rotation, a wrong constant under a square root, or "
+    "a mask that leaves one key too many in view. A fixed tolerance has to choose: wide enough to let honest "
+    "differences pass, it lets mistakes pass as well; narrow enough to catch mistakes, it cries wolf at every "
+    "change of library. The way out is to measure. Compute the same thing once more, slowly, with twice the "
+    "digits, and call the result the truth. Look how far the reference strays from it: that is what rounding does"
+    " to this model, on this prompt, in this number format. Then look how far the newcomer strays. Numbers such "
+    "as 3.14159, 2,718 and 1e-5, a few words in other languages (Schmetterling, bibliothèque, mañana) and a line "
+    "of code, `x = x + f(norm(x))`, are here so that the text is not of one kind."
 )
 
 BUILT_IN: tuple[str, ...] = (

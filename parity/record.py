@@ -1,7 +1,7 @@
 """Run a candidate on a case through whatever interface it has, and write its trace.
 
-Besides the teacher-forced forward pass: greedy text, prefill + decode, chunked prefill, a rerun, rows in a batch, packed
-documents. What the interface cannot do goes into the trace as `uncovered`, so that a report can say so.
+Besides the teacher-forced forward pass: greedy text, prefill + decode, chunked prefill, a rerun, rows in a batch,
+packed documents. What the interface cannot do goes into the trace as `uncovered`, so that a report can say so.
 """
 
 import time

@@ -108,7 +108,8 @@ class Runner:
         """Single-threaded processes side by side, one a core; many-threaded ones after each other."""
         at_once = cores() if self.case.threads == 1 else 1
         with ExitStack() as stack:
-            waiting, running = list(reversed(jobs)), []
+            waiting = list(reversed(jobs))
+            running: list[Process] = []
             while waiting or running:
                 while waiting and len(running) < at_once:
                     running.append(self._start(stack, waiting.pop()))
@@ -157,12 +158,13 @@ def cache_folder() -> Path:
 
 def embedded_default() -> Path:
     """The tiny seeded checkpoint with the real Llama 3 tokenizer, made on first use. Raises UsageError."""
+    from parity.shapes import SHAPES
     from parity.synth import synthesise
 
-    folder = cache_folder() / "tiny-v1"
+    folder = cache_folder() / "tiny-v2"
     if not (folder / "SHA256SUMS").is_file():
         try:
-            synthesise("tiny", folder)
+            synthesise(SHAPES["tiny"], folder)
         except OSError as error:
             raise UsageError(
                 f"{cache_folder()}: the default checkpoint (70 MB) cannot be written there ({error.strerror}); "

@@ -19,7 +19,7 @@ def resolve(name: str) -> dict[str | None, Load]:
     if name == "nanollama":
         from parity.candidates.nano import PATHS
 
-        return dict(PATHS)
+        return {**PATHS}
     if name.startswith(("cmd:", "http://", "https://")):
         raise UsageError(f"candidate {name!r}: programs and endpoints cannot be checked yet; wrap it as file.py:load")
     if ":" not in name:

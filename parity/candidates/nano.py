@@ -1,5 +1,7 @@
 """nanollama as a candidate: its exact path (bitwise Meta on CPU) and its fast path, whole or layer by layer."""
 
+import os
+import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +11,9 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+import nanollama.chat as chat_module
 import nanollama.model as model_module
 from nanollama.checkpoint import Checkpoint, open_checkpoint
 from nanollama.model import KVCache, ModelConfig, Transformer, TransformerBlock
@@ -47,8 +50,8 @@ class Taps:
         return x.unflatten(-1, (-1, self.head_dim))
 
     @contextmanager
-    def block(self, block: nn.Module, prefix: str) -> Iterator[None]:
-        """Record one TransformerBlock while it runs. q_rope and k_rope are what `apply_rope` returned, in that order."""
+    def block(self, block: Any, prefix: str) -> Iterator[None]:
+        """Record one TransformerBlock while it runs; `apply_rope` returns q_rope, then k_rope."""
         attention, ffn, found, rotated = block.attention, block.feed_forward, self.found, ["k_rope", "q_rope"]
         original = model_module.apply_rope
 
@@ -85,6 +88,44 @@ class Taps:
                 hook.remove()
 
 
+class Forced:
+    """Runs one TransformerBlock with the outputs of some of its operations given: only what follows from them is its own.
+
+    The block's real code runs, so a slip in how it wires its operations is seen where it is.
+    """
+
+    def __init__(self, inputs: dict[str, Tensor]) -> None:
+        self.given = {name.rsplit(".", 1)[-1]: x for name, x in inputs.items()}
+
+    @contextmanager
+    def block(self, block: TransformerBlock) -> Iterator[None]:
+        attention, ffn, given, rotated = block.attention, block.feed_forward, self.given, ["k_rope", "q_rope"]
+        original = model_module.apply_rope
+
+        def apply_rope(*args: Tensor) -> Tensor:
+            out = original(*args)
+            return given.get(rotated.pop(), out)
+
+        def put(name: str) -> Any:
+            return lambda _module, _args, out: given[name].reshape(out.shape) if name in given else None
+
+        def put_input(name: str) -> Any:
+            return lambda _module, args: (given[name],) if name in given else None
+
+        outputs = {"attn_norm": block.attention_norm, "q": attention.wq, "k": attention.wk, "v": attention.wv}
+        outputs |= {"attn_out": attention.wo, "ffn_norm": block.ffn_norm, "gate": ffn.w1, "up": ffn.w3}
+        outputs |= {"ffn_out": ffn.w2}
+        hooks = [module.register_forward_hook(put(name)) for name, module in outputs.items()]
+        inputs = (("attn_mix", attention.wo), ("ffn_mix", ffn.w2))
+        hooks += [module.register_forward_pre_hook(put_input(name)) for name, module in inputs]
+        try:
+            with patch.object(model_module, "apply_rope", apply_rope):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
 class Nano:
     """A loaded nanollama with the whole candidate interface."""
 
@@ -93,7 +134,7 @@ class Nano:
         self.cfg, self.dtype, self.device, self.attention = self.opened.config, dtype, device, attention
         self.notices = self.opened.notices
         self.streamed = not self._fits_whole()
-        self.model = None if self.streamed else self._whole()
+        self.model: Any = None if self.streamed else self._whole()
         self.cache: KVCache | None = None
 
     def _bytes(self) -> int:
@@ -110,8 +151,10 @@ class Nano:
         if self._bytes() <= SMALL_BYTES:
             # Fresh, aligned memory: kernels may pick another order of summation on an unaligned view of a file.
             weights = {name: weights[name].to(self.dtype).clone() for name in weights}
-        args = {"dtype": self.dtype, "device": self.device, "attention": self.attention}
-        return Transformer.from_weights(self.cfg, weights, **args).eval()
+        model = Transformer.from_weights(
+            self.cfg, weights, dtype=self.dtype, device=self.device, attention=self.attention
+        )
+        return model.eval()
 
     def __call__(self, tokens: Tensor) -> Tensor:
         return self.model(tokens)
@@ -141,6 +184,28 @@ class Nano:
         recorder.found["final_norm"] = model.norm(h)
         return recorder.found
 
+    def ops(self, name: str, inputs: dict[str, Tensor]) -> Tensor:
+        """The tap `name` (B, T, ...) from the given taps alone, by the block's own code; see docs/parity.md."""
+        if name == "final_norm":
+            return self.model.norm(*inputs.values())
+        if name == "logits":
+            return F.linear(*inputs.values(), self.model.head()).float()
+        layer, before = int(name.split(".")[1]), [n for n in inputs if n == "embed" or n.endswith(".out")]
+        B, T = next(iter(inputs.values())).shape[:2]
+        x = inputs[before[0]] if before else torch.zeros(B, T, self.cfg.dim, dtype=self.dtype, device=self.device)
+        block, recorder = self.model.layers[layer], Taps(self.cfg.head_dim)
+        ctx = self.model.context(torch.zeros(B, T, dtype=torch.long, device=self.device))
+        forced = Forced({n: x for n, x in inputs.items() if n not in before})
+        with forced.block(block), recorder.block(block, f"layers.{layer}."):
+            block(x, ctx)
+        return recorder.found[name]
+
+    def compiled(self, tokens: Tensor) -> Tensor:
+        """The same model under torch.compile. Raises NotImplementedError where no C++ compiler is found."""
+        if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+            raise NotImplementedError("torch.compile needs a C++ compiler: none was found")
+        return torch.compile(self.model, dynamic=False)(tokens)
+
     def stream(
         self, sequences: list[list[int]], positions: list[list[int]] | None
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -156,7 +221,8 @@ class Nano:
         hidden = [F.embedding(torch.searchsorted(used, t), table) for t in tokens]  # (1, T, C) each
         yield "embed", {f"{i}/embed": h[0][rows[i]] for i, h in enumerate(hidden)}
         for n in range(cfg.n_layers):
-            block, found = self._block(n), {}
+            block = self._block(n)
+            found: dict[str, Tensor] = {}
             for i, h in enumerate(hidden):
                 recorder = Taps(cfg.head_dim)
                 with recorder.block(block, f"layers.{n}."):
@@ -203,6 +269,13 @@ class Nano:
     def encode_plain(self, text: str) -> list[int]:
         return self._tokenizer().encode(text, bos=False)
 
+    def encode_chat(self, dialog: list[dict[str, Any]]) -> list[int] | None:
+        """Ids of a dialog, ready for the assistant's answer. No Llama 2 reference renders chats: None there."""
+        tokenizer = self._tokenizer()
+        if chat_module.style_of(tokenizer) != "llama3":
+            return None
+        return chat_module.encode_chat(dialog, tokenizer, add_generation_prompt=True).ids
+
     def _tokenizer(self) -> Any:
         from nanollama.tokenizer import open_tokenizer
 
@@ -222,8 +295,6 @@ def checksum(weights: Any, name: str) -> int:
 
 
 def memory_bytes() -> int:
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -1,4 +1,4 @@
-"""A candidate from the user's own Python: `module:attr` or `path/to/file.py:attr`, attr being load(ckpt, dtype, device)."""
+"""A candidate from the user's own Python: `module:attr` or `file.py:attr`, attr being load(ckpt, dtype, device)."""
 
 import importlib
 import importlib.util

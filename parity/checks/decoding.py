@@ -31,7 +31,7 @@ def _first_departure(ev: Evidence, pair: Pair, sequence: int, ids: list[int]) ->
     assert ev.case.prompt_lengths is not None
     start = ev.case.prompt_lengths[sequence]
     wanted = ev.oracle.sequences[sequence][start : start + len(ids)]
-    for step, (mine, theirs) in enumerate(zip(ids, wanted)):
+    for step, (mine, theirs) in enumerate(zip(ids, wanted, strict=True)):
         if mine != theirs:
             position = start + step - 1  # the position whose logits chose this token
             best = int(ev.oracle_rows(pair.dtype)[sequence].argmax[position])
@@ -52,7 +52,7 @@ def metamorphic(ev: Evidence) -> Iterator[Result]:
     for dtype, path, trace in ev.per_dtype():
         for name, largest in trace.meta.get("self", {}).get(dtype, {}).items():
             yield judge(
-                largest, 0.0, check="metamorphic", gate="G7", dtype=dtype, path=path, metric=f"{name}: max |difference|",
+                largest, 0.0, check="metamorphic", gate="G7", dtype=dtype, path=path, metric=f"{name}: max |diff|",
                 unit="logits", reason=name,
             )  # fmt: skip
     for pair in ev.pairs():
@@ -69,7 +69,7 @@ def _extra_logits(ev: Evidence, pair: Pair, check: str, kind: str, how: str) -> 
         return
     worst, where = -1.0, None
     for sequence, positions in ((int(i), p) for i, p in places.items()):
-        error = ev.error_at(trace, pair.dtype, sequence, f"logits@{kind}", positions)
+        error = ev.error_at(pair.path, pair.dtype, kind, sequence)
         rho = ratio(error.rms(), ev.noise_at(pair, sequence, positions))
         if not rho <= worst:
             worst, where = rho, f"{how}, {_at(error.place, sequence, positions)}"

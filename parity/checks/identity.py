@@ -23,7 +23,12 @@ def _equal_lists(ev: Evidence, check: str, keys: tuple[str, ...], lacking: str) 
         for name, reference in ev.references.items():
             labels: dict[str, Any] = {"reference": name, "path": path}
             pairs = [(k, trace.meta.get(k), reference.meta.get(k)) for k in keys if reference.meta.get(k)]
-            compared = [(k, i, a, b) for k, mine, theirs in pairs if mine for i, (a, b) in enumerate(zip(mine, theirs))]
+            compared = [
+                (k, i, a, b)
+                for k, mine, theirs in pairs
+                if mine and theirs
+                for i, (a, b) in enumerate(zip(mine, theirs, strict=True))
+            ]
             compared = [row for row in compared if row[3] is not None]
             if not compared:
                 reason = f"not covered: {lacking if pairs else 'the reference has no tokenizer or template here'}"
@@ -38,7 +43,7 @@ def _equal_lists(ev: Evidence, check: str, keys: tuple[str, ...], lacking: str) 
 
 
 def _first_difference(ev: Evidence, key: str, i: int, mine: list[int], theirs: list[int]) -> str:
-    at = next((j for j, (a, b) in enumerate(zip(mine, theirs)) if a != b), min(len(mine), len(theirs)))
+    at = next((j for j, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs)))
     texts = {"token_ids": ev.case.texts, "corpus_ids": ev.case.corpus, "dialog_ids": ev.case.dialogs}[key] or []
     return f"{key[:-4]} {i}, id {at}: {mine[at : at + 3]} for {theirs[at : at + 3]} in {str(texts[i])[:60]!r}"
 

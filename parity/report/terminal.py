@@ -31,7 +31,7 @@ def render(report: dict[str, Any]) -> str:
         f"candidate    {report['candidate']}, against "
         + ", ".join({"meta": "Meta's llama_models", "hf": "transformers"}[r] for r in report["references"])
         + f" (torch {versions['torch']}, transformers {versions.get('transformers', '-')})",
-        f"tokens       {tokens['positions']} positions in {tokens['prompts']} prompts, the longest {tokens['longest']}; "
+        f"tokens       {tokens['positions']} positions in {tokens['prompts']} prompts, longest {tokens['longest']}; "
         f"decided: {decided}",
         "",
         *table([("check", "gate", "what", "dtype", "worst", "bound", "", "of"), *_rows(report)]),
@@ -77,7 +77,7 @@ def _party(r: dict[str, Any]) -> str:
 
 
 def _uncovered(report: dict[str, Any]) -> list[str]:
-    found = {}
+    found: dict[str, None] = {}
     for r in report["results"]:
         if r["status"] == "skip":
             text = (r["reason"] or "").removeprefix("not covered: ")
