@@ -25,7 +25,7 @@ from finetune.metrics import Metrics, flops_per_token, peak_bytes, peak_flops
 from finetune.optim import learning_rate, make_optimizer, select_trained_, set_learning_rate_, trained
 from finetune.parallelize import World, no_sync, replicate
 from finetune.resume import Progress, restore_, save
-from finetune.wrap import add_dropout_, checkpoint_blocks_
+from finetune.wrap import add_dropout_, checkpoint_blocks_, compile_blocks_
 from nanollama.model import Transformer
 from nanollama.tokenizer import Tokenizer
 
@@ -202,10 +202,9 @@ def wrap_(model: Transformer, config: TrainConfig, world: World) -> nn.Module:
         add_dropout_(model, config.dropout)
     if config.activation_checkpointing:
         checkpoint_blocks_(model)
-    loss_model = LossModel(model).train()
     if config.compile:
-        loss_model.compile()
-    return replicate(loss_model, world)
+        compile_blocks_(model)
+    return replicate(LossModel(model).train(), world)
 
 
 def accumulate_(

@@ -1,4 +1,4 @@
-"""Features that wrap the model from outside: dropout, activation checkpointing. The model knows of none.
+"""Features that wrap the model from outside: dropout, activation checkpointing, compiling. The model knows of none.
 
 add_dropout_(model, 0.1)
 checkpoint_blocks_(model)
@@ -28,3 +28,9 @@ def checkpoint_blocks_(model: Transformer) -> None:
     """Keep only each block's input and run the block again in the backward pass."""
     for block in model.layers:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_blocks_(model: Transformer) -> None:
+    """Compile the block once for all layers: minutes less to wait for than the whole model, whose layers are all alike."""
+    for block in model.layers:
+        block.compile()
