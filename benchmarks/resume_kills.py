@@ -52,7 +52,7 @@ def startup_s(argv: list[str], out: Path) -> float:
 
 
 def kill_once(argv: list[str], out: Path, *, wait_for_a_step: bool, delay_s: float) -> bool:
-    """Start, wait (for a step that is new in metrics.jsonl, then for the delay), SIGKILL; whether it was still alive."""
+    """Start, wait (for a new step in metrics.jsonl, then for the delay), SIGKILL; whether it was still alive."""
     size = metrics_bytes(out)
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while wait_for_a_step and process.poll() is None and metrics_bytes(out) <= size:

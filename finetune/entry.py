@@ -205,13 +205,16 @@ def finish(entry: Entry, setup: Setup, prepared: Prepared, outcome: Outcome, say
             shutil.rmtree(folder)  # of this run, when it is resumed after its end
         if folder.name == "final" or config.export == "hf":
             write(folder, model.config, weights, tokenizer=prepared.tokenizer)
-    write_report(out)
     base = bigram(prepared.train, outcome.held_out, prepared.vocabulary.size)
     write_atomically(out / "summary.json", json.dumps(summary(outcome, base), indent=2).encode())
     say(f"sample: {setup.sample(model)}")
     say(f"held-out bits per byte: {outcome.score.bpb:.4f}; a bigram model fitted on the training text: {base.bpb:.4f}")
     say(f"held-out nats per token: {outcome.score.loss:.4f}; the bigram model: {base.loss:.4f}")
-    say(f"curves: {out / 'report.png'}   model: {out / 'final'}")
+    say(f"model: {out / 'final'}")
+    try:
+        say(f"curves: {write_report(out)}")
+    except ValueError as error:  # the model is what counts: no picture is no failure
+        say(f"no curves: {error}")
     say("next:")
     say(f'  python -m nanollama generate --ckpt {out / "final"} --prompt "{config.prompt}"')
     say(f"  python -m parity.check --ckpt {out / 'final'}")

@@ -84,12 +84,12 @@ class Metrics:
         )
         if not world.is_main:
             return
-        keep_until_(out / "metrics.jsonl", first_step)
-        self.file = (out / "metrics.jsonl").open("a", encoding="utf-8")
         if config.tensorboard:
             self.writers.append(TensorBoard(out))
         if config.wandb:
             self.writers.append(WandB(out, config))
+        keep_until_(out / "metrics.jsonl", first_step)
+        self.file = (out / "metrics.jsonl").open("a", encoding="utf-8")
 
     def __enter__(self) -> "Metrics":
         return self

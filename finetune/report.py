@@ -9,9 +9,12 @@ from finetune.metrics import read_metrics
 
 
 def write_report(out: Path) -> Path:
-    """Training and validation loss, learning rate, gradient norm and speed over the steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Training and validation loss, learning rate, gradient norm and speed over the steps. Raises ValueError."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("report.png needs the package matplotlib: pip install 'nanollama[plots]'") from None
 
     lines = read_metrics(out / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]

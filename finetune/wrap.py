@@ -31,6 +31,6 @@ def checkpoint_blocks_(model: Transformer) -> None:
 
 
 def compile_blocks_(model: Transformer) -> None:
-    """Compile the block once for all layers: minutes less to wait for than the whole model, whose layers are all alike."""
+    """Compile the block once for all layers, which are alike: minutes less to wait for than for the whole model."""
     for block in model.layers:
         block.compile()

@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.prepare import corpus, shards
+from finetune.prepare.__main__ import main as shards_main
 from finetune.prepare.cache import Prepared, path_source, prepare
 from finetune.prepare.corpus import Chunk, Format, Source, text_files
 from finetune.prepare.shards import TokenStore, Vocabulary, read_shard, write_shards
 from finetune.prepare.stories import stories
 from finetune.prepare.tokenizer import train_tokenizer
+from nanollama.cli import run
 from nanollama.tokenizer import open_tokenizer
 
 STORIES = stories(80, seed=1)
@@ -154,6 +156,19 @@ def test_prepared_data_is_reused_and_says_a_smaller_vocabulary_each_time(folder:
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == stamps
     assert len(said) == 2
     assert "the data supports" in said[0]
+
+
+def test_shards_can_be_written_by_a_command_of_their_own(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NANOLLAMA_CACHE", str(tmp_path / "cache"))
+    args = ["--data", str(folder / "stories.txt"), "--vocab_size", "300", "--out", str(tmp_path / "shards")]
+    for code, said in ((0, "train 76 documents"), (2, "exists already")):
+        with pytest.raises(SystemExit) as caught:
+            run(shards_main, [*args, "--workers", "1"])
+        assert caught.value.code == code
+        assert said in "".join(capsys.readouterr())
+    assert path_source(tmp_path / "shards", Format()) == tmp_path / "shards"
 
 
 def test_a_folder_of_shards_is_data(folder: Path, tmp_path: Path) -> None:

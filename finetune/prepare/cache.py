@@ -60,21 +60,25 @@ def prepare(
     tokenizer: None trains one of `vocab_size` words on the text. Raises ValueError for data that cannot be used.
     """
     if isinstance(source, Path):
-        return _open(f"the shards in {source}", source, tokenizer or _tokenizer_of_shards(source))
-    if tokenizer is None:
-        tokenizer = _trained(source, vocab_size, cache / "tokenizers")
-        words = open_tokenizer(tokenizer).vocab_size
-        if words < vocab_size:
-            say(f"tokenizer: the data supports {words:,} words, not {vocab_size:,}; it gets {words:,}")
-    open_tokenizer(tokenizer)  # a broken one is named before anything is written
+        return open_prepared(f"the shards in {source}", source, tokenizer or _tokenizer_of_shards(source))
+    tokenizer = prepare_tokenizer(source, tokenizer, vocab_size, cache / "tokenizers", say)
     key = _key(source, tokenizer=hashlib.sha256(tokenizer.read_bytes()).hexdigest(), version=VERSION)
     folder = cache / "shards" / f"{source.name}-{key}"
     if not folder.exists():
-        _write(source, tokenizer, folder, workers)
-    return _open(source.name, folder, tokenizer)
+        write_folder(source, tokenizer, folder, workers)
+    return open_prepared(source.name, folder, tokenizer)
 
 
-def _open(name: str, folder: Path, tokenizer: Path) -> Prepared:
+def prepare_tokenizer(source: Source, given: Path | None, vocab_size: int, folder: Path, say: Say) -> Path:
+    """The tokenizer file that was given, opened once to see that it can be; else one trained on the text."""
+    tokenizer = given or _trained(source, vocab_size, folder)
+    words = open_tokenizer(tokenizer).vocab_size
+    if not given and words < vocab_size:
+        say(f"tokenizer: the data supports {words:,} words, not {vocab_size:,}; it gets {words:,}")
+    return tokenizer
+
+
+def open_prepared(name: str, folder: Path, tokenizer: Path) -> Prepared:
     vocabulary = Vocabulary.of(tokenizer)
     stores = (TokenStore(folder, "train", vocabulary), TokenStore(folder, "val", vocabulary))
     return Prepared(name, tokenizer, vocabulary, *stores)
@@ -113,7 +117,7 @@ def _training_texts(source: Source, small: bool) -> Iterator[str]:
                     yield text
 
 
-def _write(source: Source, tokenizer: Path, folder: Path, workers: int) -> None:
+def write_folder(source: Source, tokenizer: Path, folder: Path, workers: int) -> None:
     """All the shards, or nothing under this name."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
