@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from parity.cli import Parser
 from parity.contract import DTYPES, Case, UsageError
+from parity.process import Crash
 from parity.prompts import CORPUS, DIALOGS, Prompts, built_in, from_file, seeded
 
 if TYPE_CHECKING:
@@ -103,7 +104,11 @@ def run(args: argparse.Namespace) -> int:
     from parity.candidates import resolve
 
     resolve(args.candidate)
-    report = check(args, chosen)
+    try:
+        report = check(args, chosen)
+    except Crash as crash:  # of a reference: nothing was judged
+        print(f"error: {crash} (NANOLLAMA_DEBUG=1 shows all of it)", file=sys.stderr)
+        return 3
     from parity.report import summary, terminal
 
     print(terminal.render(report))
@@ -136,11 +141,13 @@ def check(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[str, Any]:
         weights="weights" in chosen["checks"],
     )
     with workspace() as folder:
-        runner = Runner(case, chosen["references"], args.candidate, folder, sys.stderr.isatty())
+        runner = Runner(
+            case, chosen["references"], args.candidate, folder, sys.stderr.isatty(), "ops" in chosen["checks"]
+        )
         runner.notices += [*checkpoint.notices, *prompts.notices]
         ev = runner.run()
         ev.prepare(cores())
-        results = summary.judge_all(ev, chosen["checks"])
+        results = summary.crash_results(runner.crashes) + summary.judge_all(ev, chosen["checks"])
         entry = {"path": args.ckpt or "embedded default", "format": checkpoint.format, "verified": checkpoint.verified}
         return summary.summarise(ev, results, runner, clock(), entry)
 

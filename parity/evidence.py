@@ -33,7 +33,9 @@ class Evidence:
     oracle: Trace
     references: dict[str, Trace]
     candidates: dict[str | None, Trace]  # by path; {None: trace} for a candidate with one path
-    ops: dict[str, Trace] = field(default_factory=dict)  # the oracle on each reference's own inputs, see checks/ops.py
+    forced: dict[str, Trace] = field(default_factory=dict)  # the references, cut short: inputs of the op gates
+    ops: dict[str, Trace] = field(default_factory=dict)  # the oracle's operations on these inputs, see checks/ops.py
+    op_errors: dict[Any, Any] = field(default_factory=dict)  # kept by checks/ops.py
     training: dict[str, dict] = field(default_factory=dict)
     _measured: dict[tuple[int, str], Measured] = field(default_factory=dict)
     _oracle_rows: dict[str, list[OracleRows]] = field(default_factory=dict)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from parity.contract import DTYPES, Case
-from parity.trace import TraceWriter, by_part
+from parity.forced import finish_ops, record_ops
+from parity.trace import Trace, TraceWriter, by_part
 
 Progress = Callable[[str, float], None]
 CHUNKS = 8  # of a chunked prefill; their size is made odd, so that they never line up with a block size
@@ -194,7 +195,11 @@ class Recorder:
             self.out.uncovered["compiled"] = "the candidate has no compiled(tokens)"
             return {}
         ids = self.sequences[chosen[0]]
-        logits = self._checked(call(self.candidate.compiled, self._tokens(ids)), (1, len(ids)))
+        try:
+            logits = self._checked(call(self.candidate.compiled, self._tokens(ids)), (1, len(ids)))
+        except NotImplementedError as error:
+            self.out.uncovered["compiled"] = str(error)
+            return {}
         return self._keep("compiled", chosen[0], list(range(len(ids))), logits[0])
 
     def _greedy(self, chosen: list[int]) -> None:
@@ -240,8 +245,16 @@ def record_identity(candidate: Any, case: Case, writer: TraceWriter) -> dict[str
     return meta
 
 
-def record(load: Callable[[str, torch.dtype, str], Any], case: Case, writer: TraceWriter, progress: Progress) -> None:
+def record(
+    load: Callable[[str, torch.dtype, str], Any],
+    case: Case,
+    writer: TraceWriter,
+    progress: Progress,
+    forced: dict[str, Trace] | None = None,
+) -> None:
     """Load the candidate at each dtype of the case, run it, and write its trace.
+
+    `forced`: by reference, the cut traces whose inputs its operations are given (see parity/forced.py).
 
     A candidate with a method `stream(sequences, positions)` yielding (part, {"sequence/tap": tensor}) may set its
     attribute `streamed` to True: it is then run layer by layer, and only its forward pass is judged.
@@ -255,6 +268,7 @@ def record(load: Callable[[str, torch.dtype, str], Any], case: Case, writer: Tra
     }
     meta |= {"prompt_lengths": case.prompt_lengths or [len(p) for p in case.prompts], "positions": case.positions}
     meta |= {"generated": {}, "self": {}, "extra": {}, "uncovered": {}, "streamed": {}, "errata": [], "notices": []}
+    meta["ops"] = {}
     for n, dtype in enumerate(case.dtypes):
         candidate = load(case.checkpoint, DTYPES[dtype], case.device)
         if n == 0:
@@ -264,13 +278,18 @@ def record(load: Callable[[str, torch.dtype, str], Any], case: Case, writer: Tra
             out = record_streamed(candidate, case, dtype, writer, progress)
         else:
             out = Recorder(candidate, case, dtype, writer, progress).run()
+            for name, given in (forced or {}).items() if can(candidate, "ops") else ():
+                ops_writer = meta["ops"].setdefault(name, TraceWriter(writer.folder / "ops" / name))
+                record_ops(candidate, dtype, given, ops_writer, case.device)
         meta["dtypes"][dtype] = dtype
         meta["seconds_forward"] += out.seconds
         meta["uncovered"] |= out.uncovered
         meta["generated"][dtype], meta["self"][dtype], meta["extra"][dtype] = out.generated, out.same, out.extra
         meta["notices"] = list(getattr(candidate, "notices", []))
         del candidate
-    writer.finish(meta)
+    for name, ops_writer in meta["ops"].items():
+        finish_ops(ops_writer, (forced or {})[name], case.dtypes)
+    writer.finish(meta | {"ops": sorted(meta["ops"])})
 
 
 def record_streamed(candidate: Any, case: Case, dtype: str, writer: TraceWriter, progress: Progress) -> Recording:

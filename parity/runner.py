@@ -18,7 +18,8 @@ from tqdm import tqdm
 from parity.candidates import resolve
 from parity.contract import Case, UsageError
 from parity.evidence import Evidence
-from parity.process import Process, started, wait_any
+from parity.forced import cut
+from parity.process import Crash, Process, started, wait_any
 from parity.trace import Trace
 
 SMALL_BYTES = 2 * 10**9  # of a checkpoint on disk: below, several implementations fit in memory side by side
@@ -64,45 +65,76 @@ class Runner:
     candidate: str
     folder: Path
     progress: bool = True
+    ops: bool = True  # give a candidate that has ops() the references' inputs, operation by operation
     seconds_in_forward: float = 0.0
     peak_bytes: int = 0
     notices: list[str] = field(default_factory=list)
+    crashes: list[str] = field(default_factory=list)  # of the candidate: a result, not the end of the run
 
     def run(self) -> Evidence:
         """Raises UsageError for unusable input and process.Crash when an implementation fails."""
         paths = resolve(self.candidate)
         self.bar = Bar(len(self.references) + 1 + len(paths), self.progress)
         try:
-            first = self._references(self.case, self.references[:1])[self.references[0]]
-            case = replace(
-                self.case,
-                prompts=first.sequences,
-                positions=first.meta["positions"],
-                prompt_lengths=first.meta["prompt_lengths"],
-                max_new_tokens=0,
-            )
-            jobs = [self._job(f"reference.{name}", name, case) for name in self.references[1:]]
-            jobs.append(self._job("reference.oracle", "oracle", replace(case, texts=None, corpus=[], dialogs=[])))
-            jobs += [self._candidate_job(path, case) for path in paths]
-            traces = self._run(jobs)
+            ev = self._references()
+            traces = self._run([self._candidate_job(path, ev) for path in paths])
+            labels = {path: f"candidate {path or ''}".strip() for path in paths}
+            ev.candidates |= {path: traces[label] for path, label in labels.items() if label in traces}
+            if any(trace.meta.get("ops") for trace in ev.candidates.values()):
+                self._oracle_ops(ev)
         finally:
             self.bar.close()
-        references = {self.references[0]: first} | {name: traces[name] for name in self.references[1:]}
-        candidates = {path: traces[f"candidate {path or ''}".strip()] for path in paths}
-        return Evidence(case, traces["oracle"], references, candidates)
+        return ev
 
-    def _references(self, case: Case, names: list[str]) -> dict[str, Trace]:
-        return self._run([self._job(f"reference.{name}", name, case) for name in names])
+    def run_references(self) -> Evidence:
+        """Without a candidate: what candidates that run in this process are judged by."""
+        self.bar = Bar(len(self.references) + 1, self.progress)
+        try:
+            ev = self._references()
+            self._oracle_ops(ev)
+        finally:
+            self.bar.close()
+        return ev
+
+    def _references(self) -> Evidence:
+        first = self._run([self._job(f"reference.{name}", name, self.case) for name in self.references[:1]])
+        trace = first[self.references[0]]
+        case = replace(
+            self.case,
+            prompts=trace.sequences,
+            positions=trace.meta["positions"],
+            prompt_lengths=trace.meta["prompt_lengths"],
+            max_new_tokens=0,
+        )
+        jobs = [self._job(f"reference.{name}", name, case) for name in self.references[1:]]
+        jobs.append(self._job("reference.oracle", "oracle", replace(case, texts=None, corpus=[], dialogs=[])))
+        traces = first | self._run(jobs)
+        ev = Evidence(case, traces["oracle"], {name: traces[name] for name in self.references}, {})
+        if self.ops and case.positions is None and case.record == "taps":
+            forced = self.folder / "forced"
+            ev.forced = {name: cut(ev.references[name], case.dtypes, forced / name) for name in self.references}
+        return ev
+
+    def _oracle_ops(self, ev: Evidence) -> None:
+        """The float64 value of each operation on the inputs that each reference recorded."""
+        case = replace(ev.case, texts=None, corpus=[], dialogs=[], weights=False)
+        jobs = []
+        for name, trace in ev.forced.items():
+            job = self._job("reference.oracle", f"oracle-ops-{name}", replace(case, prompts=trace.sequences))
+            jobs.append(replace(job, arguments=(*job.arguments, "--ops", str(trace.folder))))
+        traces = self._run(jobs)
+        ev.ops = {name: traces[f"oracle-ops-{name}"] for name in ev.forced}
 
     def _job(self, module: str, label: str, case: Case) -> Job:
         file = case.write(self.folder / f"{label}.json", "prompt_lengths")
         out = self.folder / label
         return Job(label, module, ("--case", str(file), "--out", str(out)), out)
 
-    def _candidate_job(self, path: str | None, case: Case) -> Job:
+    def _candidate_job(self, path: str | None, ev: Evidence) -> Job:
         label = f"candidate {path or ''}".strip()
-        file, out = case.write(self.folder / "candidate.json"), self.folder / label.replace(" ", "-")
-        return Job(label, "parity.candidates", (self.candidate, path or "-", str(file), str(out)), out)
+        file, out = ev.case.write(self.folder / "candidate.json"), self.folder / label.replace(" ", "-")
+        forced = [str(trace.folder) for trace in ev.forced.values()]
+        return Job(label, "parity.candidates", (self.candidate, path or "-", str(file), str(out), *forced), out)
 
     def _run(self, jobs: list[Job]) -> dict[str, Trace]:
         """Single-threaded processes side by side, one a core; many-threaded ones after each other."""
@@ -114,9 +146,15 @@ class Runner:
                 while waiting and len(running) < at_once:
                     running.append(self._start(stack, waiting.pop()))
                 ended = wait_any(running)
-                self.peak_bytes = max(self.peak_bytes, ended.peak_bytes)
                 running.remove(ended)
-        traces = {job.label: Trace(job.out) for job in jobs}
+                self.peak_bytes = max(self.peak_bytes, ended.peak_bytes)
+                try:
+                    ended.finish()
+                except Crash as crash:
+                    if not ended.label.startswith("candidate"):
+                        raise
+                    self.crashes.append(str(crash))
+        traces = {job.label: Trace(job.out) for job in jobs if (job.out / "trace.json").is_file()}
         for trace in traces.values():
             self.seconds_in_forward += trace.meta["seconds_forward"]
             self.notices += [n for n in trace.meta.get("notices", []) if n not in self.notices]

@@ -1,5 +1,6 @@
-"""Run one candidate on one case in a process of its own: `python -m parity.candidates NAME PATH CASE.json OUT`.
+"""Run one candidate on one case in a process of its own: `python -m parity.candidates NAME PATH CASE.json OUT [FORCED ...]`.
 
+FORCED are reference traces whose inputs the candidate's operations are given, each in a folder of the reference's name.
 PATH is the label of one of the candidate's paths, "-" for its only one. Speaks the same protocol as the references:
 progress as JSON lines on stdout, exit code 2 and one `error:` line for unusable input.
 """
@@ -13,7 +14,7 @@ import torch
 from parity.candidates import resolve
 from parity.contract import Case, UsageError
 from parity.record import record
-from parity.trace import TraceWriter
+from parity.trace import Trace, TraceWriter
 
 
 def progress(stage: str, done: float) -> None:
@@ -21,7 +22,7 @@ def progress(stage: str, done: float) -> None:
 
 
 def main(argv: list[str]) -> int:
-    name, path, case_file, out = argv
+    name, path, case_file, out, *forced = argv
     try:
         load = resolve(name)[None if path == "-" else path]
         case = Case.read(Path(case_file))
@@ -29,7 +30,8 @@ def main(argv: list[str]) -> int:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-        record(load, case, TraceWriter(Path(out)), progress)
+        given = {Path(folder).name: Trace(Path(folder)) for folder in forced}
+        record(load, case, TraceWriter(Path(out)), progress, given)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

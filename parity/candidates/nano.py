@@ -201,10 +201,16 @@ class Nano:
         return recorder.found[name]
 
     def compiled(self, tokens: Tensor) -> Tensor:
-        """The same model under torch.compile. Raises NotImplementedError where no C++ compiler is found."""
+        """The same blocks under torch.compile. Raises NotImplementedError where that is not tried, or no compiler is."""
+        if self.attention != "fast" or self.dtype != torch.float32:
+            raise NotImplementedError("compiled against eager is checked on the fast path in fp32")
         if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
             raise NotImplementedError("torch.compile needs a C++ compiler: none was found")
-        return torch.compile(self.model, dynamic=False)(tokens)
+        ctx, h = self.model.context(tokens), self.model.tok_embeddings(tokens)
+        block = torch.compile(lambda layer, h: layer(h, ctx), dynamic=False)
+        for layer in self.model.layers:
+            h = block(layer, h)
+        return F.linear(self.model.norm(h), self.model.head()).float()
 
     def stream(
         self, sequences: list[list[int]], positions: list[list[int]] | None

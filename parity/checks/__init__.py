@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from parity.checks import decoding, forward, identity
+from parity.checks import decoding, forward, identity, ops
 from parity.contract import Result
 from parity.evidence import Evidence
 
@@ -12,6 +12,7 @@ CHECKS: dict[str, Callable[[Evidence], Iterator[Result]]] = {
     "config": identity.config,
     "weights": identity.weights,
     "rope": identity.rope,
+    "ops": ops.ops,
     "taps": forward.taps,
     "logits": forward.logits,
     "bitwise": forward.bitwise,
