@@ -1,6 +1,6 @@
 """GGUF, llama.cpp's format: one file of typed keys, vocabulary and tensors (F32, F16, BF16, Q8_0; Q8_0 reads as fp32).
 
-Files are written through the `gguf` package (extra `interop`); reading needs torch only. The rows of wq and wk are
+Files are written through the `gguf` package (extra `gguf`); reading needs torch only. The rows of wq and wk are
 Meta's. Llama 3.1's RoPE scaling is the tensor rope_freqs.weight, without which long contexts come out wrong
 (llama.cpp#8676); the numbers behind it are kept in keys of our own, which llama.cpp ignores.
 
@@ -297,7 +297,7 @@ def _new_writer(config: ModelConfig, vocabulary: vocab.Vocabulary | None, name: 
     try:
         import gguf as package
     except ImportError:
-        raise CheckpointError("gguf", "writing GGUF needs the gguf package: pip install 'nanollama[interop]'") from None
+        raise CheckpointError("gguf", "writing GGUF needs the gguf package: pip install 'nanollama[gguf]'") from None
     writer = package.GGUFWriter(None, "llama")
     writer.add_name(name)
     writer.add_block_count(config.n_layers)
