@@ -24,7 +24,7 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip 
 NEW_TOKENS = 24
 BOUND = 2.0
 TEXT = (
-    "The lighthouse keeper counted 1,024 waves before breakfast; then he wrote them down, one by one, in a green book.\n\n"
+    "The lighthouse keeper counted 1,024 waves before breakfast; then he wrote them down, one by one, in a book.\n\n"
     "\tfor i in range(10):\n\t\tprint(i ** 2)  # squares\n\nสวัสดี, café, 你好 and 😀: not every word fits a vocabulary. "
     "In the evening the sea was flat again, and nobody could say where the numbers had gone."
 )

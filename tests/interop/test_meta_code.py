@@ -37,7 +37,7 @@ def meta_logits(folder: Path, shards: int, scratch: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize(("family", "shards"), [("llama2", 1), ("llama3.1", 4), ("tied", 2)])
 def test_meta_computes_what_we_do(tmp_path: Path, family: str, shards: int) -> None:
-    """4 shards of 2 kv heads: each head stands in two shards, as in the 16-shard 405B. Factor 8 is all Meta's code has."""
+    """4 shards of 2 kv heads: each head stands in two shards, as in the 16-shard 405B."""
     config: ModelConfig = replace(LLAMA31, tied=True) if family == "tied" else FAMILIES[family]
     weights = {n: t / (4 if t.ndim == 2 else 1) for n, t in make_weights(config, torch.float32).items()}
     path = write(tmp_path, "meta", config, weights, shards=shards)

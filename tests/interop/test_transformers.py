@@ -69,7 +69,7 @@ def test_the_exported_folder_opens_as_one(
 def test_the_gguf_reader_of_transformers_sees_our_weights(
     tmp_path: Path, dtype: str, test_data: Callable[[str], Path]
 ) -> None:
-    """A reader of other hands: every weight bit-equal, ids equal. Its config lacks RoPE scaling: it drops rope_freqs."""
+    """A reader of other hands: every weight bit-equal, ids equal. It drops rope_freqs: no RoPE scaling."""
     pytest.importorskip("accelerate", reason="transformers' GGUF reader needs it: pip install 'nanollama[interop]'")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
