@@ -29,7 +29,7 @@ REFERENCES = ("meta", "hf")
 def build_parser() -> Parser:
     parser = Parser("python -m parity.check", __doc__)
     add = parser.add_argument
-    add("--ckpt", metavar="PATH", help="Meta folder or HF folder (default: the embedded tiny checkpoint)")
+    add("--ckpt", metavar="PATH", help="Meta or HF folder, .gguf, .bin (default: the embedded tiny one)")
     add("--tokenizer", metavar="FILE", help="a tokenizer file, where the checkpoint has none")
     add("--candidate", default="nanollama", metavar="NAME", help="nanollama, module:attr or file.py:attr")
     add("--references", default="meta,hf", metavar="LIST", help="comma list of meta, hf (default: both)")
@@ -66,7 +66,9 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
     if args.max_new_tokens < 0:
         raise UsageError(f"--max_new_tokens {args.max_new_tokens}: expected 0 or more")
     if args.ckpt is not None and not Path(args.ckpt).exists():
-        raise UsageError(f"--ckpt {args.ckpt}: no such file or folder; give a Meta or Hugging Face checkpoint folder")
+        raise UsageError(
+            f"--ckpt {args.ckpt}: no such file or folder; give a Meta or Hugging Face folder, a .gguf or a .bin"
+        )
     if args.tokenizer is not None and not Path(args.tokenizer).is_file():
         raise UsageError(f"--tokenizer {args.tokenizer}: no such file")
     for flag in ("json",):
@@ -119,32 +121,39 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[str, Any]:
     """Run everything and return the report."""
-    from parity.candidates.describe import describe
+    from parity.candidates.describe import describe, reference_files
     from parity.report import summary
     from parity.runner import ROPE_POSITIONS, Clock, Runner, cores, embedded_default, threads_for, workspace
 
     clock = Clock()
     checkpoint = describe(args.ckpt or str(embedded_default()), args.tokenizer)
     prompts = choose_prompts(args.prompts, checkpoint)
-    case = Case(
-        checkpoint=str(checkpoint.path.resolve()),
-        tokenizer=str(checkpoint.tokenizer) if checkpoint.tokenizer else None,
-        dtypes=chosen["dtypes"],
-        texts=prompts.texts,
-        prompts=prompts.tokens,
-        corpus=list(CORPUS) if checkpoint.tokenizer else [],
-        dialogs=[list(d) for d in DIALOGS] if checkpoint.tokenizer else [],
-        device=args.device,
-        threads=threads_for(checkpoint.stored_bytes),
-        max_new_tokens=args.max_new_tokens,
-        rope_positions=list(ROPE_POSITIONS),
-        weights="weights" in chosen["checks"],
-    )
     with workspace() as folder:
-        runner = Runner(
-            case, chosen["references"], args.candidate, folder, sys.stderr.isatty(), "ops" in chosen["checks"]
+        files = reference_files(checkpoint, folder / "converted")
+        case = Case(
+            checkpoint=str(files.checkpoint),
+            tokenizer=str(files.tokenizer) if files.tokenizer else None,
+            dtypes=chosen["dtypes"],
+            texts=prompts.texts,
+            prompts=prompts.tokens,
+            corpus=list(CORPUS) if checkpoint.tokenizer else [],
+            dialogs=[list(d) for d in DIALOGS] if checkpoint.tokenizer else [],
+            device=args.device,
+            threads=threads_for(checkpoint.stored_bytes),
+            max_new_tokens=args.max_new_tokens,
+            rope_positions=list(ROPE_POSITIONS),
+            weights="weights" in chosen["checks"],
         )
-        runner.notices += [*checkpoint.notices, *prompts.notices]
+        runner = Runner(
+            case,
+            chosen["references"],
+            args.candidate,
+            folder,
+            sys.stderr.isatty(),
+            own_files=(str(checkpoint.path.resolve()), str(checkpoint.tokenizer) if checkpoint.tokenizer else None),
+            ops="ops" in chosen["checks"],
+        )
+        runner.notices += [*checkpoint.notices, *files.notices, *prompts.notices]
         ev = runner.run()
         ev.prepare(cores())
         results = summary.crash_results(runner.crashes) + summary.judge_all(ev, chosen["checks"])

@@ -236,6 +236,8 @@ def record_identity(candidate: Any, case: Case, writer: TraceWriter) -> dict[str
     if case.rope_positions and can(candidate, "rope"):
         cos, sin = candidate.rope(torch.tensor(case.rope_positions))
         writer.rope(cos.float().cpu(), sin.float().cpu())
+    if case.tokenizer is not None and can(candidate, "use_tokenizer"):
+        candidate.use_tokenizer(case.tokenizer)
     encode = candidate.encode if can(candidate, "encode") else None
     meta["token_ids"] = [list(encode(text)) for text in case.texts] if encode and case.texts else None
     plain = candidate.encode_plain if can(candidate, "encode_plain") else None

@@ -70,6 +70,8 @@ class Runner:
     peak_bytes: int = 0
     notices: list[str] = field(default_factory=list)
     crashes: list[str] = field(default_factory=list)  # of the candidate: a result, not the end of the run
+    # Checkpoint and tokenizer as the candidate opens them, where the references need them in another form.
+    own_files: tuple[str, str | None] | None = None
 
     def run(self) -> Evidence:
         """Raises UsageError for unusable input and process.Crash when an implementation fails."""
@@ -132,7 +134,10 @@ class Runner:
 
     def _candidate_job(self, path: str | None, ev: Evidence) -> Job:
         label = f"candidate {path or ''}".strip()
-        file, out = ev.case.write(self.folder / "candidate.json"), self.folder / label.replace(" ", "-")
+        case = ev.case
+        if self.own_files is not None:
+            case = replace(case, checkpoint=self.own_files[0], tokenizer=self.own_files[1])
+        file, out = case.write(self.folder / "candidate.json"), self.folder / label.replace(" ", "-")
         forced = [str(trace.folder) for trace in ev.forced.values()]
         return Job(label, "parity.candidates", (self.candidate, path or "-", str(file), str(out), *forced), out)
 

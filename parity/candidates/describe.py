@@ -1,13 +1,17 @@
-"""What a checkpoint is, before any model is built: format, config, tokenizer, integrity. Refusals are one line."""
+"""What a checkpoint is, before any model is built: format, config, tokenizer, integrity; and what the references, which
+open Meta and Hugging Face folders and Meta's tokenizer files, get in its place. Refusals are one line.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanollama.checkpoint import CheckpointError, open_checkpoint, verify
+from nanollama.checkpoint import CheckpointError, convert, open_checkpoint, verify, vocab, vocab_files
 from nanollama.tokenizer import TokenizerError, open_tokenizer
 from parity.candidates.nano import config_echo
 from parity.contract import UsageError
+
+METAS_TOKENIZERS = ("llama3", "llama2")  # kinds whose files Meta's code opens: tiktoken's ranks, sentencepiece models
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,7 @@ class Description:
     format: str
     config: dict[str, Any]
     tokenizer: Path | None
+    tokenizer_kind: str | None
     stored_bytes: int
     verified: list[str]  # files whose checksum was checked against a manifest
     notices: list[str]
@@ -27,10 +32,10 @@ def describe(path: str, tokenizer: str | None) -> Description:
         opened = open_checkpoint(path)
         config = opened.config
         file = Path(tokenizer) if tokenizer else opened.tokenizer
-        if file is not None and open_tokenizer(file).vocab_size != config.vocab_size:
-            size = open_tokenizer(file).vocab_size
+        opened_tokenizer = open_tokenizer(file) if file is not None else None
+        if opened_tokenizer is not None and opened_tokenizer.vocab_size != config.vocab_size:
             raise UsageError(
-                f"{file}: has {size} tokens, the checkpoint's vocabulary {config.vocab_size}; "
+                f"{file}: has {opened_tokenizer.vocab_size} tokens, the checkpoint's vocabulary {config.vocab_size}; "
                 "give the tokenizer of this checkpoint with --tokenizer"
             )
         verified = verify(opened.path)
@@ -38,7 +43,44 @@ def describe(path: str, tokenizer: str | None) -> Description:
         raise UsageError(str(error)) from None
     weights = opened.weights
     stored = sum(_numel(s) * weights.dtypes[name].itemsize for name, s in weights.shapes.items())
-    return Description(opened.path, opened.format, config_echo(config), file, stored, verified, list(opened.notices))
+    kind = opened_tokenizer.kind if opened_tokenizer is not None else None
+    echo = config_echo(config)
+    return Description(opened.path, opened.format, echo, file, kind, stored, verified, list(opened.notices))
+
+
+@dataclass(frozen=True)
+class ReferenceFiles:
+    """What the references open. notices: where it is not the user's own file."""
+
+    checkpoint: Path
+    tokenizer: Path | None
+    notices: list[str]
+
+
+def reference_files(described: Description, folder: Path) -> ReferenceFiles:
+    """The checkpoint and its tokenizer in forms that the references open; conversions are written into `folder`.
+
+    Raises UsageError when they cannot be written.
+    """
+    checkpoint, notices = described.path.resolve(), list[str]()
+    try:
+        if checkpoint.is_file():
+            convert(checkpoint, folder / "hf", "hf")
+            checkpoint = folder / "hf"
+            notices.append(
+                f"no reference opens {described.path.name}: they get the weights that nanollama read from it, as a "
+                "Hugging Face folder, so this run does not prove that the file was read rightly"
+            )
+        tokenizer = described.tokenizer
+        if tokenizer is not None and described.tokenizer_kind not in METAS_TOKENIZERS:
+            notices.append(f"the references get the vocabulary that nanollama read from {tokenizer.name}")
+            made = folder / "tokenizer.model"
+            made.parent.mkdir(parents=True, exist_ok=True)
+            made.write_bytes(vocab_files.meta_bytes(vocab.read(tokenizer)))
+            tokenizer = made
+    except (CheckpointError, OSError) as error:
+        raise UsageError(f"{described.path}: cannot be prepared for the references: {error}") from None
+    return ReferenceFiles(checkpoint, tokenizer, notices)
 
 
 def _numel(shape: tuple[int, ...]) -> int:

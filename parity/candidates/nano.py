@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -133,6 +134,7 @@ class Nano:
         self.opened: Checkpoint = open_checkpoint(checkpoint)
         self.cfg, self.dtype, self.device, self.attention = self.opened.config, dtype, device, attention
         self.notices = self.opened.notices
+        self.tokenizer = self.opened.tokenizer
         self.streamed = not self._fits_whole()
         self.model: Any = None if self.streamed else self._whole()
         self.cache: KVCache | None = None
@@ -269,6 +271,10 @@ class Nano:
         stored = self.opened.weights
         return {name: {"shape": list(stored.shapes[name]), "crc32": checksum(stored, name)} for name in stored.shapes}
 
+    def use_tokenizer(self, path: str) -> None:
+        """The file that the user named, in place of the one beside the checkpoint."""
+        self.tokenizer = Path(path)
+
     def encode(self, text: str) -> list[int]:
         return self._tokenizer().encode(text, bos=True)
 
@@ -285,8 +291,8 @@ class Nano:
     def _tokenizer(self) -> Any:
         from nanollama.tokenizer import open_tokenizer
 
-        assert self.opened.tokenizer is not None
-        return open_tokenizer(self.opened.tokenizer)
+        assert self.tokenizer is not None
+        return open_tokenizer(self.tokenizer)
 
 
 def checksum(weights: Any, name: str) -> int:
