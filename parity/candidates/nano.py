@@ -174,6 +174,9 @@ class Nano:
         return self.model(tokens, cache=self.cache)
 
     def decode(self, token: Tensor) -> Tensor:
+        assert self.cache is not None
+        if self.cache.length + token.shape[1] > self.cache.max_len:
+            self.cache = longer(self.cache, self.cfg)
         return self.model(token, cache=self.cache)
 
     def taps(self, tokens: Tensor) -> dict[str, Tensor]:
@@ -293,6 +296,16 @@ class Nano:
 
         assert self.tokenizer is not None
         return open_tokenizer(self.tokenizer)
+
+
+def longer(cache: KVCache, cfg: ModelConfig) -> KVCache:
+    """The same keys and values with twice the room, for long texts that come in many chunks."""
+    old = cache.k[0]  # (B, S, K, D)
+    grown = KVCache(cfg, old.shape[0], 2 * cache.max_len, dtype=old.dtype, device=old.device)
+    for new, full in zip(grown.k + grown.v, cache.k + cache.v, strict=True):
+        new[:, : cache.max_len] = full
+    grown.length = cache.length
+    return grown
 
 
 def checksum(weights: Any, name: str) -> int:
