@@ -108,7 +108,7 @@ class Preset:
 
 PRESETS = {
     "260K": Preset(
-        {"dim": 64, "n_layers": 5, "n_heads": 8, "n_kv_heads": 4, "hidden_dim": 172}, 512, 512, 4, 1e-2, 400
+        {"dim": 64, "n_layers": 5, "n_heads": 8, "n_kv_heads": 4, "hidden_dim": 172}, 512, 512, 4, 1e-2, 300
     ),
     "15M": Preset(
         {"dim": 288, "n_layers": 6, "n_heads": 6, "n_kv_heads": 6, "hidden_dim": 768}, 32000, 256, 128, 1e-3, 20_000

@@ -75,21 +75,20 @@ class Metrics:
 
     def __init__(self, out: Path, config: TrainConfig, world: World, first_step: int) -> None:
         self.is_main, self.writers = world.is_main, list[Writer]()
+        if self.is_main:
+            if config.tensorboard:
+                self.writers.append(TensorBoard(out))
+            if config.wandb:
+                self.writers.append(WandB(out, config))
+            keep_until_(out / "metrics.jsonl", first_step)
+            self.file = (out / "metrics.jsonl").open("a", encoding="utf-8")
         self.bar = tqdm(
             total=config.max_steps,
             initial=first_step,
             unit="step",
-            disable=not world.is_main,
+            disable=not self.is_main,
             mininterval=0.2 if sys.stderr.isatty() else 10,
         )
-        if not world.is_main:
-            return
-        if config.tensorboard:
-            self.writers.append(TensorBoard(out))
-        if config.wandb:
-            self.writers.append(WandB(out, config))
-        keep_until_(out / "metrics.jsonl", first_step)
-        self.file = (out / "metrics.jsonl").open("a", encoding="utf-8")
 
     def __enter__(self) -> "Metrics":
         return self

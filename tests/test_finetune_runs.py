@@ -317,6 +317,17 @@ def test_unusable_flags_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_logger_that_is_not_installed_is_named_with_its_extra(
+    home: Path, tmp_path: Path, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    said = complaint(line(home, tmp_path / "out", f"--{package}"), monkeypatch, capsys)
+    assert f"pip install 'nanollama[{package}]'" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_out_that_holds_something_else_is_refused(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

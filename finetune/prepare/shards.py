@@ -59,8 +59,7 @@ def write_shard(path: Path, tokens: list[int], vocabulary: Vocabulary) -> None:
 
 def read_shard(path: Path, vocabulary: Vocabulary) -> NDArray[np.unsignedinteger]:
     """The tokens, memory-mapped. Raises ValueError for what is no whole shard, or one of another vocabulary."""
-    with path.open("rb") as file:
-        header = file.read(HEADER.size)
+    header = _header(path)
     if len(header) < HEADER.size or not header.startswith(MAGIC):
         raise ValueError(f"{path}: not a token shard: write it with python -m finetune.prepare")
     _, version, itemsize, count, size, bos_id, digest = HEADER.unpack(header)
@@ -108,12 +107,11 @@ class TokenStore:
         """Changes with the shards: their headers and both ends of each."""
         digest = hashlib.sha256()
         for path, shard in zip(self.paths, self.shards, strict=True):
-            digest.update(path.read_bytes()[: HEADER.size] if len(shard) < 1 << 16 else _head(path))
-            digest.update(shard[: 1 << 19].tobytes() + shard[-(1 << 19) :].tobytes())
+            digest.update(_header(path) + shard[: 1 << 19].tobytes() + shard[-(1 << 19) :].tobytes())
         return digest.hexdigest()
 
 
-def _head(path: Path) -> bytes:
+def _header(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(HEADER.size)
 
