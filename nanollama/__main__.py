@@ -38,6 +38,8 @@ def generate(
     tokenizer: Path | None = None,  # a tokenizer file, where there is none beside the checkpoint
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,  # default: as stored
     device: Literal["cpu", "cuda", "mps"] = "cpu",
+    quantize: Literal["int8", "int4"] | None = None,  # weights as integers; activations keep the dtype
+    compile: Literal["auto", "on", "off"] = "auto",  # the decode step (CPU); auto: where it wins back its time
 ) -> None:
     """Continue one or more prompts. Text goes to stdout, the speed to stderr."""
     texts = _read_prompts(prompt, prompts)
@@ -55,7 +57,9 @@ def generate(
         n=n,
         stop=stop or (),
     )
-    llama = Llama.load(ckpt, tokenizer=tokenizer, dtype=dtype, device=device)
+    llama = Llama.load(
+        ckpt, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize, compile=compile, say=_say
+    )
     ids = [llama.encode(text) if isinstance(text, str) else text for text in texts]
     live = stream and not json and len(ids) * n == 1
     answers: dict[tuple[int, int], list[Event]] = {(i, a): [] for i in range(len(ids)) for a in range(n)}
@@ -86,11 +90,12 @@ def inspect(
     *,
     json: bool = False,  # one JSON object with every tensor, on stdout
 ) -> None:
-    """Say what a checkpoint is: format, config, parameters, tokenizer, weights. Reads no weights."""
-    from nanollama.checkpoint import open_checkpoint
+    """Say what a checkpoint is: format, config, parameters, tokenizer, weights. Compares files with their checksums."""
+    from nanollama.checkpoint import open_checkpoint, verify
     from nanollama.describe import as_text, describe
 
-    facts = describe(open_checkpoint(ckpt))
+    opened = open_checkpoint(ckpt)
+    facts = describe(opened, verified=verify(opened.path))
     print(jsonlib.dumps(facts, indent=2) if json else as_text(facts))
 
 
@@ -108,6 +113,8 @@ def chat(
     tokenizer: Path | None = None,  # a tokenizer file, where there is none beside the checkpoint
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,  # default: as stored
     device: Literal["cpu", "cuda", "mps"] = "cpu",
+    quantize: Literal["int8", "int4"] | None = None,  # weights as integers; activations keep the dtype
+    compile: Literal["auto", "on", "off"] = "auto",  # the decode step (CPU); auto: where it wins back its time
 ) -> None:
     """Talk with a model in the terminal. /help there lists the commands."""
     from nanollama.generate import Llama, Sampling
@@ -122,7 +129,10 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    run_repl(Chat(Llama.load(ckpt, tokenizer=tokenizer, dtype=dtype, device=device), sampling, system))
+    llama = Llama.load(
+        ckpt, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize, compile=compile, say=_say
+    )
+    run_repl(Chat(llama, sampling, system))
 
 
 def convert(
@@ -164,6 +174,10 @@ def _token_ids(line: str, where: str) -> list[int]:
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise ValueError(f"{where}: {line[:40]!r} is no list of token ids such as [128000, 9906]")
     return ids
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _piece(event: "Event", llama: "Llama") -> str:

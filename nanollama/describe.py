@@ -7,6 +7,7 @@ Meta-Llama-3.1-8B: format meta, the shape of Llama 3.1 8B, 8,030,261,248 paramet
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -40,8 +41,11 @@ def published_name(config: ModelConfig) -> str | None:
     return PUBLISHED.get((*shape, config.rope_scaling is not None))
 
 
-def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Everything that `inspect` shows, ready for JSON. Reads no weights."""
+def describe(checkpoint: Checkpoint, verified: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything that `inspect` shows, ready for JSON. Reads no weights.
+
+    verified: files that were found equal to their checksums.
+    """
     weights = checkpoint.weights
     tensors = {
         name: {"shape": list(shape), "dtype": dtype_name(weights.dtypes[name])}
@@ -60,6 +64,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "config": asdict(checkpoint.config),
         "tokenizer": tokenizer,
         "tensors": tensors,
+        "verified": list(verified),
         "notices": checkpoint.notices,
     }
 
@@ -73,6 +78,8 @@ def as_text(facts: dict[str, Any]) -> str:
     """The same for people; weights that all layers have in common take one line."""
     lines = [summary(facts)]
     lines += [f"notice: {notice}" for notice in facts["notices"]]
+    if facts["verified"]:
+        lines.append(f"verified: {', '.join(facts['verified'])} match their checksums")
     lines += ["", "config"]
     lines += [f"  {name:14} {_show(value)}" for name, value in facts["config"].items()]
     tokenizer = facts["tokenizer"]

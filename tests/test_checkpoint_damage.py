@@ -12,6 +12,7 @@ import torch
 
 import fuzz_readers
 from checkpoint_cases import LLAMA31, make_weights, write
+from nanollama import __main__ as commands
 from nanollama.checkpoint import (
     CheckpointError,
     convert,
@@ -151,3 +152,15 @@ def test_fuzz_20000_inputs(reader: str) -> None:
     command = [sys.executable, fuzz_readers.__file__, "--readers", reader, "--inputs", "20000", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_inspect_compares_files_with_their_checksums(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, "hf", LLAMA31, make_weights(LLAMA31))
+    write_manifest(path)
+    commands.inspect(str(path))
+    assert "verified: config.json, model.safetensors match their checksums" in capsys.readouterr().out
+    data = bytearray((path / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "model.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model.safetensors: has sha256 .* download it again"):
+        commands.inspect(str(path))
