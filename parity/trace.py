@@ -88,13 +88,25 @@ class TraceWriter:
 
     def part(self, dtype: str, part: str, tensors: dict[str, Tensor]) -> None:
         (self.folder / dtype).mkdir(exist_ok=True)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, self.folder / dtype / f"{part}.safetensors")
+        save_file(separate(tensors), self.folder / dtype / f"{part}.safetensors")
 
     def rope(self, cos: Tensor, sin: Tensor) -> None:
         save_file({"cos": cos.contiguous(), "sin": sin.contiguous()}, self.folder / "rope.safetensors")
 
     def finish(self, meta: dict[str, Any]) -> None:
         (self.folder / "trace.json").write_text(json.dumps({"schema": SCHEMA, **meta}))
+
+
+def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous, and copied where two share memory: the file format refuses those, and a candidate's taps may."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        x = tensor.contiguous()
+        storage = x.untyped_storage().data_ptr()
+        out[name] = x.clone() if storage in seen else x
+        seen.add(storage)
+    return out
 
 
 def by_part(tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:

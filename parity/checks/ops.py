@@ -43,6 +43,8 @@ def _measure(mine: Trace, theirs: Trace, oracle: Trace, dtype: str) -> OpErrors:
     out = OpErrors()
     for tap in op_names(oracle.n_layers):
         candidate, reference = TapError(), TapError()
+        if not all(mine.has(dtype, s, tap) for s in range(len(oracle.sequences))):
+            continue
         try:
             for s in range(len(oracle.sequences)):
                 c, r, o = (trace.get(dtype, s, tap) for trace in (mine, theirs, oracle))
@@ -50,7 +52,7 @@ def _measure(mine: Trace, theirs: Trace, oracle: Trace, dtype: str) -> OpErrors:
                 reference.add(s, r, o)
                 out.differ += differing(c, r)
                 out.elements += r.numel()
-        except (ValueError, KeyError) as error:
+        except ValueError as error:
             out.broken[tap] = str(error)
             continue
         out.ratios[tap] = worst_ratio(candidate, reference, dtype)[0]

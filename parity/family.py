@@ -1,0 +1,101 @@
+"""The checkpoint family that the mutants run on: small, seeded, and each member shows what the others cannot.
+
+gqa          Llama 3.1's features: scaled RoPE, grouped heads, an untied head, an eps that is no code's default
+tied         Llama 3.2's: a tied head, scaling factor 32
+hf           the Hugging Face format: permuted q and k rows, rope_type
+llama3-text  the real Llama 3 tokenizer over a toy model; llama2-text a sentencepiece one
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from parity.contract import Case
+from parity.evidence import Evidence
+from parity.prompts import BUILT_IN, CORPUS, DIALOGS, LONG, seeded
+from parity.runner import ROPE_POSITIONS, Runner
+from parity.shapes import Shape
+from parity.synth import llama3_tokenizer, write_hf, write_meta
+
+DTYPES = ("fp32", "bf16", "fp16")
+_GQA = Shape(128, 2, 8, 2, 352, vocab_size=512, norm_eps=2e-5, rope_factor=8.0, multiple_of=32, context=131_072)
+_TOY = replace(_GQA, dim=16, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=64)
+
+
+@dataclass(frozen=True)
+class Member:
+    shape: Shape
+    references: tuple[str, ...] = ("meta", "hf")
+    format: str = "meta"
+    lengths: tuple[int, ...] = (7, 13, 137)  # of the seeded prompts; odd, one longer than a block of anything
+    tokenizer: Callable[[], bytes] | None = None  # with one, only identity is judged
+
+
+def sentencepiece_model() -> bytes:
+    """A Llama 2-like vocabulary, trained on the built-in texts: byte fallback, dummy prefix, text left as it is."""
+    import sentencepiece
+
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*BUILT_IN, LONG, *(text for text in CORPUS if text.strip())]),
+        model_writer=out, vocab_size=480, model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, add_dummy_prefix=True, hard_vocab_limit=False, num_threads=1,
+        minloglevel=2, pad_id=-1,
+    )  # fmt: skip
+    return out.getvalue()
+
+
+def llama3_model() -> bytes:
+    return llama3_tokenizer().read_bytes()
+
+
+FAMILY: dict[str, Member] = {
+    "gqa": Member(_GQA),
+    "tied": Member(
+        replace(_GQA, dim=64, n_heads=4, hidden_dim=192, rope_factor=32.0, tied=True), ("meta",), lengths=(7, 71)
+    ),
+    "hf": Member(replace(_GQA, dim=64, n_heads=4, hidden_dim=192), ("hf",), format="hf", lengths=(7, 71)),
+    "llama3-text": Member(replace(_TOY, vocab_size=128_256), tokenizer=llama3_model),
+    "llama2-text": Member(replace(_TOY, rope_factor=None, rope_theta=10_000.0), tokenizer=sentencepiece_model),
+}
+
+
+def build(
+    name: str, folder: Path, progress: bool = False, dtypes: Sequence[str] = DTYPES, references: tuple[str, ...] = ()
+) -> Evidence:
+    """Write one member's checkpoint and run the references and the oracle on it, in their own processes."""
+    member = FAMILY[name]
+    shape, checkpoint = member.shape, folder / name / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    if member.tokenizer is not None:
+        model = member.tokenizer()
+        (checkpoint / "tokenizer.model").write_bytes(model)
+        shape = replace(shape, vocab_size=_vocabulary(model, shape))
+    if member.format == "hf":
+        write_hf(checkpoint, shape, 0, "bf16")
+    else:
+        write_meta(checkpoint, shape, 0, "bf16", 1)
+    case = _case(member, checkpoint, shape.vocab_size, dtypes)
+    chosen = list(references or member.references)
+    runner = Runner(case, chosen, "", folder / name, progress, ops=member.tokenizer is None)
+    return runner.run_references()
+
+
+def _vocabulary(model: bytes, shape: Shape) -> int:
+    if shape.vocab_size == 128_256:
+        return shape.vocab_size
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()
+
+
+def _case(member: Member, checkpoint: Path, vocab_size: int, dtypes: Sequence[str]) -> Case:
+    common = {"checkpoint": str(checkpoint), "rope_positions": list(ROPE_POSITIONS), "weights": True}
+    if member.tokenizer is not None:
+        texts = {"texts": list(BUILT_IN[:3]), "corpus": list(CORPUS), "dialogs": [list(d) for d in DIALOGS]}
+        return Case(**common, **texts, dtypes=["fp32"], record="logits", tokenizer=str(checkpoint / "tokenizer.model"))
+    tokens = seeded(vocab_size).tokens
+    assert tokens is not None
+    prompts = [(tokens[-1] + tokens[0])[i * 3 : i * 3 + n] for i, n in enumerate(member.lengths)]
+    return Case(**common, prompts=prompts, dtypes=list(dtypes), max_new_tokens=8)
