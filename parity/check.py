@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from parity.candidates.describe import Description
 
 REFERENCES = ("meta", "hf")
+# Of each sequence of a large checkpoint, taps are kept at this many positions; logits at all.
+LARGE_POSITIONS = 16
 
 
 def build_parser() -> Parser:
@@ -123,17 +125,29 @@ def check(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[str, Any]:
     """Run everything and return the report."""
     from parity.candidates.describe import describe, reference_files
     from parity.report import summary
-    from parity.runner import ROPE_POSITIONS, Clock, Runner, cores, embedded_default, threads_for, workspace
+    from parity.runner import (
+        ROPE_POSITIONS,
+        SMALL_BYTES,
+        Clock,
+        Runner,
+        embedded_default,
+        threads_for,
+        too_large,
+        workspace,
+    )
 
     clock = Clock()
     checkpoint = describe(args.ckpt or str(embedded_default()), args.tokenizer)
     prompts = choose_prompts(args.prompts, checkpoint)
+    large = checkpoint.stored_bytes > SMALL_BYTES
+    # What is stored fits whole (memory-mapped) if anything does: its run makes the greedy text.
+    dtypes = sorted(chosen["dtypes"], key=lambda dtype: dtype != checkpoint.stored_dtype)
     with workspace() as folder:
         files = reference_files(checkpoint, folder / "converted")
         case = Case(
             checkpoint=str(files.checkpoint),
             tokenizer=str(files.tokenizer) if files.tokenizer else None,
-            dtypes=chosen["dtypes"],
+            dtypes=dtypes if large else chosen["dtypes"],
             texts=prompts.texts,
             prompts=prompts.tokens,
             corpus=list(CORPUS) if checkpoint.tokenizer else [],
@@ -142,6 +156,8 @@ def check(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[str, Any]:
             threads=threads_for(checkpoint.stored_bytes),
             max_new_tokens=args.max_new_tokens,
             rope_positions=list(ROPE_POSITIONS),
+            n_positions=LARGE_POSITIONS if large else None,
+            too_large=too_large(checkpoint.parameters, chosen["dtypes"]),
             weights="weights" in chosen["checks"],
         )
         runner = Runner(
@@ -152,10 +168,10 @@ def check(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[str, Any]:
             sys.stderr.isatty(),
             own_files=(str(checkpoint.path.resolve()), str(checkpoint.tokenizer) if checkpoint.tokenizer else None),
             ops="ops" in chosen["checks"],
+            large=large,
         )
         runner.notices += [*checkpoint.notices, *files.notices, *prompts.notices]
         ev = runner.run()
-        ev.prepare(cores())
         results = summary.crash_results(runner.crashes) + summary.judge_all(ev, chosen["checks"])
         entry = {"path": args.ckpt or "embedded default", "format": checkpoint.format, "verified": checkpoint.verified}
         return summary.summarise(ev, results, runner, clock(), entry)

@@ -93,8 +93,9 @@ class Case:
     """What to run and what to record; written as JSON for every process of a run.
 
     `prompts` are token ids; None: the ids of `texts` (with BOS, by the implementation's own tokenizer).
-    `positions`: per sequence, where taps are kept (None: everywhere). `whole_bytes`: the largest model at its run dtype
-    that is run whole and not layer by layer (None: decided from the machine's memory).
+    `positions`: per sequence, where taps are kept (None: everywhere); `n_positions` asks the first reference, which
+    makes the sequences, to spread that many over each. `whole_bytes`: the largest model at its run dtype that is run
+    whole and not layer by layer (None: decided from the machine's memory).
     """
 
     checkpoint: str
@@ -109,11 +110,13 @@ class Case:
     max_new_tokens: int = 0
     record: str = "taps"
     positions: list[list[int]] | None = None
+    n_positions: int | None = None
     rope_positions: list[int] = field(default_factory=list)
     weights: bool = False
     stream: str = "auto"
     whole_bytes: int | None = None
     prompt_lengths: list[int] | None = None  # of `prompts` that already carry a continuation
+    too_large: list[str] = field(default_factory=list)  # dtypes at which the model does not fit whole into memory
     schema: str = CASE_SCHEMA
 
     def write(self, path: Path, *without: str) -> Path:

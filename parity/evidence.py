@@ -42,8 +42,8 @@ class Evidence:
     _pairwise: dict[tuple[Pair, str], TapError] = field(default_factory=dict)
     _extra: dict[tuple[str | None, str, str, int], TapError] = field(default_factory=dict)
 
-    def prepare(self, workers: int) -> None:
-        """Measure everything that the forward gates ask for, in threads: torch leaves the interpreter lock alone.
+    def prepare(self, workers: int, dtypes: list[str]) -> None:
+        """Measure everything that the gates ask for at these dtypes, in threads: torch leaves the interpreter lock.
 
         Single-threaded kernels side by side keep their speed on a busy machine, where threads inside one do not.
         """
@@ -51,12 +51,13 @@ class Evidence:
         torch.set_num_threads(1)
         try:
             with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(self.oracle_rows, dict.fromkeys(self.case.dtypes)))
-                runs = [(trace, dtype) for dtype, _, trace in self.per_dtype()]
-                runs += [(trace, dtype) for trace in self.references.values() for dtype in self.case.dtypes]
+                list(pool.map(self.oracle_rows, dict.fromkeys(dtypes)))
+                runs = [(trace, dtype) for dtype, _, trace in self.per_dtype() if dtype in dtypes]
+                runs += [(trace, dtype) for trace in self.references.values() for dtype in dtypes]
                 list(pool.map(lambda run: self.measured(*run), runs))
-                list(pool.map(lambda job: self.pairwise(*job), [(p, t) for p in self.pairs() for t in self.shared(p)]))
-                list(pool.map(lambda job: self.error_at(*job), self._extras()))
+                pairs = [pair for pair in self.pairs() if pair.dtype in dtypes]
+                list(pool.map(lambda job: self.pairwise(*job), [(p, t) for p in pairs for t in self.shared(p)]))
+                list(pool.map(lambda job: self.error_at(*job), [x for x in self._extras() if x[1] in dtypes]))
         finally:
             torch.set_num_threads(before)
 

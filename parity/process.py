@@ -17,7 +17,10 @@ POLL_S = 0.05
 
 
 class Crash(RuntimeError):
-    """The process failed in a way that is not the user's input: the message is its last words."""
+    """The process failed in a way that is not the user's input: the message is its last line.
+
+    NANOLLAMA_DEBUG=1 prints all of what it said.
+    """
 
 
 @dataclass
@@ -36,12 +39,13 @@ class Process:
 
     def _read(self) -> None:
         assert self.popen.stdout is not None
-        for line in self.popen.stdout:
-            try:
-                event = json.loads(line)
-                self.on_progress(self.label, str(event["stage"]), float(event["done"]))
-            except (ValueError, KeyError, TypeError):
-                continue  # a library's own print
+        with self.popen.stdout as lines:
+            for line in lines:
+                try:
+                    event = json.loads(line)
+                    self.on_progress(self.label, str(event["stage"]), float(event["done"]))
+                except (ValueError, KeyError, TypeError):
+                    continue  # a library's own print
 
     def poll(self) -> bool:
         """Sample the memory; True when the process has ended."""
@@ -60,7 +64,9 @@ class Process:
             raise UsageError(errors[-1] if errors else f"{self.label}: {lines[-1] if lines else 'unusable input'}")
         if code in (-9, 137):
             raise Crash(f"{self.label}: was killed, most likely for lack of memory")
-        raise Crash(f"{self.label}: exit code {code}: {lines[-1] if lines else 'no message'}\n{text}")
+        if os.environ.get("NANOLLAMA_DEBUG"):
+            print(text, file=sys.stderr)
+        raise Crash(f"{self.label}: {lines[-1] if lines else f'exit code {code}'}")
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -97,13 +103,13 @@ def started(
         if popen.poll() is None:
             popen.kill()
             popen.wait()
+        process.reader.join()
 
 
 def wait_any(processes: list[Process]) -> Process:
-    """The first of these to end well; raises as `Process.finish` when it ended otherwise."""
+    """The first of these to end, well or not: ask its `finish`."""
     while True:
         for process in processes:
             if process.poll():
-                process.finish()
                 return process
         time.sleep(POLL_S)

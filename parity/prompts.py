@@ -30,7 +30,6 @@ LONG = (
 BUILT_IN: tuple[str, ...] = (
     "Clearly, the meaning of life is",
     "Simply put, the theory of relativity states that",
-    "The repo llm.c on GitHub is",
     "def fibonacci(n):\n    if n < 2:",
     LONG,
 )

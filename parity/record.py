@@ -259,7 +259,8 @@ def record(
     `forced`: by reference, the cut traces whose inputs its operations are given (see parity/forced.py).
 
     A candidate with a method `stream(sequences, positions)` yielding (part, {"sequence/tap": tensor}) may set its
-    attribute `streamed` to True: it is then run layer by layer, and only its forward pass is judged.
+    attribute `streamed` to True: it is then run layer by layer, and only its forward pass is judged. Dtypes at which
+    the model does not fit into memory are asked only of a `load` whose attribute `streams` is True.
     """
     assert case.prompts is not None
     meta: dict[str, Any] = {
@@ -272,6 +273,8 @@ def record(
     meta |= {"generated": {}, "self": {}, "extra": {}, "uncovered": {}, "streamed": {}, "errata": [], "notices": []}
     meta["ops"] = {}
     for n, dtype in enumerate(case.dtypes):
+        if dtype in case.too_large and not getattr(load, "streams", False):
+            continue
         candidate = load(case.checkpoint, DTYPES[dtype], case.device)
         if n == 0:
             meta |= record_identity(candidate, case, writer)

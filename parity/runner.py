@@ -1,31 +1,38 @@
 """From a request to evidence: every implementation in its own process, their traces in one temporary folder.
 
 The first reference turns texts into ids, continues them greedily and runs; then the others, the oracle and the
-candidate's paths see the same token ids. Small checkpoints run side by side, large ones one after the other.
+candidate's paths see the same token ids. Small checkpoints run side by side; large ones one process and one dtype after
+the other, so that memory and disk hold one model and a few traces.
 """
 
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from parity.candidates import resolve
-from parity.contract import Case, UsageError
+from parity.contract import DTYPES, Case, UsageError
 from parity.evidence import Evidence
 from parity.forced import cut
-from parity.process import Crash, Process, started, wait_any
+from parity.process import Crash, Process, anonymous_bytes, started, wait_any
 from parity.trace import Trace
 
 SMALL_BYTES = 2 * 10**9  # of a checkpoint on disk: below, several implementations fit in memory side by side
-REFERENCES = ("meta", "hf")
+MEMORY_SHARE = 0.8  # of the machine that a model may take
 FAR_POSITIONS = (8191, 8192, 131071)
 ROPE_POSITIONS = (*range(64), 511, 1023, 4095, *FAR_POSITIONS)
+
+
+CANDIDATE_KEYS = ("prompt_lengths", "too_large")  # of a case, which references need not know
+# A case's questions that do not depend on the dtype, left out: asked once.
+NO_IDENTITY: dict[str, Any] = {"texts": None, "corpus": [], "dialogs": [], "weights": False}
 
 
 @dataclass(frozen=True)
@@ -70,52 +77,77 @@ class Runner:
     peak_bytes: int = 0
     notices: list[str] = field(default_factory=list)
     crashes: list[str] = field(default_factory=list)  # of the candidate: a result, not the end of the run
+    traces: dict[str, Trace] = field(default_factory=dict)  # by job label
     # Checkpoint and tokenizer as the candidate opens them, where the references need them in another form.
     own_files: tuple[str, str | None] | None = None
 
+    large: bool = False  # one dtype and one process at a time; a candidate's trace goes when it is measured
+
     def run(self) -> Evidence:
-        """Raises UsageError for unusable input and process.Crash when an implementation fails."""
-        paths = resolve(self.candidate)
-        self.bar = Bar(len(self.references) + 1 + len(paths), self.progress)
+        """Raises UsageError for unusable input and process.Crash when a reference fails."""
+        paths = list(resolve(self.candidate))
+        rounds = [[dtype] for dtype in self.case.dtypes] if self.large else [self.case.dtypes]
+        self.bar = Bar(len(rounds) * (len(self.references) + 1 + len(paths)), self.progress)
         try:
-            ev = self._references()
-            traces = self._run([self._candidate_job(path, ev) for path in paths])
-            labels = {path: f"candidate {path or ''}".strip() for path in paths}
-            ev.candidates |= {path: traces[label] for path, label in labels.items() if label in traces}
-            if any(trace.meta.get("ops") for trace in ev.candidates.values()):
-                self._oracle_ops(ev)
+            ev: Evidence | None = None
+            for dtypes in rounds:
+                ev = self._references(dtypes, ev)
+                self._candidates(dtypes, ev, paths)
         finally:
             self.bar.close()
+        assert ev is not None
         return ev
 
     def run_references(self) -> Evidence:
         """Without a candidate: what candidates that run in this process are judged by."""
         self.bar = Bar(len(self.references) + 1, self.progress)
         try:
-            ev = self._references()
+            ev = self._references(self.case.dtypes, None)
             self._oracle_ops(ev)
         finally:
             self.bar.close()
         return ev
 
-    def _references(self) -> Evidence:
-        first = self._run([self._job(f"reference.{name}", name, self.case) for name in self.references[:1]])
-        trace = first[self.references[0]]
-        case = replace(
-            self.case,
-            prompts=trace.sequences,
-            positions=trace.meta["positions"],
-            prompt_lengths=trace.meta["prompt_lengths"],
-            max_new_tokens=0,
-        )
-        jobs = [self._job(f"reference.{name}", name, case) for name in self.references[1:]]
-        jobs.append(self._job("reference.oracle", "oracle", replace(case, texts=None, corpus=[], dialogs=[])))
+    def _references(self, dtypes: list[str], ev: Evidence | None) -> Evidence:
+        """Run both references and the oracle at these dtypes; in later rounds, on the first round's token ids."""
+        if ev is None:
+            name = self.references[0]
+            first = self._run([self._job(f"reference.{name}", name, replace(self.case, dtypes=dtypes))])
+            meta = first[name].meta
+            fixed = {"prompts": meta["sequences"], "prompt_lengths": meta["prompt_lengths"]}
+            case = replace(self.case, positions=meta["positions"], n_positions=None, max_new_tokens=0, **fixed)
+            rest, oracle_dtypes = self.references[1:], self.case.dtypes  # the oracle shares work between dtypes
+        else:
+            case, first, rest = replace(ev.case, **NO_IDENTITY), {}, self.references
+            known = ev.oracle.meta["dtypes"]
+            oracle_dtypes = [dtype for dtype in dtypes if dtype not in known]
+        jobs = [self._job(f"reference.{name}", name, replace(case, dtypes=dtypes)) for name in rest]
+        if oracle_dtypes:
+            jobs.append(self._job("reference.oracle", "oracle", replace(case, dtypes=oracle_dtypes, **NO_IDENTITY)))
         traces = first | self._run(jobs)
-        ev = Evidence(case, traces["oracle"], {name: traces[name] for name in self.references}, {})
-        if self.ops and case.positions is None and case.record == "taps":
-            forced = self.folder / "forced"
-            ev.forced = {name: cut(ev.references[name], case.dtypes, forced / name) for name in self.references}
+        if ev is None:
+            ev = Evidence(case, traces["oracle"], {name: traces[name] for name in self.references}, {})
+            if self.ops and case.positions is None and case.record == "taps":
+                forced = self.folder / "forced"
+                ev.forced = {name: cut(ev.references[name], case.dtypes, forced / name) for name in self.references}
         return ev
+
+    def _candidates(self, dtypes: list[str], ev: Evidence, paths: list[str | None]) -> None:
+        """Run the candidate's paths, measure them; of large checkpoints, drop each trace before the next is made."""
+        for group in [[path] for path in paths] if self.large else [paths]:
+            jobs = {path: self._candidate_job(path, ev, dtypes) for path in group}
+            traces = self._run(list(jobs.values()))
+            ev.candidates |= {path: traces[job.label] for path, job in jobs.items() if job.label in traces}
+            ev.prepare(cores(), dtypes)
+            self.peak_bytes = max(self.peak_bytes, anonymous_bytes(os.getpid()))
+            if self.large:
+                for path in group:
+                    drop(jobs[path].out, dtypes)
+        if self.large:
+            for trace in ev.references.values():
+                drop(trace.folder, dtypes)
+        elif any(trace.meta.get("ops") for trace in ev.candidates.values()):
+            self._oracle_ops(ev)
 
     def _oracle_ops(self, ev: Evidence) -> None:
         """The float64 value of each operation on the inputs that each reference recorded."""
@@ -128,13 +160,15 @@ class Runner:
         ev.ops = {name: traces[f"oracle-ops-{name}"] for name in ev.forced}
 
     def _job(self, module: str, label: str, case: Case) -> Job:
-        file = case.write(self.folder / f"{label}.json", "prompt_lengths")
+        file = case.write(self.folder / f"{label}.json", *CANDIDATE_KEYS)
         out = self.folder / label
         return Job(label, module, ("--case", str(file), "--out", str(out)), out)
 
-    def _candidate_job(self, path: str | None, ev: Evidence) -> Job:
+    def _candidate_job(self, path: str | None, ev: Evidence, dtypes: list[str]) -> Job:
         label = f"candidate {path or ''}".strip()
-        case = ev.case
+        case = replace(ev.case, dtypes=dtypes)
+        if ev.candidates:  # who it is was asked of the first path in the first round
+            case = replace(case, **NO_IDENTITY)
         if self.own_files is not None:
             case = replace(case, checkpoint=self.own_files[0], tokenizer=self.own_files[1])
         file, out = case.write(self.folder / "candidate.json"), self.folder / label.replace(" ", "-")
@@ -159,15 +193,28 @@ class Runner:
                     if not ended.label.startswith("candidate"):
                         raise
                     self.crashes.append(str(crash))
-        traces = {job.label: Trace(job.out) for job in jobs if (job.out / "trace.json").is_file()}
-        for trace in traces.values():
-            self.seconds_in_forward += trace.meta["seconds_forward"]
-            self.notices += [n for n in trace.meta.get("notices", []) if n not in self.notices]
-        return traces
+        return {job.label: self._trace(job) for job in jobs if (job.out / "trace.json").is_file()}
+
+    def _trace(self, job: Job) -> Trace:
+        """The job's trace, together with what earlier rounds left in the same folder."""
+        trace = Trace(job.out)
+        self.seconds_in_forward += trace.meta["seconds_forward"]
+        self.notices += [n for n in trace.meta.get("notices", []) if n not in self.notices]
+        known = self.traces.setdefault(job.label, trace)
+        if known is not trace:
+            for key in ("dtypes", "streamed", "generated", "self", "extra", "uncovered"):
+                known.meta[key] = known.meta.get(key, {}) | trace.meta.get(key, {})
+        return known
 
     def _start(self, stack: ExitStack, job: Job) -> Process:
         log = self.folder / f"{job.label.replace(' ', '-')}.log"
         return stack.enter_context(started(job.label, job.module, list(job.arguments), log, self.bar))
+
+
+def drop(folder: Path, dtypes: list[str]) -> None:
+    """Delete the tensors of these dtypes; what was measured stays."""
+    for dtype in dtypes:
+        shutil.rmtree(folder / dtype, ignore_errors=True)
 
 
 @contextmanager
@@ -214,6 +261,12 @@ def embedded_default() -> Path:
                 "set NANOLLAMA_CACHE to a folder with space"
             ) from None
     return folder
+
+
+def too_large(parameters: int, dtypes: Sequence[str]) -> list[str]:
+    """The dtypes at which a model does not fit whole into this machine's memory."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return [dtype for dtype in dtypes if parameters * DTYPES[dtype].itemsize > MEMORY_SHARE * memory_bytes]
 
 
 class Clock:

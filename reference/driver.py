@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from reference.protocol import (
     Taps,
     check_positions,
     check_sequences,
+    chosen_positions,
     map_safetensors,
     progress,
     write_json,
@@ -153,6 +154,7 @@ def run_case(case: Case, engine: Engine, out: Path) -> None:
     with engine.running(), torch.inference_mode():
         run = Run(case, engine, out)
         sequences, generated_by = run.generate(prompts)
+        run.case = case = replace(case, positions=chosen_positions(case, sequences))
         check_positions(case.positions, sequences)
         for i, dtype in enumerate(case.dtypes):
             run.forward(dtype, sequences, (i + 1) / (len(case.dtypes) + 1))

@@ -45,6 +45,7 @@ class Case:
     max_new_tokens: int = 0
     record: str = "taps"  # or "logits"
     positions: list[list[int]] | None = None  # where taps are kept, per sequence; None: everywhere
+    n_positions: int | None = None  # in place of positions: this many of each sequence
     rope_positions: tuple[int, ...] = ()
     weights: bool = False  # hash them
     stream: str = "auto"  # or "always", "never"
@@ -78,6 +79,13 @@ def check_sequences(sequences: list[list[int]], vocab_size: int) -> None:
             raise Unusable(f"prompt {i} is empty; give it at least one token")
         if any(not isinstance(token, int) or not 0 <= token < vocab_size for token in sequence):
             raise Unusable(f"prompt {i} holds a token outside 0..{vocab_size - 1}, the vocabulary of the checkpoint")
+
+
+def chosen_positions(case: Case, sequences: list[list[int]]) -> list[list[int]] | None:
+    """The case's positions, or `n_positions` of each sequence, evenly spread from the first to the last."""
+    if case.n_positions is None:
+        return case.positions
+    return [torch.linspace(0, len(s) - 1, min(case.n_positions, len(s))).int().tolist() for s in sequences]
 
 
 def check_positions(positions: list[list[int]] | None, sequences: list[list[int]]) -> None:

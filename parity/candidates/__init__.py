@@ -19,7 +19,8 @@ def resolve(name: str) -> dict[str | None, Load]:
     if name == "nanollama":
         from parity.candidates.nano import PATHS
 
-        return {**PATHS}
+        paths: dict[str | None, Load] = {label: load for label, load in PATHS.items()}  # noqa: C416 (widens the key)
+        return paths
     if name.startswith(("cmd:", "http://", "https://")):
         raise UsageError(f"candidate {name!r}: programs and endpoints cannot be checked yet; wrap it as file.py:load")
     if ":" not in name:

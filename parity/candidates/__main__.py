@@ -1,4 +1,6 @@
-"""Run one candidate on one case in a process of its own: `python -m parity.candidates NAME PATH CASE.json OUT [FORCED ...]`.
+"""Run one candidate on one case in a process of its own.
+
+    python -m parity.candidates NAME PATH CASE.json OUT [FORCED ...]
 
 FORCED are reference traces whose inputs the candidate's operations are given, each in a folder of the reference's name.
 PATH is the label of one of the candidate's paths, "-" for its only one. Speaks the same protocol as the references:

@@ -9,7 +9,7 @@ from typing import Any
 from nanollama.checkpoint import CheckpointError, convert, open_checkpoint, verify, vocab, vocab_files
 from nanollama.tokenizer import TokenizerError, open_tokenizer
 from parity.candidates.nano import config_echo
-from parity.contract import UsageError
+from parity.contract import DTYPES, UsageError
 
 METAS_TOKENIZERS = ("llama3", "llama2")  # kinds whose files Meta's code opens: tiktoken's ranks, sentencepiece models
 
@@ -21,7 +21,9 @@ class Description:
     config: dict[str, Any]
     tokenizer: Path | None
     tokenizer_kind: str | None
+    parameters: int
     stored_bytes: int
+    stored_dtype: str  # of the large matrices
     verified: list[str]  # files whose checksum was checked against a manifest
     notices: list[str]
 
@@ -42,10 +44,13 @@ def describe(path: str, tokenizer: str | None) -> Description:
     except (CheckpointError, TokenizerError) as error:
         raise UsageError(str(error)) from None
     weights = opened.weights
-    stored = sum(_numel(s) * weights.dtypes[name].itemsize for name, s in weights.shapes.items())
+    numel = {name: _numel(shape) for name, shape in weights.shapes.items()}
+    stored = sum(n * weights.dtypes[name].itemsize for name, n in numel.items())
     kind = opened_tokenizer.kind if opened_tokenizer is not None else None
     echo = config_echo(config)
-    return Description(opened.path, opened.format, echo, file, kind, stored, verified, list(opened.notices))
+    dtype = next(name for name, value in DTYPES.items() if value == weights.dtype)
+    sizes = (sum(numel.values()), stored, dtype)
+    return Description(opened.path, opened.format, echo, file, kind, *sizes, verified, list(opened.notices))
 
 
 @dataclass(frozen=True)

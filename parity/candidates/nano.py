@@ -90,7 +90,7 @@ class Taps:
 
 
 class Forced:
-    """Runs one TransformerBlock with the outputs of some of its operations given: only what follows from them is its own.
+    """Runs one TransformerBlock with the outputs of some operations given: only what follows from them is its own.
 
     The block's real code runs, so a slip in how it wires its operations is seen where it is.
     """
@@ -195,7 +195,10 @@ class Nano:
             return self.model.norm(*inputs.values())
         if name == "logits":
             return F.linear(*inputs.values(), self.model.head()).float()
-        layer, before = int(name.split(".")[1]), [n for n in inputs if n == "embed" or n.endswith(".out")]
+        layer = int(name.split(".")[1])
+        if layer >= len(self.model.layers):
+            raise NotImplementedError(f"there is no layer {layer}")
+        before = [n for n in inputs if n == "embed" or n.endswith(".out")]
         B, T = next(iter(inputs.values())).shape[:2]
         x = inputs[before[0]] if before else torch.zeros(B, T, self.cfg.dim, dtype=self.dtype, device=self.device)
         block, recorder = self.model.layers[layer], Taps(self.cfg.head_dim)
@@ -206,7 +209,7 @@ class Nano:
         return recorder.found[name]
 
     def compiled(self, tokens: Tensor) -> Tensor:
-        """The same blocks under torch.compile. Raises NotImplementedError where that is not tried, or no compiler is."""
+        """The same blocks under torch.compile. Raises NotImplementedError where there is no compiler."""
         if self.attention != "fast" or self.dtype != torch.float32:
             raise NotImplementedError("compiled against eager is checked on the fast path in fp32")
         if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
@@ -330,5 +333,7 @@ def exact(checkpoint: str, dtype: torch.dtype, device: str) -> Nano:
 def fast(checkpoint: str, dtype: torch.dtype, device: str) -> Nano:
     return Nano(checkpoint, dtype, device, "fast")
 
+
+exact.streams = fast.streams = True  # type: ignore[attr-defined]
 
 PATHS = {"exact": exact, "fast": fast}

@@ -34,7 +34,12 @@ def taps(ev: Evidence) -> Iterator[Result]:
 
 
 def logits(ev: Evidence) -> Iterator[Result]:
-    """G3 and G4 on the logits."""
+    """G3 and G4 on the logits. A dtype that the candidate was not run at leaves the verdict limited."""
+    for path, trace in ev.candidates.items():
+        for dtype in ev.case.dtypes:
+            if dtype not in trace.meta["dtypes"]:
+                reason = f"the model does not fit into memory at {dtype}, and the candidate has no stream()"
+                yield Result("logits", "G3", Status.SKIP, dtype=dtype, path=path, reason=reason)
     for pair in ev.pairs():
         yield from broken_or_missing(ev, pair, "logits", "G3", ["logits"])
         if "logits" in ev.candidate(pair).taps:

@@ -33,6 +33,11 @@ def judge_all(ev: Evidence, checks: Sequence[str]) -> list[Result]:
     return results
 
 
+def crash_results(crashes: Sequence[str]) -> list[Result]:
+    """A candidate that cannot be run to the end is an error of its forward pass."""
+    return [Result("logits", "G3", Status.ERROR, reason=crash) for crash in crashes]
+
+
 def verdict(results: Sequence[Result], dtypes: Sequence[str], compared: int) -> tuple[str, str]:
     """("pass" | "fail" | "limited", why)."""
     bad = [r for r in results if r.status in (Status.FAIL, Status.ERROR)]
