@@ -158,3 +158,13 @@ def test_synth_gives_one_model_in_both_formats(checkpoints: dict[str, Path]) -> 
     assert torch.equal(meta["layers.1.feed_forward.w2.weight"], hf["model.layers.1.mlp.down_proj.weight"])
     wq = meta["layers.0.attention.wq.weight"].view(SMALL.n_heads, SMALL.head_dim // 2, 2, -1)
     assert torch.equal(wq.transpose(1, 2).flatten(0, 2), hf["model.layers.0.self_attn.q_proj.weight"])
+
+
+def test_the_readme_example_runs(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    source = readme.split("```python\n")[1].split("```")[0]
+    port = tmp_path / "my_port.py"
+    port.write_text(source)
+    arguments = ("--ckpt", str(checkpoints["hf"]), "--candidate", f"{port}:load", "--references", "meta")
+    code, report = run(tmp_path, *arguments, "--dtype", "fp32")
+    assert code == 0, report["why"]
