@@ -10,7 +10,7 @@ rounding); a row that stops leaves the batch. Prompts are read in chunks, a prom
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanollama.checkpoint import open_checkpoint
+from nanollama.compiled import CompileError, Step, compile_step, worth_compiling
 from nanollama.model import KVCache, ModelConfig, Transformer
+from nanollama.quantize import QuantLinear, load_quantized
 from nanollama.sample import Sampler, make_sampler, penalize_repetition, row_generator
 from nanollama.tokenizer import Stream, Tokenizer, open_tokenizer
 
@@ -69,10 +71,22 @@ class Event:
 
 
 class Llama:
-    """A model with its tokenizer; `tokenizer` may be None where prompts are token ids."""
+    """A model with its tokenizer; `tokenizer` may be None where prompts are token ids.
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    compile: whether decoding runs compiled (CPU): "off", "on" (ValueError where it cannot), or "auto", where it is
+    compiled already or the tokens asked for win back the time. say: gets a line when that takes time or goes wrong.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None = None,
+        *,
+        compile: Literal["auto", "on", "off"] = "off",
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.compile, self.say = model, tokenizer, compile, say
+        self._steps: dict[int, Step] = {}
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model {model.config.vocab_size:,}: "
@@ -88,10 +102,14 @@ class Llama:
         dtype: str | None = None,
         device: str = "cpu",
         attention: str = "fast",
+        quantize: str | None = None,
+        compile: Literal["auto", "on", "off"] = "auto",
+        say: Callable[[str], None] | None = None,
     ) -> "Llama":
         """Open a checkpoint of any format. Weights that keep their dtype (the default) on CPU stay memory-mapped.
 
-        tokenizer: a file, where the checkpoint has none beside it. dtype: "fp32", "bf16", "fp16".
+        tokenizer: a file, where the checkpoint has none beside it. dtype: "fp32", "bf16", "fp16". quantize: "int8" or
+        "int4" (see nanollama.quantize). compile, say: as for the class.
         Raises ValueError (CheckpointError, TokenizerError) with one line.
         """
         if dtype is not None and dtype not in DTYPES:
@@ -101,14 +119,12 @@ class Llama:
         checkpoint = open_checkpoint(path)
         tokenizer = tokenizer or checkpoint.tokenizer
         opened = open_tokenizer(tokenizer) if tokenizer else None
-        model = Transformer.from_weights(
-            checkpoint.config,
-            checkpoint.weights,
-            dtype=DTYPES[dtype] if dtype else None,
-            device=device,
-            attention=attention,
-        )
-        return cls(model.eval(), opened)
+        wanted, config, weights = DTYPES[dtype] if dtype else None, checkpoint.config, checkpoint.weights
+        if quantize is None:
+            model = Transformer.from_weights(config, weights, dtype=wanted, device=device, attention=attention)
+        else:
+            model = load_quantized(config, weights, quantize, dtype=wanted, attention=attention).to(device)
+        return cls(model.eval(), opened, compile=compile, say=say)
 
     @property
     def config(self) -> ModelConfig:
@@ -135,7 +151,28 @@ class Llama:
             for i, prompt in enumerate(ids)
             for answer in range(sampling.n)
         ]
-        return decode(self.model, rows, sampling) if rows else iter(())
+        return decode(self.model, rows, sampling, self.step(rows)) if rows else iter(())
+
+    def step(self, rows: Sequence["Row"]) -> Step:
+        """What decodes the next token of these rows: compiled, or the model itself."""
+        B, tokens = len(rows), max(row.tokens_left for row in rows) - 1
+        if self.compile == "off" or not tokens:
+            return eager_step(self.model)
+        if B not in self._steps:
+            if self.compile == "auto" and not worth_compiling(self.model, B, tokens):
+                return eager_step(self.model)
+            self._steps[B] = self._compiled_step(B)
+        return self._steps[B]
+
+    def _compiled_step(self, B: int) -> Step:
+        try:
+            return compile_step(self.model, B, say=self.say)
+        except CompileError as error:
+            if self.compile == "on":
+                raise
+            if self.say:
+                self.say(str(error))
+            return eager_step(self.model)
 
     def _check_prompt(self, index: int, ids: list[int]) -> None:
         if not ids:
@@ -242,8 +279,9 @@ def _stop_ids(tokenizer: Tokenizer | None) -> frozenset[int]:
 
 
 @torch.inference_mode()
-def decode(model: Transformer, rows: list[Row], sampling: Sampling) -> Iterator[Event]:
+def decode(model: Transformer, rows: list[Row], sampling: Sampling, step: Step | None = None) -> Iterator[Event]:
     """Prefill the rows, then one token for each per step until all have ended."""
+    step = step or eager_step(model)
     sampler, penalty = sampling.sampler(), sampling.repetition_penalty
     cache, logits = prefill(model, rows)  # (B, V)
     seen = seen_tokens(rows, logits) if penalty != 1 else None  # (B, V)
@@ -265,8 +303,12 @@ def decode(model: Transformer, rows: list[Row], sampling: Sampling) -> Iterator[
             keep_rows_(cache, alive, max(row.position for row in rows))
             rows, ids = [rows[slot] for slot in alive], ids[alive]
             seen = seen if seen is None else seen[alive]
-        positions = torch.tensor([[row.position] for row in rows], device=ids.device)  # (B, 1)
-        logits = last_logits(model, ids.unsqueeze(1), positions, cache)
+        logits = step(ids, torch.tensor([row.position for row in rows], device=ids.device), cache)
+
+
+def eager_step(model: Transformer) -> Step:
+    """The model itself as a step: ids (B,), positions (B,), cache -> logits (B, V)."""
+    return lambda ids, positions, cache: last_logits(model, ids.unsqueeze(1), positions.unsqueeze(1), cache)
 
 
 def prefill(model: Transformer, rows: list[Row]) -> tuple[KVCache, Tensor]:
@@ -274,9 +316,9 @@ def prefill(model: Transformer, rows: list[Row]) -> tuple[KVCache, Tensor]:
 
     Prompts are read one after the other: none is padded, and each gets the numbers that it gets alone.
     """
-    head = model.head()
+    embeddings = model.tok_embeddings.weight
     max_len = max(len(row.ids) + row.tokens_left - 1 for row in rows)
-    cache = KVCache(model.config, len(rows), max_len, dtype=head.dtype, device=head.device)
+    cache = KVCache(model.config, len(rows), max_len, dtype=embeddings.dtype, device=embeddings.device)
     logits: list[Tensor] = []
     for slot, row in enumerate(rows):
         if row.answer:  # the same prompt as the slot before
@@ -285,7 +327,7 @@ def prefill(model: Transformer, rows: list[Row]) -> tuple[KVCache, Tensor]:
             logits.append(logits[-1])
             continue
         own = cache_slots(cache, slot, slot + 1)
-        tokens = torch.tensor([row.ids], device=head.device)  # (1, T)
+        tokens = torch.tensor([row.ids], device=embeddings.device)  # (1, T)
         for chunk in tokens.split(PREFILL_CHUNK_TOKENS, dim=1):
             last = last_logits(model, chunk, None, own)  # (1, V)
         logits.append(last)
@@ -294,7 +336,13 @@ def prefill(model: Transformer, rows: list[Row]) -> tuple[KVCache, Tensor]:
 
 def last_logits(model: Transformer, tokens: Tensor, positions: Tensor | None, cache: KVCache) -> Tensor:
     """Logits after the last of tokens (B, T), in float32: (B, V). The head is not applied to the others."""
-    return F.linear(model.hidden(tokens, positions, cache=cache)[:, -1], model.head()).float()
+    return apply_head(model, model.hidden(tokens, positions, cache=cache)[:, -1])
+
+
+def apply_head(model: Transformer, hidden: Tensor) -> Tensor:
+    """Logits (..., V) in float32 of hidden states (..., C). A quantised head is never dequantised whole."""
+    quantized = isinstance(model.output, QuantLinear)
+    return (model.output(hidden) if quantized else F.linear(hidden, model.head())).float()
 
 
 def cache_slots(cache: KVCache, start: int, stop: int) -> KVCache:

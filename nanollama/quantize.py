@@ -1,0 +1,172 @@
+"""Weight-only quantisation from outside the model: int8 a row, int4 a group, in place of the linear layers.
+
+Activations, norms and the embedding keep their dtype; a tied head becomes a quantised copy of the embedding. Weights
+stream from the checkpoint one matrix at a time, so the process never holds both forms. Decoding through
+`nanollama.compiled` multiplies the integers as they are; everything else dequantises blocks of rows on the way.
+
+    python -m nanollama generate Meta-Llama-3.1-8B --prompt "Once upon a time" --quantize int8
+
+int8: one fp32 scale for each output row. int4: two numbers a byte, one bf16 scale for each group of about 32 inputs.
+A group is a stride of the inputs (0, n, 2n, ...), so the scales of neighbouring inputs lie side by side and a vector
+unit multiplies 16 groups at once. Scales as in llama.cpp's Q8_0 and Q4_0 (the largest number becomes -127 or -8).
+"""
+
+import ctypes
+import ctypes.util
+import sys
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanollama.model import ModelConfig, Transformer
+
+Scheme = Literal["int8", "int4"]
+SCHEMES: tuple[str, ...] = get_args(Scheme)
+GROUP_INPUTS = 32  # aimed at; see `group_size`
+BLOCK_BYTES = 2**24  # of dequantised weights at a time
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (N, K) -> int8 (N, K) and fp32 scales (N,), weight ~ int8 * scale."""
+    weight = weight.float()
+    scales = weight.abs().amax(dim=1) / 127  # (N,)
+    rounded = (weight / scales.clamp(min=1e-30).unsqueeze(1)).round_().clamp_(-127, 127)
+    return rounded.to(torch.int8), scales
+
+
+def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """weight (N, K) -> uint8 (N, G/2, K/G) and bf16 scales (N, K/G); G is the group.
+
+    Input j * K/G + c belongs to group c. Byte [n, j, c] holds input j in its low half, input j + G/2 in its high one,
+    each as its number plus 8.
+    """
+    weight = weight.float().unflatten(1, (group, -1))  # (N, G, K/G)
+    largest = weight.gather(1, weight.abs().argmax(dim=1, keepdim=True))  # (N, 1, K/G), with its sign
+    scales = (largest / -8).to(torch.bfloat16)
+    # Divide by the scale as it is stored: its rounding is then no error of the weights.
+    divisor = torch.where(scales == 0, 1.0, scales.float())
+    numbers = (weight / divisor).round_().clamp_(-8, 7).add_(8).to(torch.uint8)  # (N, G, K/G)
+    low, high = numbers.chunk(2, dim=1)
+    return low | (high << 4), scales.squeeze(1)
+
+
+def group_size(inputs: int) -> int:
+    """The even divisor of `inputs` nearest to 32; where some leave whole vectors of 16 groups, one of those."""
+    even = [size for size in range(2, inputs + 1, 2) if inputs % size == 0]
+    if not even:
+        raise ValueError(f"int4 takes two weights a byte, and a layer has {inputs} inputs: use int8")
+    whole = [size for size in even if (inputs // size) % 16 == 0 and size >= GROUP_INPUTS // 2]
+    return min(whole or even, key=lambda size: abs(size - GROUP_INPUTS))
+
+
+class QuantLinear(nn.Module):
+    """A linear layer without bias whose weights are integers. `dtype` is that of its activations."""
+
+    numbers: Tensor  # int8 (N, K), or uint8 (N, G/2, K/G)
+    scales: Tensor  # fp32 (N,), or bf16 (N, K/G)
+
+    def __init__(self, weight: Tensor, scheme: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.scheme = dtype, scheme
+        self.out_features, self.in_features = weight.shape
+        if scheme == "int8":
+            numbers, scales = quantize_int8(weight)
+        else:
+            numbers, scales = quantize_int4(weight, group_size(self.in_features))
+        self.register_buffer("numbers", numbers)
+        self.register_buffer("scales", scales)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights that the integers stand for, (N, K) in the dtype of the activations."""
+        return self.rows(0, self.out_features)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop of `weight`."""
+        return dequantize(self.numbers[start:stop], self.scales[start:stop]).to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = max(1, BLOCK_BYTES // (4 * self.in_features))
+        blocks = [F.linear(x, self.rows(at, at + step)) for at in range(0, self.out_features, step)]
+        return torch.cat(blocks, dim=-1)  # (..., N)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        # `model.to(torch.bfloat16)` is about the activations: scales keep their precision.
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.numbers.device))
+        self.dtype = probe.dtype
+        for name, buffer in list(self._buffers.items()):
+            assert buffer is not None
+            self._buffers[name] = buffer.to(probe.device)
+        return self
+
+
+def dequantize(numbers: Tensor, scales: Tensor) -> Tensor:
+    """fp32 (N, K) from either form."""
+    if numbers.dtype == torch.int8:
+        return numbers.float() * scales.unsqueeze(1)
+    both = torch.cat((numbers & 15, numbers >> 4), dim=1).float() - 8  # (N, G, K/G)
+    return (both * scales.float().unsqueeze(1)).flatten(1)
+
+
+def quantize_(model: Transformer, scheme: str) -> Transformer:
+    """Replace every linear layer of the model, the head included, in place; returns the model."""
+    state = dict(model.state_dict())
+    return _fill_(model, state, scheme, model.tok_embeddings.weight.dtype)
+
+
+def load_quantized(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    scheme: str,
+    *,
+    dtype: torch.dtype | None = None,
+    attention: str = "fast",
+) -> Transformer:
+    """A quantised model straight from a checkpoint's weights, read one matrix at a time and let go.
+
+    dtype: of activations, norms and embedding; None: as stored. Raises ValueError for an unknown scheme.
+    """
+    with torch.device("meta"):
+        model = Transformer(config, attention=attention)
+    return _fill_(model, weights, scheme, dtype or weights["norm.weight"].dtype)
+
+
+def _fill_(model: Transformer, weights: Mapping[str, Tensor], scheme: str, dtype: torch.dtype) -> Transformer:
+    if scheme not in SCHEMES:
+        raise ValueError(f"quantize is {scheme!r}: expected one of {', '.join(SCHEMES)}")
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name in names:
+        weight = weights[f"{name}.weight"]
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, QuantLinear(weight, scheme, dtype))
+        release(weight)
+    if model.output is None:
+        model.output = QuantLinear(weights["tok_embeddings.weight"], scheme, dtype)  # type: ignore[assignment]
+    for name, parameter in list(model.named_parameters()):
+        parent, _, last = name.rpartition(".")
+        # A copy, so that nothing keeps the checkpoint's file mapped.
+        kept = nn.Parameter(weights[name].to(dtype, copy=True), requires_grad=parameter.requires_grad)
+        setattr(model.get_submodule(parent), last, kept)
+    return model
+
+
+def release(tensor: Tensor) -> None:
+    """Tell the system that these pages are not needed now: those of a mapped file leave the resident memory.
+
+    Advice alone: whatever reads the tensor again gets the same numbers. Does nothing where the system has no such call.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    page, pageout = 4096, 21  # MADV_PAGEOUT
+    start = -(-tensor.data_ptr() // page) * page
+    stop = (tensor.data_ptr() + tensor.nbytes) // page * page
+    if stop > start:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), pageout)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Memory of the weights in the form in which they are kept."""
+    return sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
