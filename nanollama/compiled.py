@@ -35,8 +35,10 @@ Loaded = Callable[[list[Tensor]], list[Tensor]]
 ROWS = (1, 2, 4, 8)  # batch sizes that are compiled; others are filled up to the next
 COMPILATION_S = 30.0  # what `worth_compiling` counts with
 SLOTS = 256  # the cache is read in multiples of this
-LINEARS = ("attention.wq", "attention.wk", "attention.wv", "attention.wo")
-LINEARS += ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+LINEARS = (
+    *("attention.wq", "attention.wk", "attention.wv", "attention.wo"),
+    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+)
 # A product and its sum as one instruction, as in the libraries' own matrix products.
 OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}
 
@@ -128,7 +130,7 @@ def operands_of(linear: nn.Module) -> list[Tensor]:
     """What `dot` needs of a linear layer. Raises CompileError for a layer of another kind."""
     if isinstance(linear, QuantLinear):
         return [linear.numbers, linear.scales]
-    if isinstance(linear, nn.Linear) and linear.bias is None:
+    if type(linear) is nn.Linear:
         return [linear.weight.detach().contiguous()]
     raise CompileError(
         f"a layer is a {type(linear).__name__}, which the compiled step does not know: use --compile off"
@@ -270,7 +272,7 @@ def _open(module: nn.Module, example: list[Tensor], dynamic: Any, path: Path) ->
     try:
         if not path.exists():
             _compile(module, example, dynamic, path)
-        return torch._inductor.aoti_load_package(str(path)).loader.run  # type: ignore[attr-defined, no-any-return]
+        return torch._inductor.aoti_load_package(str(path)).loader.run
     except Exception as error:  # whatever a compiler can meet: no g++, a full disk, a torch without inductor
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CompileError(f"the decode step cannot be compiled here ({reason[:200]}): use --compile off") from error

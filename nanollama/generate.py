@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanollama.checkpoint import open_checkpoint
 from nanollama.compiled import CompileError, Step, compile_step, worth_compiling
@@ -341,8 +341,8 @@ def last_logits(model: Transformer, tokens: Tensor, positions: Tensor | None, ca
 
 def apply_head(model: Transformer, hidden: Tensor) -> Tensor:
     """Logits (..., V) in float32 of hidden states (..., C). A quantised head is never dequantised whole."""
-    quantized = isinstance(model.output, QuantLinear)
-    return (model.output(hidden) if quantized else F.linear(hidden, model.head())).float()
+    output: nn.Module | None = model.output
+    return (output(hidden) if isinstance(output, QuantLinear) else F.linear(hidden, model.head())).float()
 
 
 def cache_slots(cache: KVCache, start: int, stop: int) -> KVCache:
