@@ -41,6 +41,8 @@ def build_parser() -> Parser:
     add("--max_new_tokens", type=int, default=32, metavar="N", help="greedy tokens per prompt (default: 32)")
     add("--checks", metavar="LIST", help="comma list, or `list` to print them (default: all)")
     add("--json", type=Path, metavar="PATH", help="write the whole report as JSON")
+    add("--junit", type=Path, metavar="PATH", help="write the results as JUnit XML")
+    add("--html", type=Path, metavar="PATH", help="write the report as one HTML file")
     add("--version", action="store_true", help="print the version and stop")
     return parser
 
@@ -73,7 +75,7 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
         )
     if args.tokenizer is not None and not Path(args.tokenizer).is_file():
         raise UsageError(f"--tokenizer {args.tokenizer}: no such file")
-    for flag in ("json",):
+    for flag in ("json", "junit", "html"):
         path = getattr(args, flag)
         if path is not None and not (path.resolve().parent.is_dir() and os.access(path.resolve().parent, os.W_OK)):
             raise UsageError(f"--{flag} {path}: its folder does not exist or cannot be written")
@@ -116,9 +118,22 @@ def run(args: argparse.Namespace) -> int:
     from parity.report import summary, terminal
 
     print(terminal.render(report))
+    write_reports(args, report)
+    return summary.EXIT_CODES[report["verdict"]]
+
+
+def write_reports(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    """The files that were asked for."""
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
-    return summary.EXIT_CODES[report["verdict"]]
+    if args.junit is not None:
+        from parity.report.junit import junit
+
+        args.junit.write_text(junit(report), encoding="utf-8")
+    if args.html is not None:
+        from parity.report import html
+
+        args.html.write_text(html.render(report), encoding="utf-8")
 
 
 def check(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from parity.contract import Case
 from parity.evidence import Evidence
 from parity.prompts import BUILT_IN, CORPUS, DIALOGS, LONG, seeded
@@ -29,6 +31,7 @@ class Member:
     references: tuple[str, ...] = ("meta", "hf")
     format: str = "meta"
     lengths: tuple[int, ...] = (7, 13, 137)  # of the seeded prompts; odd, one longer than a block of anything
+    query_scale: float = 1.0  # of the first layer's queries: below 1 attention is less peaked
     tokenizer: Callable[[], bytes] | None = None  # with one, only identity is judged
 
 
@@ -55,6 +58,7 @@ FAMILY: dict[str, Member] = {
     "tied": Member(
         replace(_GQA, dim=64, n_heads=4, hidden_dim=192, rope_factor=32.0, tied=True), ("meta",), lengths=(7, 71)
     ),
+    "flat": Member(replace(_GQA, n_layers=1), ("meta",), lengths=(7, 601), query_scale=0.125),
     "hf": Member(replace(_GQA, dim=64, n_heads=4, hidden_dim=192), ("hf",), format="hf", lengths=(7, 71)),
     "llama3-text": Member(replace(_TOY, vocab_size=128_256), tokenizer=llama3_model),
     "llama2-text": Member(replace(_TOY, rope_factor=None, rope_theta=10_000.0), tokenizer=sentencepiece_model),
@@ -76,10 +80,19 @@ def build(
         write_hf(checkpoint, shape, 0, "bf16")
     else:
         write_meta(checkpoint, shape, 0, "bf16", 1)
+    if member.query_scale != 1.0:
+        scale_queries(checkpoint / "consolidated.00.pth", member.query_scale)
     case = _case(member, checkpoint, shape.vocab_size, dtypes)
     chosen = list(references or member.references)
     runner = Runner(case, chosen, "", folder / name, progress, ops=member.tokenizer is None)
     return runner.run_references()
+
+
+def scale_queries(path: Path, factor: float) -> None:
+    """By a power of two, so that the stored numbers stay as random as they were."""
+    weights = torch.load(path, weights_only=True)
+    weights["layers.0.attention.wq.weight"] *= factor
+    torch.save(weights, path)
 
 
 def _vocabulary(model: bytes, shape: Shape) -> int:
@@ -97,5 +110,6 @@ def _case(member: Member, checkpoint: Path, vocab_size: int, dtypes: Sequence[st
         return Case(**common, **texts, dtypes=["fp32"], record="logits", tokenizer=str(checkpoint / "tokenizer.model"))
     tokens = seeded(vocab_size).tokens
     assert tokens is not None
-    prompts = [(tokens[-1] + tokens[0])[i * 3 : i * 3 + n] for i, n in enumerate(member.lengths)]
+    pool = (tokens[-1] + tokens[0]) * 3
+    prompts = [pool[i * 3 : i * 3 + n] for i, n in enumerate(member.lengths)]
     return Case(**common, prompts=prompts, dtypes=list(dtypes), max_new_tokens=8)

@@ -14,7 +14,8 @@ from torch import Tensor
 from parity.contract import tap_names
 from parity.trace import Trace, TraceWriter, by_part
 
-CUT_TOKENS = 48  # of the longest sequence; 6000 numbers a tap on the smallest shapes, enough for a stable ratio
+CUT_LOGITS = 1 << 23  # numbers: a sequence is cut to so many logits, 65 positions of a Llama 3 vocabulary
+CUT_TOKENS = 32  # but to no fewer: 4000 numbers a tap on the smallest shapes, enough for a stable ratio
 
 # Operation -> the taps it is given; "in" is the residual stream before the block.
 INPUTS: dict[str, tuple[str, ...]] = {
@@ -53,16 +54,17 @@ def cut(trace: Trace, dtypes: list[str], folder: Path) -> Trace:
     """The first positions of the shortest and the longest sequence of a trace, as a trace of its own."""
     by_length = sorted(range(len(trace.sequences)), key=lambda i: len(trace.sequences[i]))
     chosen = list(dict.fromkeys((by_length[0], by_length[-1])))
+    n_tokens = max(CUT_TOKENS, CUT_LOGITS // trace.meta["config"]["vocab_size"])
     writer = TraceWriter(folder)
     for dtype in dtypes:
         taps = {
-            f"{n}/{tap}": trace.get(dtype, i, tap)[:CUT_TOKENS]
+            f"{n}/{tap}": trace.get(dtype, i, tap)[:n_tokens]
             for n, i in enumerate(chosen)
             for tap in tap_names(trace.n_layers)
         }
         for part, tensors in by_part(taps):
             writer.part(dtype, part, tensors)
-    sequences = [trace.sequences[i][:CUT_TOKENS] for i in chosen]
+    sequences = [trace.sequences[i][:n_tokens] for i in chosen]
     writer.finish(_meta(trace, sequences, dtypes))
     return Trace(folder)
 

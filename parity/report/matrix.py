@@ -28,8 +28,8 @@ def summary_line(report: dict[str, Any]) -> str:
     return (
         f"{report['killed']} of {n} mutants killed, {report['right_check']} by the check named for them, "
         f"{report['localised']} found at the tap named for them; {report['false_alarms']} false alarms in "
-        f"{good} benign variants; {report['faults_noticed']} of {len(report['harness'])} faults in the harness noticed; "
-        f"{report['seconds']:.0f} s"
+        f"{good} benign variants; {report['faults_noticed']} of {len(report['harness'])} faults in the harness "
+        f"noticed; {report['seconds']:.0f} s"
     )
 
 

@@ -66,7 +66,7 @@ MUTANTS: tuple[Mutant, ...] = (
            "layers.0.attn_norm"),
     Mutant("11", "eps from a code default (1e-5)", "gqa", with_config(forward.default_eps), "config",
            "layers.0.attn_norm"),
-    Mutant("13", "softmax summed in the low-precision dtype", "gqa",
+    Mutant("13", "softmax summed in the low-precision dtype", "flat",
            edited(with_attention(forward.low_precision_softmax)), "ops", "layers.0.attn_mix", LOW),
     Mutant("14", "gate and up swapped", "gqa", edited(forward.swapped_gate_and_up), "ops", "layers.0.gate"),
     Mutant("15", "kv heads interleaved instead of blocked", "gqa", edited(with_attention(forward.interleaved_kv)),

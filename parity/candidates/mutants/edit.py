@@ -8,6 +8,7 @@ An edited candidate has the whole interface of nanollama's own, so every check l
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -88,8 +89,9 @@ def with_table(table: Callable[[ModelConfig, Tensor], tuple[Tensor, Tensor]]) ->
     """Another RoPE table: table(config, positions (N,)) -> cos, sin (N, D/2)."""
 
     def edit(nano: Nano) -> None:
+        rows = cache(lambda n: table(nano.cfg, torch.arange(n)))
         override(nano, "rope", lambda positions: table(nano.cfg, positions))
-        override(nano.model, "_rope_rows", lambda n, device: table(nano.cfg, torch.arange(n)))
+        override(nano.model, "_rope_rows", lambda n, device: rows(n))
 
     return edit
 
