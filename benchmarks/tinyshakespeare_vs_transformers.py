@@ -32,7 +32,6 @@ from finetune.prepare.corpus import Format
 from finetune.start import Start, build_model
 from nanollama.checkpoint.hf import write_hf
 from nanollama.cli import run
-from nanollama.tokenizer import open_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BOUND = 0.01  # relative difference of the validation losses
@@ -133,9 +132,10 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         ours, config, summary = train_here(path, steps, threads, Path(folder) / "run")
         tokenizer = Path(folder) / "run" / "final" / "tokenizer.model"
-        assert open_tokenizer(tokenizer).vocab_size == 512
         source = path_source(path, Format())
-        prepared = prepare(source, cache=cache_folder(None), tokenizer=tokenizer, vocab_size=512, workers=1, say=print)
+        prepared = prepare(
+            source, cache=cache_folder(None), tokenizer=tokenizer, vocab_size=config.vocab_size, workers=1, say=print
+        )
         theirs = train_there(config, prepared, Path(folder) / "hf")
     difference = abs(ours.val_loss - theirs.val_loss) / theirs.val_loss
     result = {
@@ -144,7 +144,7 @@ def main(
         "torch": torch.__version__,
         "steps": steps,
         "threads": threads,
-        "shape": f"{config.init}: {config.batch_size} x {config.seq_len} tokens a step, lr {config.lr}",
+        "shape": f"{config.init}, {config.vocab_size} words: {config.batch_size} x {config.seq_len} tokens a step, lr {config.lr}",
         "nanollama": vars(ours),
         "transformers": vars(theirs),
         "val_loss_relative_difference": difference,

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Entry:
     name: str
     find: Callable[[TrainConfig, Path, Say], Source | Path]  # (config, cache folder, say) -> the data
     defaults: dict[str, Any]  # in place of TrainConfig's
+    suggested: dict[str, int] = field(default_factory=dict)  # of what is left open, where the start is left open too
     larger: tuple[str, ...] = ()  # flags of larger runs, printed at the end of a default run
 
 
@@ -59,7 +60,7 @@ def run(entry: Entry, given: TrainConfig) -> int:
     device = default_device() if device == "auto" else device
     world = open_world(device)
     try:
-        config = saved or resolve(given, device, given.threads or torch.get_num_threads())
+        config = saved or resolve(suggest(entry, given), device, given.threads or torch.get_num_threads())
         torch.set_num_threads(config.threads)
         out = Path(world.from_main(lambda: str(_open_out(entry, config))))
         try:
@@ -114,6 +115,13 @@ def _run(entry: Entry, config: TrainConfig, out: Path, world: World) -> int:
         finish(entry, setup, prepared, outcome, say)
     world.barrier()
     return 0
+
+
+def suggest(entry: Entry, given: TrainConfig) -> TrainConfig:
+    """The entry's own recipe in place of the default preset's."""
+    if given.ckpt or given.init or given.tokenizer:
+        return given
+    return replace(given, **{name: getattr(given, name) or value for name, value in entry.suggested.items()})
 
 
 def _saved_config(entry: Entry, given: TrainConfig) -> TrainConfig | None:

@@ -18,7 +18,11 @@ def find(config: TrainConfig, cache: Path, say: Say) -> Source | Path:
     return path_source(path, Format(config.separator, config.field))
 
 
-ENTRY = Entry("tinyshakespeare", find, {"prompt": "ROMEO:"})
+# Hardly more words than the text has characters (and the 256 bytes), as in char-rnn: of 320 and 512 words, this one comes
+# to fewer bits per byte in 300 steps, and is further below its bigram model.
+ENTRY = Entry(
+    "tinyshakespeare", find, {"prompt": "ROMEO:"}, suggested={"vocab_size": 320, "seq_len": 128, "batch_size": 32}
+)
 
 if __name__ == "__main__":
     run_entry(ENTRY)

@@ -31,7 +31,7 @@ ENTRY = Entry(
     "tinystories",
     find,
     {},
-    tuple(f"--init {name}" for name in list(PRESETS)[1:]),
+    larger=tuple(f"--init {name}" for name in list(PRESETS)[1:]),
 )
 
 if __name__ == "__main__":
