@@ -121,7 +121,8 @@ def suggest(entry: Entry, given: TrainConfig) -> TrainConfig:
     """The entry's own recipe in place of the default preset's."""
     if given.ckpt or given.init or given.tokenizer:
         return given
-    return replace(given, **{name: getattr(given, name) or value for name, value in entry.suggested.items()})
+    chosen = to_json(given)
+    return TrainConfig(**{**chosen, **{name: chosen[name] or value for name, value in entry.suggested.items()}})
 
 
 def _saved_config(entry: Entry, given: TrainConfig) -> TrainConfig | None:
