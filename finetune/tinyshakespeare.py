@@ -18,8 +18,8 @@ def find(config: TrainConfig, cache: Path, say: Say) -> Source | Path:
     return path_source(path, Format(config.separator, config.field))
 
 
-# Hardly more words than bytes and the text's characters, nearly as in char-rnn: against 512 words, 300 steps come to 2.50
-# bits per byte instead of 2.51, and the bigram model to 3.26 instead of 2.86.
+# Hardly more words than bytes and the text's characters, nearly as in char-rnn: against 512 words, 300 steps come to
+# 2.50 bits per byte instead of 2.51, and the bigram model to 3.26 instead of 2.86.
 ENTRY = Entry(
     "tinyshakespeare", find, {"prompt": "ROMEO:"}, suggested={"vocab_size": 325, "seq_len": 128, "batch_size": 32}
 )
