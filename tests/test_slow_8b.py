@@ -21,8 +21,8 @@ NEEDED_BYTES = 20 * 10**9
 
 # Greedy texts of the real Llama 3.1 8B base model, from Meta's code, as the nano Llama 3.1 project published them.
 COMPLETIONS = {
-    "Clearly, the meaning of life is": " to be found in the pursuit of happiness. But what is happiness? Is it the same as "
-    "pleasure? Is it the same as contentment? Is it the",
+    "Clearly, the meaning of life is": " to be found in the pursuit of happiness. But what is happiness? Is it the "
+    "same as pleasure? Is it the same as contentment? Is it the",
     "Simply put, the theory of relativity states that": " the laws of physics are the same for all non-accelerating "
     "observers, and the speed of light in a vacuum is the same for all observers, regardless",
     "The repo llm.c on GitHub is": " a collection of code snippets and examples for using the Large Language Model (LLM) "
