@@ -13,7 +13,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from nanollama.model import KVCache, ModelConfig, Transformer
 from nanollama.quantize import QuantLinear, load_quantized
 from nanollama.sample import Sampler, make_sampler, penalize_repetition, row_generator
 from nanollama.tokenizer import Stream, Tokenizer, open_tokenizer
+
+if TYPE_CHECKING:
+    from nanollama.speculative import Drafter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PREFILL_CHUNK_TOKENS = 512  # bounds the memory of the attention mask and the activations, whatever the prompt
@@ -75,6 +78,7 @@ class Llama:
 
     compile: whether decoding runs compiled (CPU): "off", "on" (ValueError where it cannot), or "auto", where it is
     compiled already or the tokens asked for win back the time. say: gets a line when that takes time or goes wrong.
+    drafter: guesses tokens that the model then checks, see nanollama.speculative.
     """
 
     def __init__(
@@ -84,8 +88,9 @@ class Llama:
         *,
         compile: Literal["auto", "on", "off"] = "off",
         say: Callable[[str], None] | None = None,
+        drafter: "Drafter | None" = None,
     ) -> None:
-        self.model, self.tokenizer, self.compile, self.say = model, tokenizer, compile, say
+        self.model, self.tokenizer, self.compile, self.say, self.drafter = model, tokenizer, compile, say, drafter
         self._steps: dict[int, Step] = {}
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
@@ -105,11 +110,12 @@ class Llama:
         quantize: str | None = None,
         compile: Literal["auto", "on", "off"] = "auto",
         say: Callable[[str], None] | None = None,
+        drafter: "Drafter | None" = None,
     ) -> "Llama":
         """Open a checkpoint of any format. Weights that keep their dtype (the default) on CPU stay memory-mapped.
 
         tokenizer: a file, where the checkpoint has none beside it. dtype: "fp32", "bf16", "fp16". quantize: "int8" or
-        "int4" (see nanollama.quantize). compile, say: as for the class.
+        "int4" (see nanollama.quantize). compile, say, drafter: as for the class.
         Raises ValueError (CheckpointError, TokenizerError) with one line.
         """
         if dtype is not None and dtype not in DTYPES:
@@ -124,7 +130,7 @@ class Llama:
             model = Transformer.from_weights(config, weights, dtype=wanted, device=device, attention=attention)
         else:
             model = load_quantized(config, weights, quantize, dtype=wanted, attention=attention).to(device)
-        return cls(model.eval(), opened, compile=compile, say=say)
+        return cls(model.eval(), opened, compile=compile, say=say, drafter=drafter)
 
     @property
     def config(self) -> ModelConfig:
@@ -151,7 +157,13 @@ class Llama:
             for i, prompt in enumerate(ids)
             for answer in range(sampling.n)
         ]
-        return decode(self.model, rows, sampling, self.step(rows)) if rows else iter(())
+        if not rows:
+            return iter(())
+        if self.drafter is not None:
+            from nanollama.speculative import decode_speculative  # which is built on this module
+
+            return decode_speculative(self.model, rows, sampling, self.drafter)
+        return decode(self.model, rows, sampling, self.step(rows))
 
     def step(self, rows: Sequence["Row"]) -> Step:
         """What decodes the next token of these rows: compiled, or the model itself."""
@@ -321,7 +333,7 @@ def prefill(model: Transformer, rows: list[Row]) -> tuple[KVCache, Tensor]:
     cache = KVCache(model.config, len(rows), max_len, dtype=embeddings.dtype, device=embeddings.device)
     logits: list[Tensor] = []
     for slot, row in enumerate(rows):
-        if row.answer:  # the same prompt as the slot before
+        if slot and rows[slot - 1].prompt == row.prompt:  # another answer to it
             for buffer in (*cache.k, *cache.v):
                 buffer[slot] = buffer[slot - 1]
             logits.append(logits[-1])
