@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from llama_models.datatypes import RawMessage
 from llama_models.llama3.chat_format import ChatFormat
 from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
-from text_strategies import texts
 from transformers import PreTrainedTokenizerFast
 
 from nanollama.chat import ChatError, encode_chat, render_chat
 from nanollama.tokenizer import Tokenizer, open_tokenizer
+from text_strategies import texts
 
 Message = dict[str, Any]
 

@@ -25,8 +25,8 @@ COMPLETIONS = {
     "same as pleasure? Is it the same as contentment? Is it the",
     "Simply put, the theory of relativity states that": " the laws of physics are the same for all non-accelerating "
     "observers, and the speed of light in a vacuum is the same for all observers, regardless",
-    "The repo llm.c on GitHub is": " a collection of code snippets and examples for using the Large Language Model (LLM) "
-    "in various applications. The repo is maintained by a community of developers and researchers",
+    "The repo llm.c on GitHub is": " a collection of code snippets and examples for using the Large Language Model "
+    "(LLM) in various applications. The repo is maintained by a community of developers and researchers",
 }
 
 

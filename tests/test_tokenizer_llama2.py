@@ -13,11 +13,11 @@ import pytest
 import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from text_strategies import texts
 from transformers import LlamaTokenizer
 from transformers.convert_slow_tokenizer import generate_merges
 
 from nanollama.tokenizer import Tokenizer, TokenizerError, open_tokenizer
+from text_strategies import texts
 
 TestData = Callable[[str], Path]
 NO_LOWER_BAR = "▁"  # U+2581, sentencepiece's space

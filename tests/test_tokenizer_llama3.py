@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
-from text_strategies import texts
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from nanollama.tokenizer import Tokenizer, TokenizerError, open_tokenizer
 from nanollama.tokenizer.llama3 import split_long
+from text_strategies import texts
 
 
 @pytest.fixture(scope="module")
