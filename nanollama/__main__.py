@@ -16,6 +16,7 @@ from nanollama.cli import run
 # `--help` and usage errors answer at once: torch and what needs it is imported inside the commands.
 if TYPE_CHECKING:
     from nanollama.generate import Event, Llama
+    from nanollama.model import Transformer
 
 
 def generate(
@@ -40,11 +41,13 @@ def generate(
     device: Literal["cpu", "cuda", "mps"] = "cpu",
     quantize: Literal["int8", "int4"] | None = None,  # weights as integers; activations keep the dtype
     compile: Literal["auto", "on", "off"] = "auto",  # the decode step (CPU); auto: where it wins back its time
+    draft: str | None = None,  # a smaller checkpoint with the same vocabulary, which guesses tokens ahead
+    lookup: bool = False,  # guess tokens ahead from what was said before (speculative decoding, same answers)
 ) -> None:
     """Continue one or more prompts. Text goes to stdout, the speed to stderr."""
     texts = _read_prompts(prompt, prompts)
 
-    from nanollama.generate import Llama, Sampling
+    from nanollama.generate import Sampling
 
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
@@ -57,9 +60,7 @@ def generate(
         n=n,
         stop=stop or (),
     )
-    llama = Llama.load(
-        ckpt, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize, compile=compile, say=_say
-    )
+    llama = _load(ckpt, tokenizer, dtype, device, quantize, compile, draft, lookup)
     ids = [llama.encode(text) if isinstance(text, str) else text for text in texts]
     live = stream and not json and len(ids) * n == 1
     answers: dict[tuple[int, int], list[Event]] = {(i, a): [] for i in range(len(ids)) for a in range(n)}
@@ -115,9 +116,11 @@ def chat(
     device: Literal["cpu", "cuda", "mps"] = "cpu",
     quantize: Literal["int8", "int4"] | None = None,  # weights as integers; activations keep the dtype
     compile: Literal["auto", "on", "off"] = "auto",  # the decode step (CPU); auto: where it wins back its time
+    draft: str | None = None,  # a smaller checkpoint with the same vocabulary, which guesses tokens ahead
+    lookup: bool = False,  # guess tokens ahead from what was said before (speculative decoding, same answers)
 ) -> None:
     """Talk with a model in the terminal. /help there lists the commands."""
-    from nanollama.generate import Llama, Sampling
+    from nanollama.generate import Sampling
     from nanollama.repl import Chat, run_repl
 
     sampling = Sampling(
@@ -129,9 +132,7 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    llama = Llama.load(
-        ckpt, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize, compile=compile, say=_say
-    )
+    llama = _load(ckpt, tokenizer, dtype, device, quantize, compile, draft, lookup)
     run_repl(Chat(llama, sampling, system))
 
 
@@ -174,6 +175,43 @@ def _token_ids(line: str, where: str) -> list[int]:
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise ValueError(f"{where}: {line[:40]!r} is no list of token ids such as [128000, 9906]")
     return ids
+
+
+def _load(
+    ckpt: str,
+    tokenizer: Path | None,
+    dtype: str | None,
+    device: str,
+    quantize: str | None,
+    compile: Literal["auto", "on", "off"],
+    draft: str | None,
+    lookup: bool,
+) -> "Llama":
+    """The model of `generate` and `chat`, with its drafter."""
+    from nanollama.generate import Llama
+
+    if draft and lookup:
+        raise ValueError("--draft and --lookup are two ways to guess tokens: give one")
+    llama = Llama.load(
+        ckpt, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize, compile=compile, say=_say
+    )
+    if draft or lookup:
+        from nanollama.speculative import DraftModel, Lookup
+
+        llama.drafter = Lookup() if lookup else DraftModel(_draft_model(str(draft), llama, dtype, device))
+    return llama
+
+
+def _draft_model(path: str, llama: "Llama", dtype: str | None, device: str) -> "Transformer":
+    from nanollama.generate import Llama
+
+    model = Llama.load(path, dtype=dtype, device=device).model
+    if model.config.vocab_size != llama.config.vocab_size:
+        raise ValueError(
+            f"the draft model has {model.config.vocab_size:,} tokens and the model {llama.config.vocab_size:,}: "
+            "give one with the same vocabulary"
+        )
+    return model
 
 
 def _say(line: str) -> None:

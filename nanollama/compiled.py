@@ -13,10 +13,10 @@ Nothing here changes the model, and no setting of inductor's is changed beyond t
 """
 
 import hashlib
+import inspect
 import math
 import os
 import platform
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -66,9 +66,11 @@ def matvec(x: Tensor, operands: Sequence[Tensor]) -> Tensor:
     """x (B, K) times a matrix -> (B, N) in x's dtype.
 
     Written row by row and in two halves of the outputs: the compiler fuses them into one pass over the weights with
-    independent sums, which keeps the adders busy (one running sum alone waits four cycles for each addition).
+    independent sums, which keeps the adders busy (one running sum alone waits four cycles for each addition). int4 has
+    independent sums of its own.
     """
-    parts = list(zip(*(tensor.chunk(2) for tensor in operands), strict=True))
+    halves = 1 if operands[0].dtype == torch.uint8 else 2
+    parts = list(zip(*(tensor.chunk(halves) for tensor in operands), strict=True))
     return torch.stack([torch.cat([dot(row, *part) for part in parts]) for row in x.unbind()]).to(x.dtype)
 
 
@@ -244,20 +246,20 @@ def worth_compiling(model: Transformer, rows: int, tokens: int) -> bool:
 
 
 def cache_folder() -> Path:
-    """$NANOLLAMA_CACHE, else nanollama/ in the user's cache folder."""
-    if own := os.environ.get("NANOLLAMA_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanollama"
+    """compiled/ in $NANOLLAMA_CACHE, else in nanollama/ of the user's cache folder."""
+    own = os.environ.get("NANOLLAMA_CACHE")
+    return Path(own or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nanollama")) / "compiled"
 
 
 def package_path(module: nn.Module, example: list[Tensor]) -> Path:
     """The file that holds this compiled module: its name covers all that the code depends on."""
-    source = b"".join(Path(file).read_bytes() for file in (__file__, sys.modules[apply_rope.__module__].__file__ or ""))
+    parts = (dot, matvec, norm, attend, apply_rope, type(module))
+    source = "".join(inspect.getsource(part) for part in parts)
     shapes = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in example]
     machine = (platform.system(), platform.machine(), torch.backends.cpu.get_cpu_capability(), _cpu_name())
     settings = (torch.__version__, torch.get_num_threads(), sorted(OPTIONS.items()), machine)
     config = getattr(module, "config", None)
-    key = hashlib.sha256(source + repr((type(module).__name__, config, shapes, settings)).encode()).hexdigest()
+    key = hashlib.sha256((source + repr((config, shapes, settings))).encode()).hexdigest()
     return cache_folder() / f"{type(module).__name__}-{key[:24]}.pt2"
 
 

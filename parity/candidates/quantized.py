@@ -1,0 +1,46 @@
+"""nanollama with integer weights, as candidates of their own: judged by how far they are, not by rounding bounds.
+
+python -m parity.check --candidate parity.candidates.quantized:int8 --max_new_tokens 16
+"""
+
+import torch
+from torch import Tensor
+
+from nanollama.checkpoint import open_checkpoint
+from nanollama.generate import apply_head
+from nanollama.model import KVCache
+from nanollama.quantize import load_quantized, weight_bytes
+
+
+class Quantized:
+    """A quantised model: logits, and prefill and decode through the cache."""
+
+    def __init__(self, checkpoint: str, dtype: torch.dtype, device: str, scheme: str) -> None:
+        opened = open_checkpoint(checkpoint)
+        self.scheme, self.notices = scheme, opened.notices
+        self.model = load_quantized(opened.config, opened.weights, scheme, dtype=dtype).to(device).eval()
+        self.weight_bytes = weight_bytes(self.model)
+        self.cache: KVCache | None = None
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return self._logits(tokens, None)
+
+    def prefill(self, tokens: Tensor) -> Tensor:
+        rows, length = tokens.shape
+        weight = self.model.tok_embeddings.weight
+        self.cache = KVCache(self.model.config, rows, length + 512, dtype=weight.dtype, device=weight.device)
+        return self._logits(tokens, self.cache)
+
+    def decode(self, token: Tensor) -> Tensor:
+        return self._logits(token, self.cache)
+
+    def _logits(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+        return apply_head(self.model, self.model.hidden(tokens, cache=cache))
+
+
+def int8(checkpoint: str, dtype: torch.dtype, device: str) -> Quantized:
+    return Quantized(checkpoint, dtype, device, "int8")
+
+
+def int4(checkpoint: str, dtype: torch.dtype, device: str) -> Quantized:
+    return Quantized(checkpoint, dtype, device, "int4")
