@@ -232,6 +232,10 @@ def _attn_mix(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
         "heads and features change places when they are joined": true.unflatten(1, (-1, D)).transpose(1, 2).flatten(1),
     }  # fmt: skip
     named = best(c, true, mistakes)
+    heads = [x.unflatten(1, (-1, D)) for x in (c, true)]
+    factor = (heads[0] * heads[1]).sum(-1, keepdim=True) / heads[1].square().sum(-1, keepdim=True)  # (T, H, 1)
+    if named is None and rms(heads[0] - factor * heads[1]) < 2 * EXPLAINS * rms(c - true):
+        return "the attention weights do not sum to 1: the softmax's sum runs in too low a precision"
     if named is None and rms(c - true) < SMALL * rms(true):
         return "the softmax or its sums run in too low a precision"
     return named

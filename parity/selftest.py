@@ -2,8 +2,8 @@
 
     python -c "from parity.selftest import problems; print(problems())"      # []
 
-`problems` compares a right candidate (which lacks one tensor that the others have) and candidates wrong in one place, in either
-direction, with the verdict that each check owes them.
+`problems` compares a right candidate (which lacks one tensor that the others have) and candidates wrong in one place,
+in either direction, with the verdict that each check owes them.
 """
 
 import tempfile
