@@ -76,6 +76,7 @@ def open_tokenizer(path: Path) -> Any:
 def _from_sentencepiece(path: Path) -> Any:
     """transformers' tokenizer of the same vocabulary: its own reader of .model files needs one more package."""
     from sentencepiece import SentencePieceProcessor
+    from tokenizers import normalizers
     from transformers import LlamaTokenizer
     from transformers.tokenization_utils_base import generate_merges
 
@@ -83,7 +84,12 @@ def _from_sentencepiece(path: Path) -> Any:
     pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
     scores = {piece: model.get_score(i) for i, piece in enumerate(pieces)}
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    return LlamaTokenizer(vocab=vocabulary, merges=generate_merges(vocabulary, scores))
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=generate_merges(vocabulary, scores))
+    # The class swallows a space at the beginning of a text; Meta's published tokenizer.json and sentencepiece do not.
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.backend_tokenizer.pre_tokenizer = None
+    return tokenizer
 
 
 def _openai_message(message: dict[str, Any]) -> dict[str, Any]:
