@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from nanollama.cli import run
 
-SHAPES = {  # llama2.c's two story models, with a tied head
+SHAPES: dict[str, dict[str, Any]] = {  # llama2.c's two story models, with a tied head
     "tiny": dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=160),
     "15M": dict(dim=288, n_layers=6, n_heads=6, n_kv_heads=6, hidden_dim=768),
     "110M": dict(dim=768, n_layers=12, n_heads=12, n_kv_heads=12, hidden_dim=2048),
@@ -80,7 +80,8 @@ def compare(names: list[str], shape: str, threads: int, tokens: int, rounds: int
     try:
         pools["memory"].submit(write_checkpoints, shape, str(folder), names).result()
         weights = {name: pools[name].submit(set_up, name, shape, str(folder)).result() for name in names}
-        bandwidth, speeds = [], {name: [] for name in names}
+        bandwidth: list[float] = []
+        speeds: dict[str, list[float]] = {name: [] for name in names}
         for i in range(rounds):
             bandwidth.append(pools["memory"].submit(read_bandwidth).result())
             for name in names:
@@ -261,7 +262,8 @@ def gpt_fast_style(folder: str, kind: str) -> tuple[Generate, int]:
 
     def forward(ids: torch.Tensor, at: torch.Tensor, caches: list[torch.Tensor]) -> torch.Tensor:
         x = model.tok_embeddings(ids)
-        for layer, cache in zip(model.layers, caches, strict=True):
+        for block, cache in zip(model.layers, caches, strict=True):
+            layer: Any = block
             h, attention = layer.attention_norm(x), layer.attention
             q, k, v = (heads(w(h)) for w in (attention.wq, attention.wk, attention.wv))
             q, k = (apply_rope(z, cos[at][None], sin[at][None]).transpose(1, 2) for z in (q, k))
@@ -296,7 +298,7 @@ def transformers_generate(folder: str, kind: str) -> tuple[Generate, int]:
     model = transformers.LlamaForCausalLM.from_pretrained(Path(folder) / "hf", dtype=dtype).eval()
     model.generation_config.eos_token_id = None
 
-    class Times(list):  # type: ignore[type-arg]
+    class Times(list[float]):
         """A streamer that notes when tokens come; the first `put` is the prompt."""
 
         def put(self, _: object) -> None:

@@ -83,7 +83,8 @@ class DraftModel:
 
     def propose(self, ids: list[int], n: int, row: Row, keep: Filter | None) -> Draft:
         n = min(n, self.model.config.max_seq_len - len(ids))
-        tokens, probs = [], []
+        tokens: list[int] = []
+        probs: list[Tensor] = []
         for _ in range(n):
             logits = self._next_logits([*ids, *tokens], len(ids) + row.tokens_left)
             if keep is None:
@@ -104,8 +105,9 @@ class DraftModel:
         device = self.cache.rows.device
         positions = torch.arange(same, len(ids), device=device).unsqueeze(0)  # (1, T)
         tokens = torch.tensor([ids[same:]], device=device)  # (1, T)
-        for part in zip(*(t.split(PREFILL_CHUNK_TOKENS, dim=1) for t in (tokens, positions)), strict=True):
-            logits = last_logits(self.model, *part, self.cache)
+        parts = (tensor.split(PREFILL_CHUNK_TOKENS, dim=1) for tensor in (tokens, positions))
+        for chunk, places in zip(*parts, strict=True):
+            logits = last_logits(self.model, chunk, places, self.cache)
         self.read = list(ids)
         return logits
 

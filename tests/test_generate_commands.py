@@ -66,8 +66,8 @@ def test_compile_auto_leaves_short_answers_to_the_model(
 
 
 def test_unusable_drafters_are_refused(checkpoint: str, prompts: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="^--draft and --lookup are two ways"):
+    with pytest.raises(ValueError, match=r"^--draft and --lookup are two ways"):
         commands.generate(checkpoint, prompts=prompts, draft=checkpoint, lookup=True)
     other = write_model(tmp_path / "other", vocab_size=62)
-    with pytest.raises(ValueError, match="^the draft model has 62 tokens and the model 61: give one with the same"):
+    with pytest.raises(ValueError, match=r"^the draft model has 62 tokens and the model 61: give one with the same"):
         commands.generate(checkpoint, prompts=prompts, draft=other)
