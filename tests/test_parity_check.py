@@ -146,7 +146,8 @@ def test_prompts_come_from_files(checkpoints: dict[str, Path], tmp_path: Path) -
     tokens = tmp_path / "prompts.jsonl"
     tokens.write_text("[1, 2, 3]\n[7, 8]\n")
     arguments = ("--prompts", str(tokens), "--references", "hf", "--dtype", "fp32", "--max_new_tokens", "3")
-    code, report = run(tmp_path, "--ckpt", str(checkpoints["hf"]), *arguments)
+    candidate = ("--candidate", f"{PORT}:bare")
+    code, report = run(tmp_path, "--ckpt", str(checkpoints["meta"]), *candidate, *arguments)
     assert code == 0 and report["tokens"]["positions"] == 3 + 2 + 2 * 3
     tokens.write_text("[1, 2000]\n")
     assert main(["--ckpt", str(checkpoints["hf"]), "--prompts", str(tokens)]) == 2
