@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from nanollama.checkpoint import open_checkpoint
-from nanollama.model import Transformer
+from nanollama.checkpoint.names import weight_shapes
+from nanollama.model import ModelConfig, Transformer
 from reference.files import open_folder
 from reference.oracle import Oracle, forward
 
@@ -65,6 +66,21 @@ class LlamaCpp:
 
     def close(self) -> None:
         self.llama.close()
+
+
+def decisive_weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
+    """Seeded float32 weights that show errors: peaked attention, norms unlike each other, clear winners in the head."""
+    generator = torch.Generator().manual_seed(seed)
+    gains = {"wq.weight": 2.0, "wk.weight": 2.0, "wo.weight": 0.5, "w2.weight": 0.5}
+    weights = {}
+    for name, shape in weight_shapes(config).items():
+        if len(shape) == 1:
+            weights[name] = 0.5 + torch.rand(shape, generator=generator)
+            continue
+        rows = torch.exp(0.75 * torch.randn(shape[0], 1, generator=generator)) if shape[0] == config.vocab_size else 1.0
+        gain = gains.get(name.split(".", 3)[-1], 1.0)
+        weights[name] = torch.randn(shape, generator=generator) * rows * gain / shape[1] ** 0.5
+    return weights
 
 
 def oracle_logits(folder: Path, tokens: list[int], rows: list[int]) -> Tensor:

@@ -8,16 +8,15 @@ design, and the same token wherever the oracle's choice is clear.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-from engines import LlamaCpp, decided, oracle_logits, our_logits, ratio
+from engines import LlamaCpp, decided, decisive_weights, oracle_logits, our_logits, ratio
 from nanollama.checkpoint import convert, open_checkpoint, write_gguf
+from nanollama.model import ModelConfig, RopeScaling
 from nanollama.tokenizer import open_tokenizer
-from parity.synth import synthesise
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'nanollama[interop]'")
 
@@ -30,36 +29,45 @@ TEXT = (
 )
 
 
-@pytest.fixture(scope="module")
-def export(
-    tmp_path_factory: pytest.TempPathFactory,
-    test_data: Callable[[str], Path],  # type: ignore[valid-type]
-) -> Callable[[str, str], tuple[Path, Path]]:
-    """(shape, type) -> (.gguf, Meta folder that holds the same numbers)."""
-
-    @cache
-    def source(shape: str) -> Path:
-        folder = tmp_path_factory.mktemp("source") / shape
-        tokenizer = test_data("llama2_tokenizer.model") if shape == "tiny-llama2" else None
-        synthesise(shape, folder, layers=2, tokenizer=tokenizer)
-        return folder
-
-    def made(shape: str, type_name: str) -> tuple[Path, Path]:
-        folder = tmp_path_factory.mktemp("export")
-        convert(source(shape), folder / "x.gguf", "gguf", dtype=type_name)
-        convert(folder / "x.gguf", folder / "meta", "meta", dtype="fp32" if type_name == "q8_0" else None)
-        return folder / "x.gguf", folder / "meta"
-
-    return made
+LLAMA31 = ModelConfig(
+    dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=128_256, hidden_dim=160, norm_eps=2e-5,
+    rope_scaling=RopeScaling(), max_seq_len=131_072,
+)  # fmt: skip
+FAMILIES = {
+    "llama3.1": LLAMA31,
+    "llama3": replace(LLAMA31, rope_scaling=None),
+    "llama3.2": replace(LLAMA31, rope_scaling=RopeScaling(factor=32.0), tied=True),
+    "llama2": replace(LLAMA31, rope_scaling=None, vocab_size=32_000, rope_theta=10_000.0),
+}
 
 
-@pytest.mark.parametrize("type_name", ["fp32", "fp16", "bf16", "q8_0"])
-@pytest.mark.parametrize("shape", ["tiny", "tiny-3", "tiny-3.2", "tiny-llama2"])
-def test_logits_and_greedy_tokens(export: Callable[[str, str], tuple[Path, Path]], shape: str, type_name: str) -> None:
-    """tiny: Llama 3.1 scaling; tiny-3: none; tiny-3.2: factor 32 and a tied head; tiny-llama2: its vocabulary."""
-    if type_name == "bf16" and shape != "tiny":
-        pytest.skip("bf16 weights are run once: the other types cover the shapes")
-    gguf, meta = export(shape, type_name)
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def export(folder: Path, family: str, type_name: str, tokenizer: Path | None) -> tuple[Path, Path]:
+    """(.gguf, Meta folder that holds the same numbers)"""
+    config = FAMILIES[family]
+    write_gguf(folder / "x.gguf", config, decisive_weights(config), tokenizer=tokenizer, dtype=type_name)
+    convert(folder / "x.gguf", folder / "meta", "meta", dtype="fp32" if type_name == "q8_0" else None)
+    return folder / "x.gguf", folder / "meta"
+
+
+@pytest.mark.parametrize(
+    ("family", "type_name"),
+    [
+        *(("llama3.1", type_name) for type_name in ("fp32", "fp16", "bf16", "q8_0")),
+        *(("llama2", type_name) for type_name in ("fp32", "fp16", "q8_0")),
+        ("llama3", "fp32"),
+        ("llama3.2", "fp16"),
+    ],
+)
+def test_logits_and_greedy_tokens(
+    tmp_path: Path, family: str, type_name: str, test_data: Callable[[str], Path], llama3_tokenizer_path: Path
+) -> None:
+    source = test_data("llama2_tokenizer.model") if family == "llama2" else llama3_tokenizer_path
+    gguf, meta = export(tmp_path, family, type_name, source)
     tokenizer = open_checkpoint(gguf).tokenizer
     assert tokenizer is not None
     prompt = open_tokenizer(tokenizer).encode(TEXT, bos=True)
@@ -70,7 +78,7 @@ def test_logits_and_greedy_tokens(export: Callable[[str, str], tuple[Path, Path]
     oracle, noisy = oracle_logits(meta, tokens, rows), our_logits(meta, tokens, rows, type_name)
     found = ratio(logits[rows], noisy, oracle)
     clear = decided(noisy, oracle)
-    print(f"{shape} {type_name}: ratio {found:.2f}, {int(clear.sum())} of {len(rows)} positions clear")
+    print(f"{family} {type_name}: ratio {found:.2f}, {int(clear.sum())} of {len(rows)} positions clear")
     assert found <= BOUND
     assert clear.float().mean() >= 0.3
     assert torch.equal(logits[rows].argmax(1)[clear], oracle.argmax(1)[clear])
@@ -78,9 +86,9 @@ def test_logits_and_greedy_tokens(export: Callable[[str, str], tuple[Path, Path]
     assert torch.equal(chosen[clear], oracle[-NEW_TOKENS - 1 : -1].argmax(1)[clear])
 
 
-def test_without_rope_freqs_the_same_gate_fails(export: Callable[[str, str], tuple[Path, Path]]) -> None:
+def test_without_rope_freqs_the_same_gate_fails(tmp_path: Path) -> None:
     """The trap of early Llama 3.1 files (llama.cpp#8676): the gate has to see it."""
-    gguf, meta = export("tiny", "fp32")
+    gguf, meta = export(tmp_path, "llama3.1", "fp32", None)
     opened = open_checkpoint(gguf)
     broken = gguf.with_name("broken.gguf")
     write_gguf(broken, replace(opened.config, rope_scaling=None), opened.weights)
