@@ -19,6 +19,7 @@ from parity.trace import Trace, TraceWriter, by_part
 Progress = Callable[[str, float], None]
 CHUNKS = 8  # of a chunked prefill; their size is made odd, so that they never line up with a block size
 DOCUMENTS = 3
+EXTRA_ROWS = 64
 
 
 @dataclass
@@ -101,6 +102,9 @@ class Recorder:
         return found
 
     def _keep(self, kind: str, sequence: int, positions: list[int], logits: Tensor) -> dict[str, Tensor]:
+        """Logits (N, V) of another way to run a sequence, at no more than EXTRA_ROWS of its positions."""
+        rows = torch.linspace(0, len(positions) - 1, min(EXTRA_ROWS, len(positions))).int().tolist()
+        positions, logits = [positions[row] for row in rows], logits[rows]
         self.out.extra.setdefault(kind, {})[str(sequence)] = positions
         return {f"{sequence}/logits@{kind}": logits.cpu()}
 
