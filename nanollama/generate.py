@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanollama.checkpoint import open_checkpoint
 from nanollama.compiled import CompileError, Step, compile_step, worth_compiling
 from nanollama.model import KVCache, ModelConfig, Transformer
-from nanollama.quantize import QuantLinear, load_quantized
+from nanollama.quantize import apply_head, load_quantized
 from nanollama.sample import Sampler, make_sampler, penalize_repetition, row_generator
+from nanollama.static import static_step
 from nanollama.tokenizer import Stream, Tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
@@ -170,6 +170,8 @@ class Llama:
         B, tokens = len(rows), max(row.tokens_left for row in rows) - 1
         if self.compile == "off" or not tokens:
             return eager_step(self.model)
+        if self.model.tok_embeddings.weight.device.type == "cuda":
+            return self._steps.setdefault(0, static_step(self.model))
         if B not in self._steps:
             if self.compile == "auto" and not worth_compiling(self.model, B, tokens):
                 return eager_step(self.model)
@@ -343,18 +345,13 @@ def prefill(model: Transformer, rows: list[Row]) -> tuple[KVCache, Tensor]:
         for chunk in tokens.split(PREFILL_CHUNK_TOKENS, dim=1):
             last = last_logits(model, chunk, None, own)  # (1, V)
         logits.append(last)
+    cache.length = max(len(row.ids) for row in rows)
     return cache, torch.cat(logits)
 
 
 def last_logits(model: Transformer, tokens: Tensor, positions: Tensor | None, cache: KVCache) -> Tensor:
     """Logits after the last of tokens (B, T), in float32: (B, V). The head is not applied to the others."""
     return apply_head(model, model.hidden(tokens, positions, cache=cache)[:, -1])
-
-
-def apply_head(model: Transformer, hidden: Tensor) -> Tensor:
-    """Logits (..., V) in float32 of hidden states (..., C). A quantised head is never dequantised whole."""
-    output: nn.Module | None = model.output
-    return (output(hidden) if isinstance(output, QuantLinear) else F.linear(hidden, model.head())).float()
 
 
 def cache_slots(cache: KVCache, start: int, stop: int) -> KVCache:

@@ -111,6 +111,12 @@ def dequantize(numbers: Tensor, scales: Tensor) -> Tensor:
     return (both * scales.float().unsqueeze(1)).flatten(1)
 
 
+def apply_head(model: Transformer, hidden: Tensor) -> Tensor:
+    """Logits (..., V) in float32 of hidden states (..., C). A quantised head is never dequantised whole."""
+    output: nn.Module | None = model.output
+    return (output(hidden) if isinstance(output, QuantLinear) else F.linear(hidden, model.head())).float()
+
+
 def quantize_(model: Transformer, scheme: str) -> Transformer:
     """Replace every linear layer of the model, the head included, in place; returns the model."""
     state = dict(model.state_dict())

@@ -24,12 +24,12 @@ from nanollama.generate import (
     Event,
     Row,
     Sampling,
-    apply_head,
     last_logits,
     prefill,
     seen_tokens,
 )
 from nanollama.model import KVCache, Transformer
+from nanollama.quantize import apply_head
 from nanollama.sample import Filter, draw, make_filter, penalize_repetition
 
 

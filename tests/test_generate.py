@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from nanollama import generate
 from nanollama.generate import Event, Llama, Sampling, Text, prefill
 from nanollama.model import ModelConfig, Transformer
+from nanollama.static import static_step
 from nanollama.tokenizer import Tokenizer, open_tokenizer
 
 VOCAB = 61
@@ -85,6 +86,18 @@ def test_a_row_in_a_ragged_batch_is_the_row_alone(
     together = list(llama.generate(prompts, sampling))
     for i, prompt in enumerate(prompts):
         assert_same_answer(of_row(together, i), list(llama.generate([prompt], sampling)))
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=8), st.integers(0, 3))
+def test_the_static_step_of_gpus_decodes_the_same(llama: Llama, lengths: list[int], seed: int) -> None:
+    prompts = [prompt_ids(length, 10 * seed + i) for i, length in enumerate(lengths)]
+    sampling = Sampling(max_new_tokens=8, stop_ids=frozenset(range(0, VOCAB, 7)))
+    static = Llama(llama.model)
+    static.step = lambda rows: static_step(llama.model)  # type: ignore[method-assign]
+    got, wanted = list(static.generate(prompts, sampling)), list(llama.generate(prompts, sampling))
+    for i in range(len(prompts)):
+        assert_same_answer(of_row(got, i), of_row(wanted, i))
 
 
 def test_rows_that_stop_leave_the_batch(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:

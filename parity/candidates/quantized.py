@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from nanollama.checkpoint import open_checkpoint
-from nanollama.generate import apply_head
 from nanollama.model import KVCache
-from nanollama.quantize import load_quantized, weight_bytes
+from nanollama.quantize import apply_head, load_quantized, weight_bytes
 
 
 class Quantized:
