@@ -46,30 +46,36 @@ class Trace:
         return self.folder / self.meta["dtypes"].get(dtype, dtype) / f"{part}.safetensors"
 
     @cached_property
-    def _keys(self) -> dict[Path, frozenset[str]]:
+    def _files(self) -> dict[tuple[str, str], tuple[Any, frozenset[str]]]:
+        """Open part files and the names in them: opening one reads its whole header."""
         return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_files"}
+
+    def _open(self, dtype: str, part: str) -> tuple[Any, frozenset[str]]:
+        if (dtype, part) not in self._files:
+            path = self._file(dtype, part)
+            if not path.is_file():
+                return None, frozenset()
+            file = safe_open(path, "pt").__enter__()  # mapped; closed with the trace
+            self._files[dtype, part] = (file, frozenset(file.keys()))
+        return self._files[dtype, part]
 
     def keys(self, dtype: str, part: str) -> frozenset[str]:
         """Names "{sequence}/{tap}" in one part file; empty when the file is absent."""
-        path = self._file(dtype, part)
-        if path not in self._keys:
-            if not path.is_file():
-                return frozenset()
-            with safe_open(path, "pt") as file:
-                self._keys[path] = frozenset(file.keys())
-        return self._keys[path]
+        return self._open(dtype, part)[1]
 
     def has(self, dtype: str, sequence: int, tap: str) -> bool:
         return f"{sequence}/{tap}" in self.keys(dtype, part_of(tap.split("@")[0]) if "@" not in tap else "extra")
 
     def get(self, dtype: str, sequence: int, tap: str) -> Tensor:
         """The tensor (T, ...). Taps with an @ ("logits@cached") live in the part `extra`. Raises KeyError if absent."""
-        part = "extra" if "@" in tap else part_of(tap)
-        path, key = self._file(dtype, part), f"{sequence}/{tap}"
-        if key not in self.keys(dtype, part):
-            raise KeyError(f"{path} holds no {key}")
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(key)
+        part, key = "extra" if "@" in tap else part_of(tap), f"{sequence}/{tap}"
+        file, keys = self._open(dtype, part)
+        if key not in keys:
+            raise KeyError(f"{self._file(dtype, part)} holds no {key}")
+        return file.get_tensor(key)
 
     def rope(self) -> dict[str, Tensor]:
         path = self.folder / "rope.safetensors"

@@ -27,6 +27,8 @@ ALLOWED = {
     "parity": ("parity",),
     "parity.candidates": ("parity", "nanollama", "finetune"),
     "benchmarks": ("benchmarks", "nanollama", "finetune", "parity"),
+    # 1500 reference runs in one process: a process start for each would take longer than the runs.
+    "benchmarks.random_shapes": ("benchmarks", "parity", "reference"),
 }
 TORCH_ONLY = ("nanollama.model", "nanollama.sample")
 

@@ -18,7 +18,7 @@ from parity.tolerances import BOUNDS
 WIDTH, HEIGHT = 1150, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 64  # of the plot, in pixels
 COLOURS = ("#2563eb", "#0d9488", "#9333ea", "#b45309", "#475569", "#db2777", "#4d7c0f", "#0e7490")
-FLOOR, CEILING = 0.05, 1e6  # of the axis: rho beyond is drawn at the edge
+FLOOR, CEILING = 0.05, 1e9  # of the axis: rho beyond is drawn at the edge
 
 
 def render(report: dict[str, Any]) -> str:
@@ -79,16 +79,16 @@ def _y(rho: float, top: float) -> float:
 
 
 def _axes(order: list[str], x_of: dict[str, float], y_of: Any, top: float) -> list[str]:
-    parts = []
+    parts = _groups(order, x_of)  # first, so that the lines lie over the bands
     for power in range(math.ceil(math.log10(FLOOR)), math.floor(math.log10(top)) + 1):
         y = y_of(10.0**power)
-        text = f"{10.0**power:g}"
+        text = f"{10.0**power:g}" if abs(power) < 4 else f"1e{power}"
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
     bound = y_of(BOUNDS["G3.taps"].value)
     parts.append(f'<line class="bound" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bound:.1f}" y2="{bound:.1f}"/>')
     parts.append(f'<text class="boundtext" x="{WIDTH - RIGHT}" y="{bound - 5:.1f}" text-anchor="end">bound</text>')
-    return parts + _groups(order, x_of)
+    return parts
 
 
 def _groups(order: list[str], x_of: dict[str, float]) -> list[str]:
