@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def generate(
     ckpt: str,  # Meta folder, Hugging Face folder or hub id, .gguf or .bin
     *,
-    prompt: list[str] | None = None,  # text to continue; more than one are decoded together
+    prompt: list[str] | None = None,  # text to continue, several are decoded together; default: none, from BOS
     prompts: Path | None = None,  # a file of prompts, one a line (\n for a line end), or .jsonl of token id lists
     max_new_tokens: int = 128,  # per answer
     temperature: float = 0.0,  # 0 is greedy
@@ -155,15 +155,15 @@ def convert(
 
 
 def _read_prompts(texts: list[str] | None, file: Path | None) -> list[str | list[int]]:
-    """The prompts of both flags; raises ValueError where there is none."""
-    found: list[str | list[int]] = list(texts or [])
+    """The prompts of both flags; with neither, one that is empty: BOS alone. Raises ValueError for an empty file."""
+    found: list[str | list[int]] = list(texts or ([] if file else [""]))
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file else [], start=1):
         if file and file.suffix == ".jsonl":
             found.append(_token_ids(line, f"{file} line {number}"))
         elif line:
             found.append(line.replace("\\n", "\n"))
     if not found:
-        raise ValueError("there is no prompt: give --prompt TEXT or --prompts FILE")
+        raise ValueError(f"--prompts {file}: there is no prompt in it: write one a line, or give --prompt TEXT")
     return found
 
 

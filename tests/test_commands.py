@@ -42,7 +42,7 @@ def test_a_real_model_tells_its_known_story(
     test_data: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = str(test_data("stories260K.bin")), test_data("tok512.bin")
-    commands.generate(model, prompt=[""], max_new_tokens=200, tokenizer=tokenizer)
+    commands.generate(model, max_new_tokens=200, tokenizer=tokenizer)  # no prompt: from BOS
     out, err = capsys.readouterr()
     assert out == STORY + "\n"
     assert err.startswith("prefill 1 tokens at ")
@@ -151,7 +151,7 @@ def test_published_shapes_have_names() -> None:
     ("argv", "message"),
     [
         (["generate", "nowhere/at-all/here", "--prompt", "x"], "nowhere/at-all/here: does not exist"),
-        (["generate", "FOLDER"], "there is no prompt: give --prompt TEXT or --prompts FILE"),
+        (["generate", "FOLDER", "--prompts", "/dev/null"], "--prompts /dev/null: there is no prompt in it"),
         (["generate", "FOLDER", "--prompt", "x", "--dtype", "int8"], "--dtype: expected one of fp32, bf16, fp16"),
         (["generate", "FOLDER", "--prompt", "x", "--top_p", "2"], "top_p is 2.0"),
         (["generate", "FOLDER", "--prompt", "x", "--tokenizer", "no.model"], "no.model"),
