@@ -9,12 +9,9 @@ from finetune.metrics import read_metrics
 
 
 def write_report(out: Path) -> Path:
-    """Training and validation loss, learning rate, gradient norm and speed over the steps. Raises ValueError."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("report.png needs the package matplotlib: pip install 'nanollama[plots]'") from None
+    """Training and validation loss, learning rate, gradient norm and speed over the steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and needed at a run's end only
+    from matplotlib.figure import Figure
 
     lines = read_metrics(out / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
