@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,4 +206,5 @@ def choose_prompts(file: Path | None, checkpoint: "Description") -> Prompts:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the temporary folder goes however the run is ended
     sys.exit(main())
