@@ -1,16 +1,21 @@
 """Our exports in the reader that feeds the references, which shares no code with ours: same config, same bits."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from checkpoint_cases import FAMILIES, LLAMA31, make_weights, write
+from checkpoint_cases import FAMILIES, LLAMA2, LLAMA31, make_weights, write
 from nanollama.checkpoint import open_checkpoint
 from nanollama.model import ModelConfig, RopeScaling
+from nanollama.tokenizer import open_tokenizer
+from parity.candidates.describe import describe, reference_files
 from parity.candidates.nano import config_echo
 from reference.files import open_folder
+from reference.hf_text import HfText
+from reference.meta_text import open_text
 
 
 def assert_both_read_the_same(path: Path, config: ModelConfig) -> None:
@@ -49,3 +54,29 @@ def test_a_head_that_departs_from_the_embedding_in_one_number_is_untied(tmp_path
     assert_both_read_the_same(write(tmp_path, "meta", LLAMA31, weights), LLAMA31)
     weights["output.weight"][7, 3] -= 1
     assert_both_read_the_same(write(tmp_path / "b", "meta", LLAMA31, weights), replace(LLAMA31, tied=True))
+
+
+@pytest.mark.parametrize("format", ["llama2c", "gguf"])
+def test_files_that_no_reference_opens_reach_them_converted(
+    tmp_path: Path, format: str, test_data: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What parity.check hands to its references: the same numbers, Meta's kind of tokenizer file, and two notices."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = replace(LLAMA2, vocab_size=512)
+    path = write(tmp_path, format, config, make_weights(config, torch.float32), tokenizer=test_data("tok512.bin"))
+    files = reference_files(describe(str(path), None), tmp_path / "work")
+    assert "they get the weights that nanollama read" in files.notices[0]
+    assert len(files.notices) == (2 if format == "llama2c" else 1)  # the vocabulary of a GGUF is a .model already
+    theirs, ours = open_folder(files.checkpoint), open_checkpoint(path)
+    assert theirs.config == config_echo(ours.config)
+    assert all(torch.equal(theirs.weights[name], ours.weights[name]) for name in ours.weights)
+    text = "Once upon a time  there was"
+    expected = open_tokenizer(test_data("tok512.bin")).encode(text, bos=True)
+    assert open_text(theirs, str(files.tokenizer)).encode(text, bos=True) == expected
+    assert HfText(theirs, str(files.tokenizer)).encode(text, bos=True) == expected
+
+
+def test_folders_are_opened_by_the_references_themselves(tmp_path: Path) -> None:
+    path = write(tmp_path, "meta", LLAMA31, make_weights(LLAMA31))
+    files = reference_files(describe(str(path), None), tmp_path / "work")
+    assert (files.checkpoint, files.tokenizer, files.notices) == (path.resolve(), None, [])
