@@ -15,7 +15,7 @@ import random
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +134,8 @@ class Tally:
 
     draws: int = 0
     results: int = 0
-    alarms: list[dict[str, Any]] = None  # type: ignore[assignment]
-    largest: dict[str, dict[str, Any]] = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        self.alarms, self.largest = [], {}
+    alarms: list[dict[str, Any]] = field(default_factory=list)
+    largest: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, drawn: Draw, results: list[dict[str, Any]]) -> None:
         self.draws += 1
