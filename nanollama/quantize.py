@@ -27,6 +27,7 @@ Scheme = Literal["int8", "int4"]
 SCHEMES: tuple[str, ...] = get_args(Scheme)
 GROUP_INPUTS = 32  # aimed at; see `group_size`
 BLOCK_BYTES = 2**24  # of dequantised weights at a time
+QUANTIZE_BYTES = 2**21  # of fp32 weights at a time: small enough that the allocator gives its memory back
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,6 +54,23 @@ def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return low | (high << 4), scales.squeeze(1)
 
 
+def quantize(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+    """weight (N, K) -> integers and scales, by blocks of rows: a large head is never held in fp32."""
+    N, K = weight.shape
+    if scheme == "int8":
+        numbers, scales = torch.empty(N, K, dtype=torch.int8), torch.empty(N)
+    else:
+        group = group_size(K)
+        numbers = torch.empty(N, group // 2, K // group, dtype=torch.uint8)
+        scales = torch.empty(N, K // group, dtype=torch.bfloat16)
+    step = max(1, QUANTIZE_BYTES // (4 * K))
+    for at in range(0, N, step):
+        rows = weight[at : at + step]
+        block = quantize_int8(rows) if scheme == "int8" else quantize_int4(rows, group)
+        numbers[at : at + step], scales[at : at + step] = block
+    return numbers, scales
+
+
 def group_size(inputs: int) -> int:
     """The even divisor of `inputs` nearest to 32; where some leave whole vectors of 16 groups, one of those."""
     even = [size for size in range(2, inputs + 1, 2) if inputs % size == 0]
@@ -72,10 +90,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.dtype, self.scheme = dtype, scheme
         self.out_features, self.in_features = weight.shape
-        if scheme == "int8":
-            numbers, scales = quantize_int8(weight)
-        else:
-            numbers, scales = quantize_int4(weight, group_size(self.in_features))
+        numbers, scales = quantize(weight, scheme)
         self.register_buffer("numbers", numbers)
         self.register_buffer("scales", scales)
 
@@ -154,8 +169,10 @@ def _fill_(model: Transformer, weights: Mapping[str, Tensor], scheme: str, dtype
     for name, parameter in list(model.named_parameters()):
         parent, _, last = name.rpartition(".")
         # A copy, so that nothing keeps the checkpoint's file mapped.
-        kept = nn.Parameter(weights[name].to(dtype, copy=True), requires_grad=parameter.requires_grad)
+        weight = weights[name]
+        kept = nn.Parameter(weight.to(dtype, copy=True), requires_grad=parameter.requires_grad)
         setattr(model.get_submodule(parent), last, kept)
+        release(weight)
     return model
 
 
