@@ -180,7 +180,7 @@ def main() -> int:
         if tally.draws % 10 == 0 or tally.draws == args.draws:
             print(f"{tally.draws} draws, {len(tally.alarms)} alarms, {time.perf_counter() - started:.0f} s", flush=True)
         if args.json is not None:
-            about = {"command": f"python -m benchmarks.random_shapes --draws {args.draws} --seed {args.seed}"}
+            about: dict[str, Any] = {"command": f"python -m benchmarks.random_shapes --draws {args.draws} --seed {args.seed}"}
             about |= {"environment": environment(1, "cpu"), "seconds": round(time.perf_counter() - started)}
             args.json.write_text(json.dumps(about | asdict(tally), indent=1) + "\n")
 

@@ -5,7 +5,7 @@ the candidate's numbers much better than the truth does is named. Nothing here k
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +57,7 @@ def rms(x: Tensor) -> float:
     return float(x.square().mean().sqrt())
 
 
-def best(c: Tensor, o: Tensor, mistakes: dict[str, Tensor | None]) -> str | None:
+def best(c: Tensor, o: Tensor, mistakes: Mapping[str, Tensor | None]) -> str | None:
     """The mistake that leaves the least of c - o unexplained, if that is little enough."""
     error = rms(torch.nan_to_num(c - o, nan=1e30))
     left = {

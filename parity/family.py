@@ -104,12 +104,12 @@ def _vocabulary(model: bytes, shape: Shape) -> int:
 
 
 def _case(member: Member, checkpoint: Path, vocab_size: int, dtypes: Sequence[str]) -> Case:
-    common = {"checkpoint": str(checkpoint), "rope_positions": list(ROPE_POSITIONS), "weights": True}
+    case = Case(str(checkpoint), list(dtypes), rope_positions=list(ROPE_POSITIONS), weights=True, max_new_tokens=8)
     if member.tokenizer is not None:
-        texts = {"texts": list(BUILT_IN[:3]), "corpus": list(CORPUS), "dialogs": [list(d) for d in DIALOGS]}
-        return Case(**common, **texts, dtypes=["fp32"], record="logits", tokenizer=str(checkpoint / "tokenizer.model"))
+        case = replace(case, dtypes=["fp32"], record="logits", max_new_tokens=0, corpus=list(CORPUS))
+        texts, dialogs = list(BUILT_IN[:3]), [list(d) for d in DIALOGS]
+        return replace(case, tokenizer=str(checkpoint / "tokenizer.model"), texts=texts, dialogs=dialogs)
     tokens = seeded(vocab_size).tokens
     assert tokens is not None
     pool = (tokens[-1] + tokens[0]) * 3
-    prompts = [pool[i * 3 : i * 3 + n] for i, n in enumerate(member.lengths)]
-    return Case(**common, prompts=prompts, dtypes=list(dtypes), max_new_tokens=8)
+    return replace(case, prompts=[pool[i * 3 : i * 3 + n] for i, n in enumerate(member.lengths)])

@@ -194,7 +194,7 @@ class Nano:
         if name == "final_norm":
             return self.model.norm(*inputs.values())
         if name == "logits":
-            return F.linear(*inputs.values(), self.model.head()).float()
+            return F.linear(inputs["final_norm"], self.model.head()).float()
         layer = int(name.split(".")[1])
         if layer >= len(self.model.layers):
             raise NotImplementedError(f"there is no layer {layer}")

@@ -93,7 +93,8 @@ def _axes(order: list[str], x_of: dict[str, float], y_of: Any, top: float) -> li
 
 def _groups(order: list[str], x_of: dict[str, float]) -> list[str]:
     """A band and a name for each layer; few taps are named one by one."""
-    parts, groups = [], {}
+    parts: list[str] = []
+    groups: dict[str, list[float]] = {}
     for tap in order:
         groups.setdefault(tap.rpartition(".")[0] or tap, []).append(x_of[tap])
     half = (WIDTH - LEFT - RIGHT) / len(order) / 2

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from nanollama.model import KVCache, causal_mask, repeat_kv, rope_frequencies
+from nanollama.model import FeedForward, KVCache, TransformerBlock, causal_mask, repeat_kv, rope_frequencies
 from parity.candidates.mutants.edit import Edit, linears, norms, override
 from parity.candidates.nano import Nano
 
@@ -193,13 +193,13 @@ def with_ffn(forward: Callable[[Any, Tensor], Tensor]) -> Edit:
     return edit
 
 
-def fused_swiglu(ffn: nn.Module, x: Tensor) -> Tensor:
+def fused_swiglu(ffn: FeedForward, x: Tensor) -> Tensor:
     """silu and product in fp32, rounded once."""
     gate, up = ffn.w1(x), ffn.w3(x)
     return ffn.w2((F.silu(gate.float()) * up.float()).type_as(x))
 
 
-def sigmoid_swiglu(ffn: nn.Module, x: Tensor) -> Tensor:
+def sigmoid_swiglu(ffn: FeedForward, x: Tensor) -> Tensor:
     gate, up = ffn.w1(x), ffn.w3(x)
     return ffn.w2((gate.float() * torch.sigmoid(gate.float())).type_as(x) * up)
 
@@ -210,7 +210,7 @@ def fp32_residual(nano: Nano) -> None:
         override(block, "forward", _fp32_residual(block))
 
 
-def _fp32_residual(block: nn.Module) -> Callable[..., Tensor]:
+def _fp32_residual(block: TransformerBlock) -> Callable[..., Tensor]:
     def forward(x: Tensor, ctx: Any) -> Tensor:
         h = x.float() + block.attention(block.attention_norm(x), ctx).float()
         return (h + block.feed_forward(block.ffn_norm(h.type_as(x))).float()).type_as(x)

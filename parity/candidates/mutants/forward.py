@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanollama.model import ModelConfig, causal_mask, exact_attention, repeat_kv, rope_frequencies, rope_table
+from nanollama.model import (
+    ModelConfig,
+    TransformerBlock,
+    causal_mask,
+    exact_attention,
+    repeat_kv,
+    rope_frequencies,
+    rope_table,
+)
 from parity.candidates.mutants.edit import Edit, norms, override
 from parity.candidates.nano import Nano
 
@@ -69,7 +77,7 @@ def report_weights(nano: Nano, changed: dict[str, Tensor]) -> None:
         stored = nano.opened.weights.dtype
         for name, tensor in changed.items():
             data = tensor.to(stored).contiguous().view(-1).view(torch.uint8).numpy()
-            found[name] = {"shape": list(tensor.shape), "crc32": zlib.crc32(data)}
+            found[name] = {"shape": list(tensor.shape), "crc32": zlib.crc32(data.tobytes())}
         return found
 
     override(nano, "weights", weights)
@@ -136,7 +144,7 @@ def residual_after_norm(nano: Nano) -> None:
         override(block, "forward", _residual_after_norm(block))
 
 
-def _residual_after_norm(block: nn.Module) -> Callable[..., Tensor]:
+def _residual_after_norm(block: TransformerBlock) -> Callable[..., Tensor]:
     def forward(x: Tensor, ctx: Any) -> Tensor:
         h = x + block.attention(block.attention_norm(x), ctx)
         normed = block.ffn_norm(h)
