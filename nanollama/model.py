@@ -88,10 +88,17 @@ def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the feature pairs (2i, 2i+1) in fp32: x (B, T, heads, D); cos, sin (B or 1, T, D/2) -> like x."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, heads, D/2) each
+    """Rotate the feature pairs (2i, 2i+1) in fp32: x (B, T, heads, D); cos, sin (B or 1, T, D/2) -> like x.
+
+    As a complex product, which is what Meta does: written with real numbers it rounds otherwise at some head dims.
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, T, heads, D/2, 2)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # (B or 1, T, 1, D/2)
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)  # (B, T, heads, D/2, 2)
+    if torch.compiler.is_compiling():  # torch.compile has no complex kernels
+        even, odd = pairs.unbind(-1)  # (B, T, heads, D/2) each
+        rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)  # (B, T, heads, D/2, 2)
+    else:
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))  # (B, T, heads, D/2, 2)
     return rotated.flatten(-2).type_as(x)  # (B, T, heads, D)
 
 

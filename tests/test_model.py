@@ -125,6 +125,19 @@ def test_training_works_after_inference() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("head_dim", [2, 4, 8, 16, 32, 64, 128])
+def test_rotation_has_metas_bits_at_every_head_dim(head_dim: int) -> None:
+    from llama_models.llama3.model import apply_rotary_emb, precompute_freqs_cis
+
+    config = ModelConfig(head_dim, 1, 1, 1, 50, 24)
+    for length in (1, 7, 61, 257):
+        q, k = torch.randn(2, 1, length, 3, head_dim, generator=torch.Generator().manual_seed(length))
+        theirs = apply_rotary_emb(q, k, precompute_freqs_cis(head_dim, length, config.rope_theta))
+        cos, sin = (t.unsqueeze(0) for t in rope_table(config, torch.arange(length)))
+        assert torch.equal(model_module.apply_rope(q, cos, sin), theirs[0])
+        assert torch.equal(model_module.apply_rope(k, cos, sin), theirs[1])
+
+
 def test_scaling_changes_long_wavelengths_only() -> None:
     plain = ModelConfig(64, 1, 1, 1, 50, 24, head_dim=64)
     ratios = model_module.rope_frequencies(replace(plain, rope_scaling=RopeScaling())) / model_module.rope_frequencies(
