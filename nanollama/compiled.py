@@ -201,6 +201,8 @@ def compile_step(model: Transformer, rows: int = 1, *, say: Callable[[str], None
     if rows > ROWS[-1]:
         raise CompileError(f"{rows} rows decode together: compiled are up to {ROWS[-1]}, use --compile off")
     rows = next(size for size in ROWS if size >= rows)
+    for layer in model.layers:
+        layer_arguments(layer)  # what cannot be compiled is refused before the compiler has run for a minute
     (block, block_example, dynamic), (head, head_example, _) = sources(model, rows)
     paths = [package_path(block, block_example), package_path(head, head_example)]
     missing, start = sum(not path.exists() for path in paths), time.perf_counter()
