@@ -13,7 +13,7 @@ from parity.shapes import SHAPES
 from parity.synth import synthesise
 
 PORT = Path(__file__).parent / "ports" / "plain_port.py"
-SMALL = replace(SHAPES["tiny"], vocab_size=1024, n_layers=2)
+SMALL = replace(SHAPES["tiny"], vocab_size=1024, n_layers=2, n_heads=16, n_kv_heads=4)  # head_dim 8
 
 
 @pytest.fixture(scope="module")
