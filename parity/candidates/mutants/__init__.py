@@ -125,7 +125,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("torch's rms_norm", edited(benign.with_norm(benign.torch_norm))),
     Variant("norm by vector length and division", edited(benign.with_norm(benign.norm_by_length))),
     Variant("RoPE table by cos() and sin()", edited(with_table(benign.cos_sin_table))),
-    Variant("complex RoPE", patched({"apply_rope": benign.complex_rope})),
+    Variant("RoPE by real products", patched({"apply_rope": benign.real_rope})),
     Variant("half-split RoPE", patched({"apply_rope": benign.half_split_rope})),
     Variant("fused SwiGLU, rounded once", edited(benign.with_ffn(benign.fused_swiglu))),
     Variant("silu as x sigmoid(x)", edited(benign.with_ffn(benign.sigmoid_swiglu))),

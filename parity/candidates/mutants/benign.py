@@ -94,9 +94,10 @@ def cos_sin_table(cfg: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def complex_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * torch.complex(cos, sin).unsqueeze(2)).flatten(-2).type_as(x)
+def real_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
 
 
 def half_split_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
