@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parity.contract import Case
 from parity.metrics import Measured, OracleRows, TapError, compare, measure, noise, oracle_rows, ratio
-from parity.tolerances import DECIDED_MARGIN, LONG_SEQUENCE_TOKENS
+from parity.tolerances import AGREE, DECIDED_MARGIN, LONG_SEQUENCE_TOKENS
 from parity.trace import Trace
 
 
@@ -40,6 +40,7 @@ class Evidence:
     _measured: dict[tuple[int, str], Measured] = field(default_factory=dict)
     _oracle_rows: dict[str, list[OracleRows]] = field(default_factory=dict)
     _pairwise: dict[tuple[Pair, str], TapError] = field(default_factory=dict)
+    _noise: dict[tuple[str, str], Measured] = field(default_factory=dict)
     _extra: dict[tuple[str | None, str, str, int], TapError] = field(default_factory=dict)
 
     def prepare(self, workers: int, dtypes: list[str]) -> None:
@@ -99,7 +100,18 @@ class Evidence:
         return self._oracle_rows[folder]
 
     def reference(self, pair: Pair) -> Measured:
-        return self.measured(self.references[pair.reference], pair.dtype)
+        """What counts as rounding: at each position, the largest error that any reference makes there.
+
+        At an ill-conditioned position an error's size is a matter of luck; each reference is one more throw. A
+        reference that strays from the pair's own by more than the gates allow has no say.
+        """
+        key = (pair.reference, pair.dtype)
+        if key not in self._noise:
+            own = self.measured(self.references[pair.reference], pair.dtype)
+            others = [self.measured(t, pair.dtype) for n, t in self.references.items() if n != pair.reference]
+            self._noise[key] = replace(own, taps={t: envelope(e, [o.taps[t] for o in others if t in o.taps])
+                                                  for t, e in own.taps.items()})  # fmt: skip
+        return self._noise[key]
 
     def candidate(self, pair: Pair) -> Measured:
         return self.measured(self.candidates[pair.path], pair.dtype)
@@ -135,6 +147,17 @@ class Evidence:
         whole = self.reference(pair).taps["logits"]
         part = TapError([whole.error[sequence][positions]], [whole.expected[sequence][positions]], width=whole.width)
         return noise(part, pair.dtype)
+
+
+def envelope(own: TapError, others: list[TapError]) -> TapError:
+    """The errors of `own`, raised at each position to the largest of those that agree with it."""
+    for other in others:
+        close = other.rms() <= AGREE * own.rms() and own.rms() <= AGREE * other.rms()
+        if close and len(other.error) == len(own.error):
+            error = [torch.maximum(a, b) for a, b in zip(own.error, other.error, strict=True)]
+            worst = [torch.maximum(a, b) for a, b in zip(own.worst, other.worst, strict=True)]
+            own = replace(own, error=error, worst=worst)
+    return own
 
 
 def worst_ratio(error: TapError, reference: TapError, dtype: str) -> tuple[float, int | None]:

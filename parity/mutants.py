@@ -29,6 +29,7 @@ from parity.cli import Parser
 from parity.contract import Result, Status, UsageError
 from parity.evidence import Evidence
 from parity.localise import first_divergence
+from parity.prompts import warn
 from parity.record import record, record_identity
 from parity.report import summary
 from parity.runner import Clock, cores, workspace
@@ -38,6 +39,8 @@ from parity.trace import Trace, TraceWriter
 # The order of diagnosis: what a forward pass is made of before the pass, and the greedy text, which follows from
 # everything else, last. The first check of this order that fails is the one that kills.
 ORDER = (*(name for name in CHECKS if name != "greedy"), "greedy")
+# Not a bug of any model, so no candidate: the prompts' lint has to remark it.
+LINT = {"number": "35", "what": "a prompt that ends in a space", "noticed": bool(warn(1, "Simply put, "))}
 GATES = ("G0", "G1", "G2", "G3", "G4", "G5", "G6", "G7")
 
 
@@ -150,7 +153,7 @@ def run_all(folder: Path, chosen: list[int], variants: list[int], progress: bool
             future.result()
     found = [describe(MUTANTS[i], future.result()) for i, future in zip(chosen, rows, strict=True)]
     good = [describe_variant(i, *future.result()) for i, future in zip(variants, benign, strict=True)]
-    faults = [{"number": f.number, "what": f.what, "noticed": noticed(f)} for f in FAULTS] if variants else []
+    faults = [LINT, *({"number": f.number, "what": f.what, "noticed": noticed(f)} for f in FAULTS)] if variants else []
     own = problems()
     return {
         "schema": "nanollama.mutants/1",

@@ -28,8 +28,8 @@ def summary_line(report: dict[str, Any]) -> str:
     return (
         f"{report['killed']} of {n} mutants killed, {report['right_check']} by the check named for them, "
         f"{report['localised']} found at the tap named for them; {report['false_alarms']} false alarms in "
-        f"{good} benign variants; {report['faults_noticed']} of {len(report['harness'])} faults in the harness "
-        f"noticed; {report['seconds']:.0f} s"
+        f"{good} benign variants; {report['faults_noticed']} of {len(report['harness'])} faults planted in "
+        f"the harness and its input noticed; {report['seconds']:.0f} s"
     )
 
 
@@ -96,9 +96,9 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         *_grid(("#", "probable cause"), _with_cause(report), lambda m: [m["number"], m["cause"]]),
         "",
-        "## The checker itself",
+        "## The checker itself, and the lint of prompts",
         "",
-        *_grid(("#", "fault planted in the harness", "noticed by its self-test"), report["harness"],
+        *_grid(("#", "fault", "noticed"), report["harness"],
                lambda f: [f["number"], f["what"], "yes" if f["noticed"] else "**no**"]),
         "",
         "## Benign variants",

@@ -255,20 +255,23 @@ def in_two_chunks(nano: Nano) -> None:
 
 
 def compiled_blocks(nano: Nano) -> None:
-    """Each block's norms and feed-forward through torch.compile."""
-    compiled = torch.compile(lambda ffn, x: ffn.w2(F.silu(ffn.w1(x)) * ffn.w3(x)), dynamic=True)
-    with_norm(torch.compile(norm_in_fp32, dynamic=True))(nano)
+    """Each block's norms and feed-forward through torch.compile, in passes over more than one token."""
+    swiglu = torch.compile(lambda ffn, x: ffn.w2(F.silu(ffn.w1(x)) * ffn.w3(x)), dynamic=True)
+    norm_of = torch.compile(norm_in_fp32, dynamic=True)
     true = nano.model.forward
 
     def forward(tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        for block in nano.model.layers:
-            ffn = block.feed_forward
-            override(ffn, "forward", lambda x, ffn=ffn: compiled(ffn, x))
+        if tokens.shape[1] == 1:
+            return true(tokens, *args, **kwargs)
+        modules: list[tuple[Any, Any]] = [(norm, norm_of) for norm in norms(nano)]
+        modules += [(block.feed_forward, swiglu) for block in nano.model.layers]
+        for module, function in modules:
+            override(module, "forward", lambda x, m=module, f=function: f(m, x))
         try:
             return true(tokens, *args, **kwargs)
         finally:
-            for block in nano.model.layers:
-                del block.feed_forward.forward
+            for module, _ in modules:
+                del module.forward
 
     override(nano.model, "forward", forward)
 
