@@ -60,7 +60,7 @@ class TapError:
             difference = a[block].double() - wanted
             error[block] = torch.linalg.vecdot(difference, difference)
             square[block] = torch.linalg.vecdot(wanted, wanted)
-            worst[block] = torch.linalg.vector_norm(difference, torch.inf, dim=1)
+            worst[block] = difference.abs().amax(1)  # 8 times the speed of vector_norm's
         self.error.append(error)
         self.expected.append(square)
         self.worst.append(worst)

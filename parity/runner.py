@@ -92,7 +92,7 @@ class Runner:
             ev: Evidence | None = None
             for dtypes in rounds:
                 ev = self._references(dtypes, ev)
-                self._candidates(dtypes, ev, paths)
+                self._candidates(dtypes, ev, paths, dtypes is rounds[0])
         finally:
             self.bar.close()
         assert ev is not None
@@ -132,10 +132,10 @@ class Runner:
                 ev.forced = {name: cut(ev.references[name], case.dtypes, forced / name) for name in self.references}
         return ev
 
-    def _candidates(self, dtypes: list[str], ev: Evidence, paths: list[str | None]) -> None:
+    def _candidates(self, dtypes: list[str], ev: Evidence, paths: list[str | None], first_round: bool) -> None:
         """Run the candidate's paths, measure them; of large checkpoints, drop each trace before the next is made."""
         for group in [[path] for path in paths] if self.large else [paths]:
-            jobs = {path: self._candidate_job(path, ev, dtypes) for path in group}
+            jobs = {path: self._candidate_job(path, ev, dtypes, first_round and path == paths[0]) for path in group}
             traces = self._run(list(jobs.values()))
             ev.candidates |= {path: traces[job.label] for path, job in jobs.items() if job.label in traces}
             ev.prepare(cores(), dtypes)
@@ -164,14 +164,16 @@ class Runner:
         out = self.folder / label
         return Job(label, module, ("--case", str(file), "--out", str(out)), out)
 
-    def _candidate_job(self, path: str | None, ev: Evidence, dtypes: list[str]) -> Job:
+    def _candidate_job(self, path: str | None, ev: Evidence, dtypes: list[str], first: bool) -> Job:
+        """`first`: who the candidate is (config, weights, token ids) is asked of one path, once."""
         label = f"candidate {path or ''}".strip()
         case = replace(ev.case, dtypes=dtypes)
-        if ev.candidates:  # who it is was asked of the first path in the first round
+        if not first:
             case = replace(case, **NO_IDENTITY)
         if self.own_files is not None:
             case = replace(case, checkpoint=self.own_files[0], tokenizer=self.own_files[1])
-        file, out = case.write(self.folder / "candidate.json"), self.folder / label.replace(" ", "-")
+        out = self.folder / label.replace(" ", "-")
+        file = case.write(self.folder / f"{out.name}.json")
         forced = [str(trace.folder) for trace in ev.forced.values()]
         return Job(label, "parity.candidates", (self.candidate, path or "-", str(file), str(out), *forced), out)
 

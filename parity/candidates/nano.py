@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -295,10 +296,15 @@ class Nano:
         return chat_module.encode_chat(dialog, tokenizer, add_generation_prompt=True).ids
 
     def _tokenizer(self) -> Any:
-        from nanollama.tokenizer import open_tokenizer
-
         assert self.tokenizer is not None
-        return open_tokenizer(self.tokenizer)
+        return opened_tokenizer(self.tokenizer)
+
+
+@cache
+def opened_tokenizer(path: Path) -> Any:
+    from nanollama.tokenizer import open_tokenizer
+
+    return open_tokenizer(path)
 
 
 def longer(cache: KVCache, cfg: ModelConfig) -> KVCache:
