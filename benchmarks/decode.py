@@ -86,7 +86,9 @@ def compare(names: list[str], shape: str, threads: int, tokens: int, rounds: int
             bandwidth.append(pools["memory"].submit(read_bandwidth).result())
             for name in names:
                 speeds[name].append(pools[name].submit(decode_speed, name, shape, str(folder), tokens).result())
-            print(f"round {i + 1} of {rounds}: memory {bandwidth[-1] / 1e9:.1f} GB/s", file=sys.stderr, flush=True)
+            latest = ", ".join(f"{name} {found[-1]:.1f}" for name, found in speeds.items())
+            line = f"round {i + 1} of {rounds}: memory {bandwidth[-1] / 1e9:.1f} GB/s; tok/s: {latest}"
+            print(line, file=sys.stderr, flush=True)
         peaks = {name: pools[name].submit(peak_bytes).result() for name in names}
     finally:
         for pool in pools.values():
