@@ -254,7 +254,10 @@ class Transformer(nn.Module):
         if attention not in ATTENTION:
             raise ValueError(f"attention {attention!r} is unknown: expected one of {', '.join(ATTENTION)}")
         self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        # Its own normal_() would import torch's compiler under torch.device("meta"): 3 seconds of every start.
+        self.tok_embeddings = nn.Embedding(
+            config.vocab_size, config.dim, _weight=torch.randn(config.vocab_size, config.dim)
+        )
         self.layers = nn.ModuleList(TransformerBlock(config, i, attention) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)

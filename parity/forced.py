@@ -14,7 +14,7 @@ from torch import Tensor
 from parity.contract import tap_names
 from parity.trace import Trace, TraceWriter, by_part
 
-CUT_LOGITS = 1 << 23  # numbers: a sequence is cut to so many logits, 65 positions of a Llama 3 vocabulary
+CUT_LOGITS = 1 << 22  # numbers: a sequence is cut to so many logits, 32 positions of a Llama 3 vocabulary
 CUT_TOKENS = 32  # but to no fewer: 4000 numbers a tap on the smallest shapes, enough for a stable ratio
 
 # Operation -> the taps it is given; "in" is the residual stream before the block.

@@ -22,6 +22,15 @@ def blocks(rows: int, width: int) -> list[slice]:
     return [slice(i, min(rows, i + step)) for i in range(0, rows, step)]
 
 
+def unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The index of element `flat` of a tensor of this shape."""
+    index: list[int] = []
+    for size in reversed(shape):
+        flat, i = divmod(flat, size)
+        index.insert(0, i)
+    return tuple(index)
+
+
 @dataclass
 class Place:
     """Where an error is largest, with both values."""
@@ -73,7 +82,7 @@ class TapError:
             row = int(sizes.argmax())
             difference = (actual[row].double() - expected[row].double()).abs()
             flat = torch.nan_to_num(difference, nan=torch.inf).argmax()
-            index = tuple(int(i) for i in torch.unravel_index(flat, difference.shape))
+            index = unravel(int(flat), difference.shape)
             self.largest = float(sizes.max())
             self.place = Place(sequence, (row, *index), float(actual[row][index]), float(expected[row][index]))
 

@@ -1,5 +1,6 @@
 """Run an implementation in a process of its own: progress from its stdout, its peak memory, its errors as one line."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -36,6 +37,12 @@ class Process:
     def __post_init__(self) -> None:
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
+
+    def feed(self, text: str) -> None:
+        """What the process waits for on its standard input. One that has ended already tells why in `finish`."""
+        assert self.popen.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self.popen.stdin as pipe:
+            pipe.write(text)
 
     def _read(self) -> None:
         assert self.popen.stdout is not None
@@ -81,9 +88,17 @@ def anonymous_bytes(pid: int) -> int:
 
 @contextmanager
 def started(
-    label: str, module: str, arguments: list[str], log: Path, on_progress: Callable[[str, str, float], None]
+    label: str,
+    module: str,
+    arguments: list[str],
+    log: Path,
+    on_progress: Callable[[str, str, float], None],
+    fed: bool = False,
 ) -> Iterator[Process]:
-    """`python -m module arguments`; killed when the block is left early, so that Ctrl-C leaves nothing behind."""
+    """`python -m module arguments`; killed when the block is left early, so that Ctrl-C leaves nothing behind.
+
+    fed: it reads standard input, see `Process.feed`.
+    """
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     quiet = {"PYTHONPATH": path, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -92,7 +107,7 @@ def started(
             [sys.executable, "-m", module, *arguments],
             stdout=subprocess.PIPE,
             stderr=stderr,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if fed else subprocess.DEVNULL,
             text=True,
             env=os.environ | quiet,
         )

@@ -19,7 +19,7 @@ from parity.trace import Trace, TraceWriter, by_part
 Progress = Callable[[str, float], None]
 CHUNKS = 8  # of a chunked prefill; their size is made odd, so that they never line up with a block size
 DOCUMENTS = 3
-EXTRA_ROWS = 64
+EXTRA_ROWS, EXTRA_LOGITS = 64, 1 << 22  # of each other way to run a sequence, at most: positions, numbers
 
 
 @dataclass
@@ -102,8 +102,9 @@ class Recorder:
         return found
 
     def _keep(self, kind: str, sequence: int, positions: list[int], logits: Tensor) -> dict[str, Tensor]:
-        """Logits (N, V) of another way to run a sequence, at no more than EXTRA_ROWS of its positions."""
-        rows = torch.linspace(0, len(positions) - 1, min(EXTRA_ROWS, len(positions))).int().tolist()
+        """Logits (N, V) of another way to run a sequence: EXTRA_ROWS spread over its positions, fewer for EXTRA_LOGITS."""
+        n = min(EXTRA_ROWS, len(positions), max(16, EXTRA_LOGITS // logits.shape[-1]))
+        rows = torch.linspace(0, len(positions) - 1, n).int().tolist()
         positions, logits = [positions[row] for row in rows], logits[rows]
         self.out.extra.setdefault(kind, {})[str(sequence)] = positions
         return {f"{sequence}/logits@{kind}": logits.cpu()}
@@ -230,6 +231,8 @@ class Recorder:
 
 def largest(a: Tensor, b: Tensor) -> float:
     """Largest |a - b| as a float; NaN where either holds one, which no bound lets pass."""
+    if torch.equal(a, b):
+        return 0.0
     return float((a.double() - b.double()).abs().max())
 
 

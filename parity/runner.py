@@ -78,6 +78,7 @@ class Runner:
     notices: list[str] = field(default_factory=list)
     crashes: list[str] = field(default_factory=list)  # of the candidate: a result, not the end of the run
     traces: dict[str, Trace] = field(default_factory=dict)  # by job label
+    ahead: dict[str, Process] = field(default_factory=dict)  # started, waiting for their case; by job label
     # Checkpoint and tokenizer as the candidate opens them, where the references need them in another form.
     own_files: tuple[str, str | None] | None = None
 
@@ -110,6 +111,13 @@ class Runner:
 
     def _references(self, dtypes: list[str], ev: Evidence | None) -> Evidence:
         """Run both references and the oracle at these dtypes; in later rounds, on the first round's token ids."""
+        with ExitStack() as stack:
+            if not self.large:  # the others' imports take seconds: let them begin while the first one runs
+                jobs = [self._job(f"reference.{name}", name) for name in self.references[1:]]
+                self.ahead = {job.label: self._start(stack, job) for job in jobs}
+            return self._run_references(dtypes, ev)
+
+    def _run_references(self, dtypes: list[str], ev: Evidence | None) -> Evidence:
         if ev is None:
             name = self.references[0]
             first = self._run([self._job(f"reference.{name}", name, replace(self.case, dtypes=dtypes))])
@@ -159,10 +167,11 @@ class Runner:
         traces = self._run(jobs)
         ev.ops = {name: traces[f"oracle-ops-{name}"] for name in ev.forced}
 
-    def _job(self, module: str, label: str, case: Case) -> Job:
-        file = case.write(self.folder / f"{label}.json", *CANDIDATE_KEYS)
+    def _job(self, module: str, label: str, case: Case | None = None) -> Job:
+        """Without a case, the process waits for it on standard input."""
+        file = "-" if case is None else str(case.write(self.folder / f"{label}.json", *CANDIDATE_KEYS))
         out = self.folder / label
-        return Job(label, module, ("--case", str(file), "--out", str(out)), out)
+        return Job(label, module, ("--case", file, "--out", str(out)), out)
 
     def _candidate_job(self, path: str | None, ev: Evidence, dtypes: list[str], first: bool) -> Job:
         """`first`: who the candidate is (config, weights, token ids) is asked of one path, once."""
@@ -185,7 +194,7 @@ class Runner:
             running: list[Process] = []
             while waiting or running:
                 while waiting and len(running) < at_once:
-                    running.append(self._start(stack, waiting.pop()))
+                    running.append(self._begin(stack, waiting.pop()))
                 ended = wait_any(running)
                 running.remove(ended)
                 self.peak_bytes = max(self.peak_bytes, ended.peak_bytes)
@@ -208,9 +217,15 @@ class Runner:
                 known.meta[key] = known.meta.get(key, {}) | trace.meta.get(key, {})
         return known
 
+    def _begin(self, stack: ExitStack, job: Job) -> Process:
+        if (process := self.ahead.pop(job.label, None)) is None:
+            return self._start(stack, job)
+        process.feed((self.folder / f"{job.label}.json").read_text())
+        return process
+
     def _start(self, stack: ExitStack, job: Job) -> Process:
-        log = self.folder / f"{job.label.replace(' ', '-')}.log"
-        return stack.enter_context(started(job.label, job.module, list(job.arguments), log, self.bar))
+        log, fed = self.folder / f"{job.label.replace(' ', '-')}.log", "-" in job.arguments[:2]
+        return stack.enter_context(started(job.label, job.module, list(job.arguments), log, self.bar, fed))
 
 
 def drop(folder: Path, dtypes: list[str]) -> None:
@@ -253,7 +268,7 @@ def embedded_default() -> Path:
     from parity.shapes import SHAPES
     from parity.synth import synthesise
 
-    folder = cache_folder() / "tiny-v2"
+    folder = cache_folder() / "tiny-v3"
     if not (folder / "SHA256SUMS").is_file():
         try:
             synthesise(SHAPES["tiny"], folder)

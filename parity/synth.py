@@ -41,7 +41,7 @@ MAX_SHARD_BYTES = 5 * 10**9  # of a safetensors file, as the hub's uploads have
 # - the head's rows have log-normal lengths and the blocks' outputs are halved, so that the best token stands clear of
 #   the second at more than half of the positions in bf16.
 SMALL_ROWS = 4
-HEAD_SPREAD = 0.75
+HEAD_SPREAD = 1.0
 GAINS = {"wq.weight": 2.0, "wk.weight": 2.0, "wo.weight": 0.5, "w2.weight": 0.5}
 
 

@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser(program: str, description: str) -> Parser:
     result = Parser(prog=f"python -m {program}", description=description, allow_abbrev=False)
-    result.add_argument("--case", type=Path, help="JSON file that says what to run and record")
+    result.add_argument("--case", type=Path, help="JSON file that says what to run and record; - for standard input")
     result.add_argument("--out", type=Path, help="folder for the trace")
     result.add_argument("--ckpt", type=Path, help="Meta or Hugging Face checkpoint folder")
     result.add_argument("--tokenizer", help="tokenizer file, where the checkpoint has none")

@@ -103,12 +103,17 @@ def start_model_parallel() -> None:
 
 @contextlib.contextmanager
 def without_memory() -> Iterator[None]:
-    """Build Meta's modules on the meta device. fairscale allocates with torch.Tensor(...), which no device governs."""
+    """Build Meta's modules on the meta device. fairscale allocates with torch.Tensor(...), which no device governs.
+
+    The RoPE table is left out: it is computed on a real device afterwards (on the meta device, that imports torch's
+    compiler for seconds).
+    """
 
     def parameter(data: Tensor) -> nn.Parameter:
         return nn.Parameter(data.to("meta"), requires_grad=False)
 
-    with torch.device("meta"), replaced(fs_layers, "Parameter", parameter):
+    no_table = replaced(meta_model, "precompute_freqs_cis", lambda *_: None)
+    with torch.device("meta"), replaced(fs_layers, "Parameter", parameter), no_table:
         yield
 
 

@@ -11,6 +11,7 @@ dtype. Part files are mapped and written in place, so that a trace larger than m
 import json
 import os
 import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -53,8 +54,8 @@ class Case:
 
 
 def read_case(path: Path) -> Case:
-    """Raises Unusable with the key that is wrong."""
-    values = read_json(path)
+    """Raises Unusable with the key that is wrong. "-" waits for the case on standard input."""
+    values = json.load(sys.stdin) if str(path) == "-" else read_json(path)
     if values.pop("schema", None) != CASE_SCHEMA:
         raise Unusable(f'{path}: is not a case; its "schema" should be "{CASE_SCHEMA}"')
     known = {field.name for field in fields(Case)}

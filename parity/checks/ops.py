@@ -61,7 +61,7 @@ def _measure(mine: Trace, theirs: Trace, oracle: Trace, dtype: str) -> OpErrors:
 
 
 def differing(c: Tensor, r: Tensor) -> int:
-    return int((c.double() != r.double()).sum())
+    return int((c != r).sum())
 
 
 def ops(ev: Evidence) -> Iterator[Result]:
