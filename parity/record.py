@@ -102,7 +102,7 @@ class Recorder:
         return found
 
     def _keep(self, kind: str, sequence: int, positions: list[int], logits: Tensor) -> dict[str, Tensor]:
-        """Logits (N, V) of another way to run a sequence: EXTRA_ROWS spread over its positions, fewer for EXTRA_LOGITS."""
+        """Logits (N, V) of another way to run a sequence: EXTRA_ROWS of its positions, fewer for EXTRA_LOGITS."""
         n = min(EXTRA_ROWS, len(positions), max(16, EXTRA_LOGITS // logits.shape[-1]))
         rows = torch.linspace(0, len(positions) - 1, n).int().tolist()
         positions, logits = [positions[row] for row in rows], logits[rows]
