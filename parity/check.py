@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from parity.candidates.describe import Description
 
 REFERENCES = ("meta", "hf")
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # org/name; a path that starts with a dot is none
 # Of each sequence of a large checkpoint, taps are kept at this many positions; logits at all.
 LARGE_POSITIONS = 16
 
@@ -32,7 +34,7 @@ LARGE_POSITIONS = 16
 def build_parser() -> Parser:
     parser = Parser("python -m parity.check", __doc__)
     add = parser.add_argument
-    add("--ckpt", metavar="PATH", help="Meta or HF folder, .gguf, .bin (default: the embedded tiny one)")
+    add("--ckpt", metavar="PATH", help="Meta or HF folder, .gguf, .bin, hub id (default: the embedded tiny one)")
     add("--tokenizer", metavar="FILE", help="a tokenizer file, where the checkpoint has none")
     add("--candidate", default="nanollama", metavar="NAME", help="nanollama, module:attr or file.py:attr")
     add("--references", default="meta,hf", metavar="LIST", help="comma list of meta, hf (default: both)")
@@ -70,9 +72,9 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.max_new_tokens < 0:
         raise UsageError(f"--max_new_tokens {args.max_new_tokens}: expected 0 or more")
-    if args.ckpt is not None and not Path(args.ckpt).exists():
+    if args.ckpt is not None and not Path(args.ckpt).exists() and not re.fullmatch(HUB_ID, args.ckpt):
         raise UsageError(
-            f"--ckpt {args.ckpt}: no such file or folder; give a Meta or Hugging Face folder, a .gguf or a .bin"
+            f"--ckpt {args.ckpt}: no such file or folder; give a Meta or Hugging Face folder, a .gguf, a .bin or a hub id"
         )
     if args.tokenizer is not None and not Path(args.tokenizer).is_file():
         raise UsageError(f"--tokenizer {args.tokenizer}: no such file")

@@ -37,9 +37,8 @@ def can(candidate: object, method: str) -> bool:
     return callable(getattr(candidate, method, None))
 
 
-def call(function: Callable[..., Any], *args: Tensor) -> Tensor:
-    """Logits of a candidate's call; an output object with a `logits` field, as transformers returns, will do."""
-    out = function(*args)
+def logits_of(out: Any) -> Tensor:
+    """Logits that a candidate returned; an output object with a `logits` field, as transformers returns, will do."""
     logits = getattr(out, "logits", out)
     if not isinstance(logits, Tensor):
         raise TypeError(f"the candidate returned {type(out).__name__}: expected a Tensor of logits (B, T, V)")
@@ -58,11 +57,8 @@ class Recorder:
         self.out = Recording()
 
     def run(self) -> Recording:
-        started = time.perf_counter()
         with torch.no_grad():
-            tensors = self._forward()
-            self.out.seconds = time.perf_counter() - started
-            tensors |= self._extras()
+            tensors = self._forward() | self._extras()
         for part, content in by_part(tensors):
             self.writer.part(self.dtype, part, content)
         return self.out
@@ -70,13 +66,23 @@ class Recorder:
     def _tokens(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], dtype=torch.long, device=self.case.device)
 
+    def _timed(self, function: Callable[..., Any], *args: Tensor) -> Any:
+        """A call of the candidate, counted as time in its forward passes."""
+        started = time.perf_counter()
+        out = function(*args)
+        self.out.seconds += time.perf_counter() - started
+        return out
+
+    def _call(self, function: Callable[..., Any], *args: Tensor) -> Tensor:
+        return logits_of(self._timed(function, *args))
+
     def _forward(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for i, ids in enumerate(self.sequences):
             tokens = self._tokens(ids)
-            found[f"{i}/logits"] = self._checked(call(self.candidate, tokens), (1, len(ids)))[0].cpu()
+            found[f"{i}/logits"] = self._checked(self._call(self.candidate, tokens), (1, len(ids)))[0].cpu()
             if can(self.candidate, "taps") and self.case.record == "taps":
-                for name, tensor in self.candidate.taps(tokens).items():
+                for name, tensor in self._timed(self.candidate.taps, tokens).items():
                     if name != "logits":
                         found[f"{i}/{name}"] = self._chosen(i, tensor.detach()[0]).cpu()
             self.progress(f"{self.dtype} forward", (i + 1) / len(self.sequences))
@@ -111,7 +117,7 @@ class Recorder:
 
     def _rerun(self, chosen: list[int]) -> dict[str, Tensor]:
         tokens = self._tokens(self.sequences[chosen[0]])
-        first, second = call(self.candidate, tokens), call(self.candidate, tokens)
+        first, second = self._call(self.candidate, tokens), self._call(self.candidate, tokens)
         self.out.same["rerun"] = largest(first, second)
         return {}
 
@@ -123,7 +129,7 @@ class Recorder:
             self.out.uncovered["batch"] = "one sequence makes no batch"
             return {}
         tokens = torch.tensor([self.sequences[i][:length] for i in rows], device=self.case.device)
-        logits = self._checked(call(self.candidate, tokens), (len(rows), length))
+        logits = self._checked(self._call(self.candidate, tokens), (len(rows), length))
         found: dict[str, Tensor] = {}
         for row, i in enumerate(rows):
             found |= self._keep("batch", i, list(range(length)), logits[row])
@@ -165,7 +171,7 @@ class Recorder:
         for begin in (0, *range(start, len(ids), chunk)):
             end = start if begin == 0 else min(begin + chunk, len(ids))
             step = self.candidate.prefill if begin == 0 else self.candidate.decode
-            logits = call(step, self._tokens(ids[begin:end]))
+            logits = self._call(step, self._tokens(ids[begin:end]))
             logits = (logits if logits.dim() == 3 else logits.unsqueeze(1))[0]  # (n or 1, V)
             positions += range(end - logits.shape[0], end)
             rows.append(logits)
@@ -182,10 +188,10 @@ class Recorder:
         documents = sorted(range(len(self.sequences)), key=lambda i: len(self.sequences[i]))[:DOCUMENTS]
         tokens = self._tokens([t for i in documents for t in self.sequences[i]])
         doc_ids = self._tokens([n for n, i in enumerate(documents) for _ in self.sequences[i]])
-        logits = call(self.candidate.packed, tokens, doc_ids)[0]
+        logits = self._call(self.candidate.packed, tokens, doc_ids)[0]
         changed, first = tokens.clone(), len(self.sequences[documents[0]])
         changed[:, :first] = changed[:, :first].flip(1)
-        perturbed = call(self.candidate.packed, changed, doc_ids)[0]
+        perturbed = self._call(self.candidate.packed, changed, doc_ids)[0]
         self.out.same["another document changed"] = largest(logits[first:], perturbed[first:])
         found: dict[str, Tensor] = {}
         start = 0
@@ -201,7 +207,7 @@ class Recorder:
             return {}
         ids = self.sequences[chosen[0]]
         try:
-            logits = self._checked(call(self.candidate.compiled, self._tokens(ids)), (1, len(ids)))
+            logits = self._checked(self._call(self.candidate.compiled, self._tokens(ids)), (1, len(ids)))
         except NotImplementedError as error:
             self.out.uncovered["compiled"] = str(error)
             return {}
@@ -220,11 +226,11 @@ class Recorder:
         new: list[int] = []
         while len(new) < n:
             if not cached:
-                logits = call(self.candidate, self._tokens(prompt + new))
+                logits = self._call(self.candidate, self._tokens(prompt + new))
             elif not new:
-                logits = call(self.candidate.prefill, self._tokens(prompt))
+                logits = self._call(self.candidate.prefill, self._tokens(prompt))
             else:
-                logits = call(self.candidate.decode, self._tokens(new[-1:]))
+                logits = self._call(self.candidate.decode, self._tokens(new[-1:]))
             new.append(int(logits.flatten(0, -2)[-1].argmax()))
         return new
 

@@ -1,6 +1,7 @@
 """parity.check through its command line: right ports pass, wrong ones are named, bad input is one line."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,6 +104,7 @@ BAD_INPUT = [
     (["--checks", "logit"], "logit"),
     (["--references", "jax"], "jax"),
     (["--ckpt", "/nowhere/at/all"], "/nowhere/at/all"),
+    (["--ckpt", "no-such-org/no-such-model"], "no-such-org/no-such-model"),
     (["--candidate", "nowhere.py:load"], "nowhere.py"),
     (["--candidate", "torch:no_such_name"], "no_such_name"),
     (["--prompts", "/nowhere.txt"], "/nowhere.txt"),
@@ -124,6 +126,20 @@ def test_bad_usage_is_one_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert code == 2
     assert error.startswith("error: ") and error.count("\n") == 1 and named in error
+
+
+def test_a_hub_id_is_found_in_the_hubs_own_cache(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    model = tmp_path / "hub" / "models--org--tiny"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(checkpoints["hf"], model / "snapshots" / ("0" * 40))
+    arguments = ("--ckpt", "org/tiny", "--dtype", "fp32", "--references", "hf", "--checks", "config,logits")
+    code, report = run(tmp_path, *arguments, "--max_new_tokens", "2")
+    assert code == 0, report["why"]
+    assert report["checkpoint"]["path"] == "org/tiny" and report["checkpoint"]["format"] == "hf"
 
 
 def test_damaged_checkpoints_are_refused(
