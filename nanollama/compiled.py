@@ -39,8 +39,12 @@ LINEARS = (
     *("attention.wq", "attention.wk", "attention.wv", "attention.wo"),
     *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
 )
-# A product and its sum as one instruction, as in the libraries' own matrix products.
-OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}
+OPTIONS: dict[str, Any] = {
+    # A product and its sum as one instruction, as in the libraries' own matrix products.
+    "cpp.enable_floating_point_contract_flag": "fast",
+    # What several products read is computed once and stored, not anew in the inner loop of each.
+    "realize_reads_threshold": 0,
+}
 
 
 class CompileError(ValueError):
@@ -71,7 +75,9 @@ def matvec(x: Tensor, operands: Sequence[Tensor]) -> Tensor:
     """
     halves = 1 if operands[0].dtype == torch.uint8 else 2
     parts = list(zip(*(tensor.chunk(halves) for tensor in operands), strict=True))
-    return torch.stack([torch.cat([dot(row, *part) for part in parts]) for row in x.unbind()]).to(x.dtype)
+    # Beside integers, a vector of bf16 would take the compiler's slow conversions for both: fp32 is loaded instead.
+    rows = (x if len(operands) == 1 else x.float()).unbind()
+    return torch.stack([torch.cat([dot(row, *part) for part in parts]) for row in rows]).to(x.dtype)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
