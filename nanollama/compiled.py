@@ -34,7 +34,7 @@ Step = Callable[[Tensor, Tensor, KVCache], Tensor]  # ids (B,), positions (B,), 
 Loaded = Callable[[list[Tensor]], list[Tensor]]
 ROWS = (1, 2, 4, 8)  # batch sizes that are compiled; others are filled up to the next
 COMPILATION_S = 30.0  # what `worth_compiling` counts with
-SLOTS = 256  # the cache is read in multiples of this
+SLOTS = 64  # the cache is read in multiples of this
 LINEARS = (
     *("attention.wq", "attention.wk", "attention.wv", "attention.wo"),
     *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
