@@ -93,18 +93,17 @@ def compare(names: list[str], shape: str, threads: int, tokens: int, rounds: int
     finally:
         for pool in pools.values():
             pool.shutdown()
-    limit = statistics.median(bandwidth)
-    found = {name: figures(speeds[name], weights[name], limit) | {"peak_bytes": peaks[name]} for name in names}
+    found = {name: figures(speeds[name], weights[name], bandwidth) | {"peak_bytes": peaks[name]} for name in names}
     return {
         "schema": "nanollama.decode/1",
         "shape": shape,
         "threads": threads,
         "tokens": tokens,
         "rounds": rounds,
-        "read_bytes_per_s": limit,
+        "read_bytes_per_s": statistics.median(bandwidth),
         "read_bytes_per_s_rounds": bandwidth,
         "engines": found,
-        "ratios": ratios({name: figure["tokens_per_s"] for name, figure in found.items()}),
+        "ratios": ratios(speeds),
         "environment": environment(),
     }
 
@@ -122,17 +121,18 @@ def start_process(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def figures(speeds: list[float], weight_bytes: int, limit: float) -> dict[str, Any]:
-    median = statistics.median(speeds)
+def figures(speeds: list[float], weight_bytes: int, limit: list[float]) -> dict[str, Any]:
+    """limit: bytes a second that memory read in each round. Shares are medians of the rounds' own."""
     return {
-        "tokens_per_s": median,
+        "tokens_per_s": statistics.median(speeds),
         "tokens_per_s_rounds": speeds,
         "weight_bytes": weight_bytes,
-        "share_of_limit": median * weight_bytes / limit,
+        "share_of_limit": statistics.median(s * weight_bytes / b for s, b in zip(speeds, limit, strict=True)),
     }
 
 
-def ratios(speed: dict[str, float]) -> dict[str, float]:
+def ratios(speeds: dict[str, list[float]]) -> dict[str, float]:
+    """Medians of the rounds' own ratios: a machine that changes its pace between rounds leaves them as they are."""
     pairs = [
         (f"nanollama {kind}", f"{other} {kind}")
         for other in ("transformers", "gpt-fast-style")
@@ -141,7 +141,8 @@ def ratios(speed: dict[str, float]) -> dict[str, float]:
     pairs += [("nanollama fp32", "llama.cpp F32"), ("nanollama int8", "llama.cpp Q8_0")]
     pairs += [("nanollama bf16", "nanollama fp32"), ("nanollama int8", "nanollama bf16")]
     pairs += [("nanollama int4", "nanollama int8"), ("nanollama fp32", "nanollama fp32 eager")]
-    return {f"{a} / {b}": speed[a] / speed[b] for a, b in pairs if a in speed and b in speed}
+    pairs = [(a, b) for a, b in pairs if a in speeds and b in speeds]
+    return {f"{a} / {b}": statistics.median(x / y for x, y in zip(speeds[a], speeds[b], strict=True)) for a, b in pairs}
 
 
 def environment() -> dict[str, Any]:

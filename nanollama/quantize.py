@@ -26,7 +26,7 @@ from nanollama.model import ModelConfig, Transformer
 Scheme = Literal["int8", "int4"]
 SCHEMES: tuple[str, ...] = get_args(Scheme)
 GROUP_INPUTS = 32  # aimed at; see `group_size`
-BLOCK_BYTES = 2**24  # of dequantised weights at a time
+BLOCK_BYTES = 2**22  # of dequantised weights, as fp32, at a time: they stay in the processor's cache
 QUANTIZE_BYTES = 2**21  # of fp32 weights at a time: small enough that the allocator gives its memory back
 
 
@@ -55,7 +55,7 @@ def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def quantize(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
-    """weight (N, K) -> integers and scales, by blocks of rows: a large head is never held in fp32."""
+    """weight (N, K) -> integers and scales, by blocks of rows, read and let go: a large head is never held in fp32."""
     N, K = weight.shape
     if scheme == "int8":
         numbers, scales = torch.empty(N, K, dtype=torch.int8), torch.empty(N)
@@ -68,6 +68,7 @@ def quantize(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
         rows = weight[at : at + step]
         block = quantize_int8(rows) if scheme == "int8" else quantize_int4(rows, group)
         numbers[at : at + step], scales[at : at + step] = block
+        release(rows)
     return numbers, scales
 
 
@@ -105,8 +106,15 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         step = max(1, BLOCK_BYTES // (4 * self.in_features))
-        blocks = [F.linear(x, self.rows(at, at + step)) for at in range(0, self.out_features, step)]
+        blocks = [self._outputs(x, at, at + step) for at in range(0, self.out_features, step)]
         return torch.cat(blocks, dim=-1)  # (..., N)
+
+    def _outputs(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Outputs start..stop. int8 scales them and not the weights, which it would take a pass of their own."""
+        if self.scheme != "int8" or self.dtype == torch.float16:  # whose range sums of unscaled products would leave
+            return F.linear(x, self.rows(start, stop))
+        products = F.linear(x, self.numbers[start:stop].to(self.dtype))  # -127..127 are exact in bf16
+        return (products.float() * self.scales[start:stop]).to(self.dtype)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         # `model.to(torch.bfloat16)` is about the activations: scales keep their precision.
@@ -158,21 +166,22 @@ def load_quantized(
 def _fill_(model: Transformer, weights: Mapping[str, Tensor], scheme: str, dtype: torch.dtype) -> Transformer:
     if scheme not in SCHEMES:
         raise ValueError(f"quantize is {scheme!r}: expected one of {', '.join(SCHEMES)}")
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for name in names:
-        weight = weights[f"{name}.weight"]
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, QuantLinear(weight, scheme, dtype))
-        release(weight)
-    if model.output is None:
-        model.output = QuantLinear(weights["tok_embeddings.weight"], scheme, dtype)  # type: ignore[assignment]
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    # What is kept comes first: the embedding's copy, the largest, is made before the integers fill the memory.
     for name, parameter in list(model.named_parameters()):
         parent, _, last = name.rpartition(".")
+        if parent in linears:
+            continue
         # A copy, so that nothing keeps the checkpoint's file mapped.
         weight = weights[name]
         kept = nn.Parameter(weight.to(dtype, copy=True), requires_grad=parameter.requires_grad)
         setattr(model.get_submodule(parent), last, kept)
         release(weight)
+    for name in linears:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, QuantLinear(weights[f"{name}.weight"], scheme, dtype))
+    if model.output is None:
+        model.output = QuantLinear(weights["tok_embeddings.weight"], scheme, dtype)  # type: ignore[assignment]
     return model
 
 
