@@ -21,6 +21,7 @@ from parity.cli import Parser
 from parity.contract import DTYPES, Case, UsageError
 from parity.process import Crash
 from parity.prompts import CORPUS, DIALOGS, Prompts, built_in, from_file, seeded
+from parity.training import training_case
 
 if TYPE_CHECKING:
     from parity.candidates.describe import Description
@@ -29,6 +30,7 @@ REFERENCES = ("meta", "hf")
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # org/name; a path that starts with a dot is none
 # Of each sequence of a large checkpoint, taps are kept at this many positions; logits at all.
 LARGE_POSITIONS = 16
+TRAINED_PARAMETERS = 4_000_000  # larger models are trained only where --checks names it
 
 
 def build_parser() -> Parser:
@@ -74,7 +76,7 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--max_new_tokens {args.max_new_tokens}: expected 0 or more")
     if args.ckpt is not None and not Path(args.ckpt).exists() and not re.fullmatch(HUB_ID, args.ckpt):
         raise UsageError(
-            f"--ckpt {args.ckpt}: no such file or folder; give a Meta or Hugging Face folder, a .gguf, a .bin or a hub id"
+            f"--ckpt {args.ckpt}: no such file; give a Meta or Hugging Face folder, a .gguf, a .bin or a hub id"
         )
     if args.tokenizer is not None and not Path(args.tokenizer).is_file():
         raise UsageError(f"--tokenizer {args.tokenizer}: no such file")
@@ -158,6 +160,7 @@ def check(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[str, Any]:
     checkpoint = describe(args.ckpt or str(embedded_default()), args.tokenizer)
     prompts = choose_prompts(args.prompts, checkpoint)
     large = checkpoint.stored_bytes > SMALL_BYTES
+    untrained = why_untrained(args.checks, chosen, large, checkpoint.parameters)
     # What is stored fits whole (memory-mapped) if anything does: its run makes the greedy text.
     dtypes = sorted(chosen["dtypes"], key=lambda dtype: dtype != checkpoint.stored_dtype)
     with workspace() as folder:
@@ -177,6 +180,7 @@ def check(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[str, Any]:
             n_positions=LARGE_POSITIONS if large else None,
             too_large=too_large(checkpoint.parameters, chosen["dtypes"]),
             weights="weights" in chosen["checks"],
+            training=None if untrained else training_case(checkpoint.config["vocab_size"]),
         )
         runner = Runner(
             case,
@@ -190,9 +194,21 @@ def check(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[str, Any]:
         )
         runner.notices += [*checkpoint.notices, *files.notices, *prompts.notices]
         ev = runner.run()
+        ev.untrained = untrained or ""
         results = summary.crash_results(runner.crashes) + summary.judge_all(ev, chosen["checks"])
         entry = {"path": args.ckpt or "embedded default", "format": checkpoint.format, "verified": checkpoint.verified}
         return summary.summarise(ev, results, runner, clock(), entry)
+
+
+def why_untrained(asked: str | None, chosen: dict[str, Any], large: bool, parameters: int) -> str | None:
+    """Why this run trains nothing; None when it does."""
+    if "training" not in chosen["checks"]:
+        return "it was not asked for"
+    if large or "fp32" not in chosen["dtypes"]:
+        return "training is checked on small checkpoints in fp32"
+    if asked is None and parameters > TRAINED_PARAMETERS:
+        return f"{parameters / 1e6:.0f} million parameters take a while to train: ask for it with --checks training"
+    return None
 
 
 def choose_prompts(file: Path | None, checkpoint: "Description") -> Prompts:

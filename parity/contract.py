@@ -113,6 +113,7 @@ class Case:
     n_positions: int | None = None
     rope_positions: list[int] = field(default_factory=list)
     weights: bool = False
+    training: dict[str, Any] | None = None  # what is trained on, see parity/training.py
     stream: str = "auto"
     whole_bytes: int | None = None
     prompt_lengths: list[int] | None = None  # of `prompts` that already carry a continuation

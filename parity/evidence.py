@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parity.contract import Case
-from parity.metrics import Measured, OracleRows, TapError, compare, measure, noise, oracle_rows, ratio
+from parity.metrics import LogitRows, Measured, OracleRows, TapError, compare, measure, noise, oracle_rows, ratio
 from parity.tolerances import AGREE, DECIDED_MARGIN, LONG_SEQUENCE_TOKENS
 from parity.trace import Trace
 
@@ -36,7 +36,7 @@ class Evidence:
     forced: dict[str, Trace] = field(default_factory=dict)  # the references, cut short: inputs of the op gates
     ops: dict[str, Trace] = field(default_factory=dict)  # the oracle's operations on these inputs, see checks/ops.py
     op_errors: dict[Any, Any] = field(default_factory=dict)  # kept by checks/ops.py
-    training: dict[str, dict] = field(default_factory=dict)
+    untrained: str = "training is checked on small checkpoints in fp32"  # why the case trains nothing
     _measured: dict[tuple[int, str], Measured] = field(default_factory=dict)
     _oracle_rows: dict[str, list[OracleRows]] = field(default_factory=dict)
     _pairwise: dict[tuple[Pair, str], TapError] = field(default_factory=dict)
@@ -109,8 +109,9 @@ class Evidence:
         if key not in self._noise:
             own = self.measured(self.references[pair.reference], pair.dtype)
             others = [self.measured(t, pair.dtype) for n, t in self.references.items() if n != pair.reference]
-            self._noise[key] = replace(own, taps={t: envelope(e, [o.taps[t] for o in others if t in o.taps])
-                                                  for t, e in own.taps.items()})  # fmt: skip
+            taps = {t: envelope(e, [o.taps[t] for o in others if t in o.taps]) for t, e in own.taps.items()}
+            peers = [o for o in others if "logits" in o.taps and agree(own.taps["logits"], o.taps["logits"])]
+            self._noise[key] = replace(own, taps=taps, rows=largest_kl(own.rows, [o.rows for o in peers]))
         return self._noise[key]
 
     def candidate(self, pair: Pair) -> Measured:
@@ -152,11 +153,23 @@ class Evidence:
 def envelope(own: TapError, others: list[TapError]) -> TapError:
     """The errors of `own`, raised at each position to the largest of those that agree with it."""
     for other in others:
-        close = other.rms() <= AGREE * own.rms() and own.rms() <= AGREE * other.rms()
-        if close and len(other.error) == len(own.error):
+        if agree(own, other):
             error = [torch.maximum(a, b) for a, b in zip(own.error, other.error, strict=True)]
             worst = [torch.maximum(a, b) for a, b in zip(own.worst, other.worst, strict=True)]
             own = replace(own, error=error, worst=worst)
+    return own
+
+
+def agree(own: TapError, other: TapError) -> bool:
+    """Whether two references' errors are of one size."""
+    close = other.rms() <= AGREE * own.rms() and own.rms() <= AGREE * other.rms()
+    return close and len(other.error) == len(own.error)
+
+
+def largest_kl(own: list[LogitRows], others: list[list[LogitRows]]) -> list[LogitRows]:
+    """The KL of `own`, raised at each position to the largest of `others`."""
+    for rows in others:
+        own = [replace(a, kl=torch.maximum(a.kl, b.kl)) for a, b in zip(own, rows, strict=True)]
     return own
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parity import training
 from parity.contract import DTYPES, Case
 from parity.forced import finish_ops, record_ops
 from parity.trace import Trace, TraceWriter, by_part
@@ -304,6 +305,10 @@ def record(
         meta["uncovered"] |= out.uncovered
         meta["generated"][dtype], meta["self"][dtype], meta["extra"][dtype] = out.generated, out.same, out.extra
         meta["notices"] = list(getattr(candidate, "notices", []))
+        if case.training is not None and dtype == training.DTYPE and can(candidate, "loss_and_grads"):
+            progress(f"{dtype} training", 1.0)
+            meta["training"] = training.record_training(candidate, case.training, writer.folder)
+            meta["seconds_forward"] += meta["training"]["seconds"]
         del candidate
     for name, ops_writer in meta["ops"].items():
         finish_ops(ops_writer, (forced or {})[name], case.dtypes)

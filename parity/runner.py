@@ -159,7 +159,7 @@ class Runner:
 
     def _oracle_ops(self, ev: Evidence) -> None:
         """The float64 value of each operation on the inputs that each reference recorded."""
-        case = replace(ev.case, texts=None, corpus=[], dialogs=[], weights=False)
+        case = replace(ev.case, texts=None, corpus=[], dialogs=[], weights=False, training=None)
         jobs = []
         for name, trace in ev.forced.items():
             job = self._job("reference.oracle", f"oracle-ops-{name}", replace(case, prompts=trace.sequences))

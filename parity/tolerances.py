@@ -58,6 +58,8 @@ BOUNDS: dict[str, Bound] = {
     ),
 }
 
+# Losses of ten steps that agree to so many digits agree, whatever the reference's own are.
+STEP_DIGITS = 5
 KL_FLOOR_NATS = 1e-10
 # A position's KL hangs on its two or three likeliest tokens: over few positions, correct code reached 23 times the
 # reference's (2 positions), and 4.2 at the 99th percentile (46). Fewer than these are judged by G3, G4 and G6.

@@ -32,6 +32,7 @@ from reference.protocol import (
     progress,
     write_json,
 )
+from reference.training import Trainable, longest, run_training, torch_adamw
 from reference.weights import DTYPE_NAMES, DTYPES, Unusable
 
 SMALL_BYTES = 2 << 30  # models up to this size run whole, on fresh copies of the weights
@@ -99,6 +100,7 @@ class Engine(Protocol):
     def running(self) -> AbstractContextManager[None]: ...  # patches that the recording needs
     def whole(self, dtype: torch.dtype, max_tokens: int) -> Model: ...
     def layers(self, dtype: torch.dtype, max_tokens: int) -> Layers: ...
+    def trainable(self, max_tokens: int) -> Trainable: ...
 
 
 def fits_whole(case: Case, checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
@@ -159,6 +161,10 @@ def run_case(case: Case, engine: Engine, out: Path) -> None:
         for i, dtype in enumerate(case.dtypes):
             run.forward(dtype, sequences, (i + 1) / (len(case.dtypes) + 1))
         write_rope(out, *engine.rope(list(case.rope_positions)))
+    training = None
+    if case.training is not None:
+        run._model = None  # let go of the last one first
+        training = run_training(engine.trainable(longest(case.training)), case.training, out, torch_adamw)
     write_json(
         out / "trace.json",
         {
@@ -179,6 +185,7 @@ def run_case(case: Case, engine: Engine, out: Path) -> None:
             "corpus_ids": text.corpus_ids,
             "dialog_ids": text.dialog_ids,
             "weights": weight_hashes(engine.checkpoint) if case.weights else None,
+            "training": training,
         },
     )
     progress("done", 1.0)

@@ -20,7 +20,8 @@ from reference.command import engine_main, run_command
 from reference.driver import Recorder, Stream, Text, replaced, use_copies
 from reference.files import Checkpoint, Config
 from reference.files_hf import hf_name, meta_name
-from reference.weights import Unusable
+from reference.training import Trainable, unfrozen
+from reference.weights import Unusable, half_split_rows
 
 HOOKS = (  # module of a block, tap, whether the tap is its input
     ("input_layernorm", "attn_norm", False),
@@ -236,6 +237,20 @@ class HfEngine:
 
     def layers(self, dtype: torch.dtype, max_tokens: int) -> HfLayers:
         return HfLayers(self, dtype)
+
+    def trainable(self, max_tokens: int) -> Trainable:
+        model = self.whole(torch.float32, max_tokens).model
+        if self.llama_config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        head_dim = self.llama_config.head_dim
+
+        def to_meta(name: str, gradient: Tensor) -> Tensor:
+            if not name.endswith(("wq.weight", "wk.weight")):
+                return gradient
+            return gradient[half_split_rows(gradient.shape[0] // head_dim, head_dim)]
+
+        named = ((meta_name(name) or name, parameter) for name, parameter in model.named_parameters())
+        return Trainable(lambda tokens: model(tokens, use_cache=False).logits, unfrozen(named), to_meta)
 
     def load(self, name: str | None, dtype: torch.dtype) -> Tensor:
         assert name is not None

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from reference.command import engine_main, run_command
 from reference.driver import Recorder, Stream, Text, replaced, use_copies
 from reference.files import Checkpoint, Config
+from reference.training import Trainable, unfrozen
 from reference.weights import Unusable
 
 META_SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context": 8192}
@@ -272,6 +273,19 @@ class MetaEngine:
 
     def layers(self, dtype: torch.dtype, max_tokens: int) -> MetaLayers:
         return MetaLayers(self, dtype, max_tokens)
+
+    def trainable(self, max_tokens: int) -> Trainable:
+        """Meta's plain forward, without its inference mode; its caches keep the graph, so each pass gets fresh ones."""
+        whole = self.whole(torch.float32, max_tokens)
+        if self.checkpoint.config["tied"]:
+            whole.model.output.weight = whole.model.tok_embeddings.weight
+        forward = meta_model.Transformer.forward.__wrapped__
+
+        def logits(tokens: Tensor) -> Tensor:
+            whole._empty_caches(tokens.shape[1])
+            return forward(whole.model, tokens, 0)
+
+        return Trainable(logits, unfrozen(whole.model.named_parameters()), lambda name, gradient: gradient)
 
     def load(self, name: str, dtype: torch.dtype) -> Tensor:
         copy = use_copies(self.checkpoint, dtype)

@@ -239,6 +239,11 @@ def run_case(case: Case, out: Path, ops_of: Path | None = None) -> None:
         other = None if ops_of is None else OtherTrace(ops_of, folder, sequences)
         _run(oracle, taps, other, i / len(set(folders.values())), 1 / len(set(folders.values())))
     seconds = time.perf_counter() - started
+    training = None
+    if case.training is not None and ops_of is None:
+        from reference.oracle_training import train  # which is built on this module
+
+        training = train(checkpoint, case.training, out)
     write_rope(out, *ops.rope_table(checkpoint.config, torch.tensor(case.rope_positions, dtype=torch.long)))
     write_json(
         out / "trace.json",
@@ -260,6 +265,7 @@ def run_case(case: Case, out: Path, ops_of: Path | None = None) -> None:
             "corpus_ids": None,
             "dialog_ids": None,
             "weights": weight_hashes(checkpoint) if case.weights else None,
+            "training": training,
         },
     )
     progress("done", 1.0)

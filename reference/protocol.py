@@ -49,6 +49,7 @@ class Case:
     n_positions: int | None = None  # in place of positions: this many of each sequence
     rope_positions: tuple[int, ...] = ()
     weights: bool = False  # hash them
+    training: dict[str, Any] | None = None  # batches and hyperparameters, see reference/training.py; fp32 alone
     stream: str = "auto"  # or "always", "never"
     whole_bytes: int | None = None  # "auto" runs a model whole up to this size; None: by the machine's memory
 

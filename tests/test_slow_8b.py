@@ -66,13 +66,13 @@ def test_8b_without_scaling_is_found(eight_b: Path, tmp_path: Path) -> None:
     port = tmp_path / "port.py"
     port.write_text(
         "from dataclasses import replace\n"
-        "from parity.candidates.nano import Nano\n"
-        "class Unscaled(Nano):\n"
-        "    def _whole(self):\n"
-        "        self.cfg = replace(self.cfg, rope_scaling=None)\n"
-        "        return super()._whole()\n"
-        "def load(checkpoint, dtype, device):\n"
-        "    return Unscaled(checkpoint, dtype, device, 'fast')\n"
+        "from parity.candidates import nano\n"
+        "opened = nano.open_checkpoint\n"
+        "def without_scaling(path):\n"
+        "    checkpoint = opened(path)\n"
+        "    return replace(checkpoint, config=replace(checkpoint.config, rope_scaling=None))\n"
+        "nano.open_checkpoint = without_scaling\n"
+        "load = nano.fast\n"
     )
     code, report = run(tmp_path, "--ckpt", str(eight_b), "--candidate", f"{port}:load", "--references", "meta")
     assert code == 1 and report["first_divergence"]["tap"] == "layers.0.q_rope"

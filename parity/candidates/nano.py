@@ -19,6 +19,7 @@ import nanollama.chat as chat_module
 import nanollama.model as model_module
 from nanollama.checkpoint import Checkpoint, open_checkpoint
 from nanollama.model import KVCache, ModelConfig, Transformer, TransformerBlock
+from parity.candidates import training
 
 SMALL_BYTES = 2 * 2**30
 HEAD_BLOCK_ROWS = 8192
@@ -220,6 +221,12 @@ class Nano:
         for layer in self.model.layers:
             h = block(layer, h)
         return F.linear(self.model.norm(h), self.model.head()).float()
+
+    def loss_and_grads(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return training.loss_and_grads(self, tokens, targets)
+
+    def trainer(self) -> "training.NanoTrainer":
+        return training.NanoTrainer(self)
 
     def stream(
         self, sequences: list[list[int]], positions: list[list[int]] | None

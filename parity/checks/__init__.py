@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from parity.checks import decoding, forward, identity, ops
+from parity.checks import decoding, forward, identity, ops, training
 from parity.contract import Result
 from parity.evidence import Evidence
 
@@ -21,4 +21,5 @@ CHECKS: dict[str, Callable[[Evidence], Iterator[Result]]] = {
     "greedy": decoding.greedy,
     "cache": decoding.cache,
     "metamorphic": decoding.metamorphic,
+    "training": training.training,
 }

@@ -124,6 +124,7 @@ def summarise(ev: Evidence, results: list[Result], runner: Runner, seconds: floa
         "notices": runner.notices,
         "noise_floor": noise_floor(ev),
         "rho": {_key(pair): rho_curve(ev, pair) for pair in ev.pairs()},
+        "training": training_losses(ev),
         "streamed": {dtype: trace.meta["streamed"].get(dtype) for dtype, _, trace in ev.per_dtype()},
         "tokens": {
             "prompts": len(lengths),
@@ -137,6 +138,17 @@ def summarise(ev: Evidence, results: list[Result], runner: Runner, seconds: floa
         "seconds_in_forward": round(runner.seconds_in_forward, 3),
         "peak_anonymous_bytes": runner.peak_bytes,
     }
+
+
+def training_losses(ev: Evidence) -> dict[str, list[float]]:
+    """The losses of the training steps by implementation, the oracle's first; empty where nothing was trained."""
+    parties = {
+        "oracle": ev.oracle,
+        **ev.references,
+        **{f"candidate {p or ''}".strip(): t for p, t in ev.candidates.items()},
+    }
+    known = {name: (trace.meta.get("training") or {}).get("losses") for name, trace in parties.items()}
+    return {name: losses for name, losses in known.items() if losses}
 
 
 def _key(pair: Pair) -> str:

@@ -37,6 +37,8 @@ def render(report: dict[str, Any]) -> str:
         *table([("check", "gate", "what", "dtype", "worst", "bound", "", "of"), *_rows(report)]),
         "",
     ]
+    if report["training"]:
+        lines += [*table(list(_losses(report["training"]))), ""]
     lines += [
         f"noise floor  {n['of']} against {n['against']}, {n['dtype']}: logits {number(n['logits'])}, "
         f"worst tap {number(n['taps'])} ({n['tap']})"
@@ -65,6 +67,13 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         worst = max(results, key=lambda r: (SEVERITY[r["status"]], _size(r["value"])))
         values = (number(worst["value"]), number(worst["bound"]), MARKS[worst["status"]], str(len(results)))
         yield (*key, *values)
+
+
+def _losses(losses: dict[str, list[float]]) -> Iterator[tuple[str, ...]]:
+    """The losses of the training steps side by side."""
+    yield "loss of step", *losses
+    for step, row in enumerate(zip(*losses.values(), strict=False), 1):
+        yield str(step), *(f"{loss:.6f}" for loss in row)
 
 
 def _size(value: float | None) -> float:

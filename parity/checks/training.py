@@ -1,0 +1,152 @@
+"""G8: training. Loss, gradients, masks, accumulation and optimizer steps against the float64 oracle's own training.
+
+Each is one metric of the check `training`; a candidate is judged in as many as its interface makes possible.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parity.contract import UNIT, Result, Status, judge
+from parity.evidence import Evidence
+from parity.metrics import ratio
+from parity.tolerances import BOUNDS, STEP_DIGITS
+from parity.trace import Trace
+from parity.training import DTYPE, FILE, IGNORED, MADE_STEPS, STEPS_FILE, read, splits
+
+U = UNIT[DTYPE]
+NOT_COVERED = "not covered: the candidate's trainer() has no {}()"
+GRAD, STEP = BOUNDS["G8.grad"].value, BOUNDS["G8.step"].value
+
+
+def training(ev: Evidence) -> Iterator[Result]:
+    """G8: loss, gradients, masks, accumulation and AdamW steps against the oracle's training in float64."""
+    if ev.case.training is None:
+        yield Result("training", "G8", Status.SKIP, required=False, reason=f"not covered: {ev.untrained}")
+        return
+    for path, trace in ev.candidates.items():
+        mine = trace.meta.get("training")
+        if not mine:
+            reason = "not covered: the candidate has no loss_and_grads()"
+            yield Result("training", "G8", Status.SKIP, required=False, path=path, reason=reason)
+            continue
+        for name, reference in ev.references.items():
+            yield from _against(ev, trace, reference, {"reference": name, "path": path, "dtype": DTYPE})
+        yield from _alone(ev, trace, {"path": path, "dtype": DTYPE})
+
+
+def _fields(metric: str, unit: str = "x noise") -> dict[str, Any]:
+    return {"check": "training", "gate": "G8", "metric": metric, "unit": unit}
+
+
+def _against(ev: Evidence, trace: Trace, reference: Trace, labels: dict[str, Any]) -> Iterator[Result]:
+    """Everything whose noise is the reference's own error."""
+    mine, oracle, theirs = trace.meta["training"], ev.oracle.meta["training"], reference.meta["training"]
+    floor = _loss_noise(ev, reference)
+    yield _loss("loss", mine["loss"], oracle["losses"][0], floor, labels)
+    yield _gradients("gradient", "grad/", ev, trace, reference, labels)
+    for metric, kinds in (("document mask", ["packed"]), ("accumulation", list(splits([])))):
+        present = [kind for kind in kinds if kind in mine["by"]]
+        if not present:
+            lacks = NOT_COVERED.format("packed" if metric == "document mask" else "accumulated")
+            yield Result(**_fields(metric), status=Status.SKIP, required=False, reason=lacks, **labels)
+        results = [_loss(metric, mine["by"][kind], oracle["losses"][0], floor, labels) for kind in present]
+        results += [_gradients(metric, f"{kind}/", ev, trace, reference, labels, kind) for kind in present]
+        yield from sorted(results, key=lambda r: -(r.value if r.value == r.value else torch.inf))[:1]
+    if "losses" in mine:
+        yield _ten_losses(mine["losses"], oracle["losses"], theirs["losses"], floor, labels)
+    else:
+        yield Result(**_fields("ten losses"), status=Status.SKIP, required=False, reason=NOT_COVERED.format("losses"),
+                     **labels)  # fmt: skip
+
+
+def _loss_noise(ev: Evidence, reference: Trace) -> float:
+    """What a mean of labels may be off by: the RMS error of the reference's labels, at least half a rounding."""
+    theirs, exact = (read(t.folder / FILE, "nats")[""].double() for t in (reference, ev.oracle))
+    return max(float((theirs - exact).square().mean().sqrt()), U * float(exact.square().mean().sqrt()) / 2)
+
+
+def _loss(metric: str, mine: float, exact: float, floor: float, labels: dict[str, Any]) -> Result:
+    where = f"loss {mine:.8f} for {exact:.8f}"
+    return judge(ratio(abs(mine - exact), floor), GRAD, where=where, **_fields(metric), **labels)
+
+
+def _gradients(
+    metric: str, prefix: str, ev: Evidence, trace: Trace, reference: Trace, labels: dict[str, Any], kind: str = ""
+) -> Result:
+    """The worst parameter's error ratio."""
+    mine, exact = read(trace.folder / FILE, prefix), read(ev.oracle.folder / FILE, "grad/")
+    theirs = read(reference.folder / FILE, "grad/")
+    if absent := sorted(exact.keys() - mine.keys()):
+        reason = f"the gradient of {absent[0]} is missing ({len(absent)} in all)"
+        return Result(**_fields(metric), status=Status.FAIL, reason=reason, **labels)
+    if wrong := [n for n in exact if mine[n].shape != exact[n].shape]:
+        reason = f"{wrong[0]} has a gradient of shape {tuple(mine[wrong[0]].shape)} for {tuple(exact[wrong[0]].shape)}"
+        return Result(**_fields(metric), status=Status.FAIL, reason=reason, **labels)
+    ratios = {n: _rho(mine[n], theirs[n], exact[n]) for n in exact}
+    worst = max(ratios, key=lambda n: torch.inf if ratios[n] != ratios[n] else ratios[n])
+    where = f"{worst} {kind}".strip()
+    return judge(ratios[worst], GRAD, where=where, **_fields(metric), **labels)
+
+
+def _rho(mine: Tensor, theirs: Tensor, exact: Tensor) -> float:
+    exact = exact.double()
+    rms = lambda x: float(x.double().square().mean().sqrt())
+    return ratio(rms(mine.double() - exact), max(rms(theirs.double() - exact), U * rms(exact) / 2))
+
+
+def _ten_losses(
+    mine: list[float], exact: list[float], theirs: list[float], floor: float, labels: dict[str, Any]
+) -> Result:
+    """Steps repeat every rounding of those before: noise is the reference's largest departure, or the last digit."""
+    if len(mine) != len(exact):
+        reason = f"{len(mine)} losses for {len(exact)} batches"
+        return Result(**_fields("ten losses"), status=Status.FAIL, reason=reason, **labels)
+    off = [abs(a - b) for a, b in zip(mine, exact, strict=True)]
+    allowed = max([floor, *(abs(a - b) for a, b in zip(theirs, exact, strict=True))])
+    ratios = [ratio(d, max(allowed, 10.0**-STEP_DIGITS * o / GRAD)) for d, o in zip(off, exact, strict=True)]
+    worst = max(range(len(ratios)), key=lambda n: torch.inf if ratios[n] != ratios[n] else ratios[n])
+    where = f"step {worst + 1}: {mine[worst]:.6f} for {exact[worst]:.6f}"
+    return judge(ratios[worst], GRAD, where=where, **_fields("ten losses"), **labels)
+
+
+def _alone(ev: Evidence, trace: Trace, labels: dict[str, Any]) -> Iterator[Result]:
+    """What needs no reference: labels are ids, and optimizer steps start from identical gradients."""
+    assert ev.case.training is not None
+    mine = trace.meta["training"]
+    if "labels" in mine:
+        yield _target_mask(mine["labels"], [tokens for tokens, _ in ev.case.training["batches"][0]], labels)
+    else:
+        yield Result(**_fields("target mask"), status=Status.SKIP, required=False, reason=NOT_COVERED.format("labels"),
+                     **labels)  # fmt: skip
+    steps = read(trace.folder / FILE, "adamw/")
+    if steps:
+        yield _optimizer_step(steps, read(ev.oracle.folder / STEPS_FILE, ""), ev.case.training["lr"], labels)
+    else:
+        reason = NOT_COVERED.format("adamw")
+        yield Result(**_fields("optimizer step"), status=Status.SKIP, required=False, reason=reason, **labels)
+
+
+def _target_mask(made: list[list[int]], documents: list[list[int]], labels: dict[str, Any]) -> Result:
+    """Every token but the first is a label of its own document, the end included; the last one has none."""
+    wanted = [[*ids[1:], IGNORED] for ids in documents]
+    flat = [(d, i, a, b) for d, (x, y) in enumerate(zip(made, wanted, strict=False)) for i, (a, b) in
+            enumerate(zip(x, y, strict=False)) if a != b]  # fmt: skip
+    wrong = len(flat) + sum(abs(len(x) - len(y)) for x, y in zip(made, wanted, strict=False))
+    wrong += abs(len(made) - len(wanted))
+    where = "document {}, token {}: label {} for {}".format(*flat[0]) if flat else None
+    return judge(wrong, 0, where=where, **_fields("target mask", "labels"), **labels)
+
+
+def _optimizer_step(mine: dict[str, Tensor], exact: dict[str, Tensor], lr: float, labels: dict[str, Any]) -> Result:
+    """The largest error in ulp of max(|p|, lr), a step: the second one starts from the first one's rounding."""
+    if absent := sorted(exact.keys() - mine.keys()):
+        reason = f"{absent[0]} is missing (step/weight)"
+        return Result(**_fields("optimizer step"), status=Status.FAIL, reason=reason, **labels)
+    ulp = {n: 2 * U * int(n.split("/")[0]) * exact[n].abs().clamp_min(lr) for n in exact}
+    errors = {n: float(((mine[n].double() - exact[n]).abs() / ulp[n]).max()) for n in exact}
+    worst = max(errors, key=lambda n: torch.inf if errors[n] != errors[n] else errors[n])
+    where = f"{worst.split('/', 1)[1]}, step {worst.split('/')[0]} of {MADE_STEPS}"
+    return judge(errors[worst], STEP, where=where, **_fields("optimizer step", "ulp of max(|p|, lr)"), **labels)
