@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parity.contract import Case
 from parity.metrics import LogitRows, Measured, OracleRows, TapError, compare, measure, noise, oracle_rows, ratio
-from parity.tolerances import AGREE, DECIDED_MARGIN, LONG_SEQUENCE_TOKENS
+from parity.tolerances import AGREE, DECIDED_MARGIN, FEW_POSITIONS, LONG_SEQUENCE_TOKENS
 from parity.trace import Trace
 
 
@@ -143,11 +143,28 @@ class Evidence:
             for kind, places in trace.meta.get("extra", {}).get(dtype, {}).items():
                 yield from ((path, dtype, kind, int(sequence)) for sequence in places)
 
-    def noise_at(self, pair: Pair, sequence: int, positions: list[int]) -> float:
-        """The reference's error over these rows of its logits."""
+    def worst_extra(self, pair: Pair, kind: str) -> tuple[float, int] | None:
+        """Another way to run sequences: the worst error ratio, of all together and of each alone, and in which."""
+        places = self.candidates[pair.path].meta.get("extra", {}).get(pair.dtype, {}).get(kind, {})
+        at = {int(sequence): positions for sequence, positions in places.items()}
+
+        def rho(group: dict[int, list[int]]) -> float:
+            errors = [self.error_at(pair.path, pair.dtype, kind, sequence) for sequence in group]
+            together = TapError([e.error[0] for e in errors], width=errors[0].width)
+            return ratio(together.rms(), self.noise_at(pair, group))
+
+        alone = {sequence: rho({sequence: positions}) for sequence, positions in at.items()}
+        if not alone:
+            return None
+        largest = max(alone, key=lambda i: float("inf") if alone[i] != alone[i] else alone[i])
+        found = [(rho(at), largest)] + [(alone[i], i) for i, p in at.items() if len(p) >= FEW_POSITIONS]
+        return max(found, key=lambda f: float("inf") if f[0] != f[0] else f[0])
+
+    def noise_at(self, pair: Pair, places: dict[int, list[int]]) -> float:
+        """The reference's error over these positions, by sequence, of its logits."""
         whole = self.reference(pair).taps["logits"]
-        part = TapError([whole.error[sequence][positions]], [whole.expected[sequence][positions]], width=whole.width)
-        return noise(part, pair.dtype)
+        error, expected = ([sums[i][p] for i, p in places.items()] for sums in (whole.error, whole.expected))
+        return noise(TapError(error, expected, width=whole.width), pair.dtype)
 
 
 def envelope(own: TapError, others: list[TapError]) -> TapError:

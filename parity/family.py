@@ -2,6 +2,7 @@
 
 gqa          Llama 3.1's features: scaled RoPE, grouped heads, an untied head, an eps that is no code's default
 tied         Llama 3.2's: a tied head, scaling factor 32
+train        trained on, in fp32: loss, gradients, optimizer steps
 hf           the Hugging Face format: permuted q and k rows, rope_type
 llama3-text  the real Llama 3 tokenizer over a toy model; llama2-text a sentencepiece one
 """
@@ -19,6 +20,7 @@ from parity.prompts import BUILT_IN, CORPUS, DIALOGS, LONG, seeded
 from parity.runner import ROPE_POSITIONS, Runner
 from parity.shapes import Shape
 from parity.synth import llama3_tokenizer, write_hf, write_meta
+from parity.training import training_case
 
 DTYPES = ("fp32", "bf16", "fp16")
 _GQA = Shape(128, 2, 8, 2, 352, vocab_size=512, norm_eps=2e-5, rope_factor=8.0, multiple_of=32, context=131_072)
@@ -33,6 +35,7 @@ class Member:
     lengths: tuple[int, ...] = (7, 13, 137)  # of the seeded prompts; odd, one longer than a block of anything
     query_scale: float = 1.0  # of the first layer's queries: below 1 attention is less peaked
     tokenizer: Callable[[], bytes] | None = None  # with one, only identity is judged
+    trained: bool = False  # in fp32 alone
 
 
 def sentencepiece_model() -> bytes:
@@ -60,6 +63,7 @@ FAMILY: dict[str, Member] = {
     ),
     "flat": Member(replace(_GQA, n_layers=1), ("meta",), lengths=(7, 601), query_scale=0.125),
     "hf": Member(replace(_GQA, dim=64, n_heads=4, hidden_dim=192), ("hf",), format="hf", lengths=(7, 71)),
+    "train": Member(replace(_GQA, dim=64, n_heads=4, hidden_dim=192), lengths=(7, 71), trained=True),
     "llama3-text": Member(replace(_TOY, vocab_size=128_256), tokenizer=llama3_model),
     "llama2-text": Member(replace(_TOY, rope_factor=None, rope_theta=10_000.0), tokenizer=sentencepiece_model),
 }
@@ -111,5 +115,7 @@ def _case(member: Member, checkpoint: Path, vocab_size: int, dtypes: Sequence[st
         return replace(case, tokenizer=str(checkpoint / "tokenizer.model"), texts=texts, dialogs=dialogs)
     tokens = seeded(vocab_size).tokens
     assert tokens is not None
+    if member.trained:
+        case = replace(case, dtypes=["fp32"], training=training_case(vocab_size))
     pool = (tokens[-1] + tokens[0]) * 3
     return replace(case, prompts=[pool[i * 3 : i * 3 + n] for i, n in enumerate(member.lengths)])

@@ -14,7 +14,7 @@ from parity.causes import probable_cause as signature
 from parity.checks.ops import first_wrong, measure_ops
 from parity.contract import tap_names
 from parity.evidence import Evidence, Pair, position_ratios
-from parity.metrics import TapError, ratio
+from parity.metrics import TapError
 from parity.tolerances import BOUNDS, LONG_SEQUENCE_TOKENS
 from parity.trace import Trace
 
@@ -194,17 +194,13 @@ def _other_ways(ev: Evidence, pair: Pair) -> dict[str, Any] | None:
 
 
 def _worst_extra(ev: Evidence, pair: Pair, kind: str) -> tuple[float, int, TapError] | None:
-    places = ev.candidates[pair.path].meta.get("extra", {}).get(pair.dtype, {}).get(kind, {})
-    found = []
-    for sequence, positions in ((int(i), p) for i, p in places.items()):
-        error = ev.error_at(pair.path, pair.dtype, kind, sequence)
-        found.append((ratio(error.rms(), ev.noise_at(pair, sequence, positions)), sequence, error))
-    return max(found, key=lambda f: float("inf") if f[0] != f[0] else f[0], default=None)
+    found = ev.worst_extra(pair, kind)
+    return None if found is None else (*found, ev.error_at(pair.path, pair.dtype, kind, found[1]))
 
 
 def _first_row(ev: Evidence, pair: Pair, error: TapError, sequence: int, positions: list[int]) -> int:
     """The first row whose error is beyond the noise of all rows."""
-    floor = ev.noise_at(pair, sequence, positions)
+    floor = ev.noise_at(pair, {sequence: positions})
     rows = (error.error[0] / error.width).sqrt() / floor if floor > 0 else error.error[0]
     beyond = (~(rows <= bound_of("logits"))).nonzero()
     return int(beyond[0]) if len(beyond) else int(torch.nan_to_num(rows, nan=torch.inf).argmax())

@@ -41,7 +41,7 @@ from parity.trace import Trace, TraceWriter
 ORDER = (*(name for name in CHECKS if name != "greedy"), "greedy")
 # Not a bug of any model, so no candidate: the prompts' lint has to remark it.
 LINT = {"number": "35", "what": "a prompt that ends in a space", "noticed": bool(warn(1, "Simply put, "))}
-GATES = ("G0", "G1", "G2", "G3", "G4", "G5", "G6", "G7")
+GATES = ("G0", "G1", "G2", "G3", "G4", "G5", "G6", "G7", "G8")
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ def row_of(ev: Evidence, results: list[Result]) -> Row:
     killed_by, found, cause = killer(results), None, None
     if killed_by in ("tokens", "chat"):
         found = str(next(r.where for r in bad if r.check == killed_by)).split()[0]
+    elif killed_by == "training":
+        found = next(r.metric for r in bad if r.check == killed_by)
     elif bad:
         place = first_divergence(ev)
         found, cause = (place["tap"], place["probable_cause"]) if place else (None, None)

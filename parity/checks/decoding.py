@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from parity.contract import Result, Status, judge
 from parity.evidence import Evidence, Pair
-from parity.metrics import ratio
 from parity.tolerances import BOUNDS
 
 
@@ -67,12 +66,11 @@ def _extra_logits(ev: Evidence, pair: Pair, check: str, kind: str, how: str) -> 
         reason = f"not covered: {trace.meta.get('uncovered', {}).get(kind, f'{how} was not run')}"
         yield Result(check, "G7", Status.SKIP, required=False, metric=how, reason=reason, **pair.labels)
         return
-    worst, where = -1.0, None
-    for sequence, positions in ((int(i), p) for i, p in places.items()):
-        error = ev.error_at(pair.path, pair.dtype, kind, sequence)
-        rho = ratio(error.rms(), ev.noise_at(pair, sequence, positions))
-        if not rho <= worst:
-            worst, where = rho, f"{how}, {_at(error.place, sequence, positions)}"
+    found = ev.worst_extra(pair, kind)
+    assert found is not None
+    worst, sequence = found
+    error = ev.error_at(pair.path, pair.dtype, kind, sequence)
+    where = f"{how}, {_at(error.place, sequence, places[str(sequence)])}"
     yield judge(
         worst, BOUNDS["G3.logits"].value, check=check, gate="G7", metric=f"rho, {how}", unit="x noise", where=where,
         **pair.labels,

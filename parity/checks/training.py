@@ -32,9 +32,9 @@ def training(ev: Evidence) -> Iterator[Result]:
             reason = "not covered: the candidate has no loss_and_grads()"
             yield Result("training", "G8", Status.SKIP, required=False, path=path, reason=reason)
             continue
+        yield from _alone(ev, trace, {"path": path, "dtype": DTYPE})
         for name, reference in ev.references.items():
             yield from _against(ev, trace, reference, {"reference": name, "path": path, "dtype": DTYPE})
-        yield from _alone(ev, trace, {"path": path, "dtype": DTYPE})
 
 
 def _fields(metric: str, unit: str = "x noise") -> dict[str, Any]:

@@ -7,7 +7,7 @@ kill it, where it has to be found, and the dtypes in which rounding leaves it vi
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from parity.candidates.mutants import benign, decoding, forward, text
+from parity.candidates.mutants import benign, decoding, forward, text, training
 from parity.candidates.mutants.edit import Load, edited, patched, with_attention, with_config, with_table
 
 ALL = ("fp32", "bf16", "fp16")
@@ -51,6 +51,15 @@ def _chat(number: str, what: str, edit: Callable) -> Mutant:
     return Mutant(number, what, "llama3-text", edited(edit), "chat", "dialog", ("fp32",))
 
 
+def _trained(number: str, what: str, edit: Callable, metric: str) -> Mutant:
+    """Found by one metric of the check `training`."""
+    return Mutant(number, what, "train", edited(edit, "fast"), "training", metric, ("fp32",))
+
+
+def _trainer(number: str, what: str, name: str, method: Callable, metric: str) -> Mutant:
+    return _trained(number, what, training.in_trainer(name, method), metric)
+
+
 MUTANTS: tuple[Mutant, ...] = (
     _table("1", "theta 10,000 instead of the checkpoint's 500,000", "gqa", forward.table_of(forward.wrong_theta)),
     _table("2", "Llama 3.1 RoPE scaling dropped", "gqa", forward.table_of(forward.no_scaling)),
@@ -82,8 +91,15 @@ MUTANTS: tuple[Mutant, ...] = (
            "logits@cached"),
     _cache("21", "cache kept below the compute dtype", decoding.through_cache(decoding.narrower), "logits@cached"),
     _cache("22", "live tokens trimmed from the cache", decoding.with_context(decoding.trimmed), "logits@cached"),
-    Mutant("23", "positions reset per document but no document mask", "gqa", edited(decoding.no_document_mask),
+    Mutant("23a", "positions reset per document but no document mask", "gqa", edited(decoding.no_document_mask),
            "metamorphic", "logits@packed"),
+    _trainer("23b", "no document mask in training", "batch", training.no_mask, "document mask"),
+    _trainer("24", "the last token predicts the next BOS", "labels", training.across_boundary, "target mask"),
+    _trainer("25", "mean of means over unequal micro-batches", "accumulated", training.mean_of_means, "accumulation"),
+    _trainer("26", "partial window divided by the full count", "accumulated", training.full_window, "accumulation"),
+    _trained("27", "labels shifted twice", training.in_loss_and_grads(training.shifted_twice), "loss"),
+    _trainer("28", "pad id = eos id masks real EOS targets", "labels", training.eos_is_padding, "target mask"),
+    _trained("29", "norm gradients reduced in bf16", training.in_loss_and_grads(training.norms_in_bf16), "gradient"),
     _text("30", "double BOS", "llama3-text", text.double_bos),
     _text("31", "missing BOS", "llama3-text", text.no_bos),
     _text("32", "GPT-2 pre-tokenizer regex", "llama3-text", text.gpt2_pattern),
@@ -102,6 +118,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("40", "residual added after the norm", "gqa", edited(forward.residual_after_norm), "ops", "layers.0.out"),
     Mutant("41", "final norm skipped", "gqa", edited(forward.no_final_norm), "ops", "final_norm"),
     Mutant("42", "last layer skipped", "gqa", edited(forward.no_last_layer), "taps", "final_norm"),
+    _trainer("43a", "weight decay applied to norms", "optimizer", training.decayed_norms, "optimizer step"),
+    _trainer("43b", "weight decay dropped", "optimizer", training.no_decay, "optimizer step"),
 )  # fmt: skip
 
 VARIANTS: tuple[Variant, ...] = (
