@@ -184,7 +184,7 @@ def describe(mutant: Mutant, row: Row) -> dict[str, Any]:
         "visible_in": list(mutant.dtypes),
         "gates": row.gates,
         "cause": row.cause,
-        "usual": row.usual,
+        "usual": {} if mutant.killed_by == "training" else row.usual,  # which look at forward passes alone
     }
 
 

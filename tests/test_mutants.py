@@ -12,7 +12,7 @@ from parity.checks import CHECKS
 from parity.report import matrix
 
 # 13 is visible in low precision alone, and compiling takes a while: the slow run below has them, and all variants.
-FAST = [m for m in MUTANTS if "fp32" in m.dtypes and m.member in ("gqa", "llama2-text")]
+FAST = [m for m in MUTANTS if "fp32" in m.dtypes and m.member in ("gqa", "train", "llama2-text")]
 QUICK = [v for v in VARIANTS if "compiled" not in v.what and "threads" not in v.what][1::2]
 
 
@@ -34,7 +34,7 @@ def test_benign_variant_passes_every_check(variant: Variant) -> None:
 def test_registry_is_complete_and_unambiguous() -> None:
     numbers = [m.number for m in MUTANTS]
     assert len(set(numbers)) == len(numbers)
-    wanted = {*range(1, 12), *range(13, 23), *range(30, 43)} - {35}  # 35 is a lint of prompts, see test_harness_self.py
+    wanted = {*range(1, 12), *range(13, 45)} - {35}  # 35 is a lint of prompts, see test_harness_self.py
     assert wanted <= {int(n.rstrip("ab")) for n in numbers}
     assert {m.killed_by for m in MUTANTS} <= set(CHECKS)
     assert len(VARIANTS) >= 20

@@ -91,6 +91,16 @@ def _gradients(
     return judge(ratios[worst], GRAD, where=where, **_fields(metric), **labels)
 
 
+def gradient_noise(ev: Evidence, of: str, against: str) -> tuple[float, str] | None:
+    """One reference's gradients judged by the other's error: the worst ratio and its parameter."""
+    if ev.case.training is None:
+        return None
+    mine, theirs, exact = (
+        read(t.folder / FILE, "grad/") for t in (ev.references[of], ev.references[against], ev.oracle)
+    )
+    return max((_rho(mine[n], theirs[n], exact[n]), n) for n in exact)
+
+
 def _rho(mine: Tensor, theirs: Tensor, exact: Tensor) -> float:
     exact = exact.double()
     rms = lambda x: float(x.double().square().mean().sqrt())

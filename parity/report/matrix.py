@@ -6,7 +6,7 @@ from typing import Any
 from parity.report.terminal import table
 from parity.usual import NAMES
 
-GATES = ("G0", "G1", "G2", "G3", "G4", "G5", "G6", "G7")
+GATES = ("G0", "G1", "G2", "G3", "G4", "G5", "G6", "G7", "G8")
 
 
 def text(report: dict[str, Any]) -> str:

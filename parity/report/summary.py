@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from parity.checks import CHECKS
+from parity.checks.training import gradient_noise
 from parity.contract import Result, Status
 from parity.evidence import Evidence, Pair
 from parity.localise import first_divergence, rho_curve
 from parity.metrics import noise, ratio
 from parity.runner import Runner
+from parity.training import DTYPE
 
 SCHEMA = "nanollama.parity/1"
 PACKAGES = ("torch", "transformers", "llama_models", "fairscale", "safetensors", "tokenizers", "tiktoken")
@@ -77,6 +79,7 @@ def noise_floor(ev: Evidence) -> list[dict[str, Any]]:
                     rows.append(
                         {"of": a, "against": b, "dtype": dtype, "logits": rhos.get("logits"), "tap": worst}
                         | {"taps": rhos[worst] if worst else None, "rms_logits": mine["logits"].rms()}
+                        | ({"gradients": gradient_noise(ev, a, b)} if dtype == DTYPE else {})
                     )
     return rows
 

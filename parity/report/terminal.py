@@ -41,7 +41,7 @@ def render(report: dict[str, Any]) -> str:
         lines += [*table(list(_losses(report["training"]))), ""]
     lines += [
         f"noise floor  {n['of']} against {n['against']}, {n['dtype']}: logits {number(n['logits'])}, "
-        f"worst tap {number(n['taps'])} ({n['tap']})"
+        f"worst tap {number(n['taps'])} ({n['tap']})" + _gradients(n)
         for n in report["noise_floor"]
     ]
     lines += [f"not covered  {text}" for text in _uncovered(report)]
@@ -74,6 +74,13 @@ def _losses(losses: dict[str, list[float]]) -> Iterator[tuple[str, ...]]:
     yield "loss of step", *losses
     for step, row in enumerate(zip(*losses.values(), strict=False), 1):
         yield str(step), *(f"{loss:.6f}" for loss in row)
+
+
+def _gradients(floor: dict[str, Any]) -> str:
+    if not floor.get("gradients"):
+        return ""
+    value, name = floor["gradients"]
+    return f", worst gradient {number(value)} ({name})"
 
 
 def _size(value: float | None) -> float:

@@ -53,7 +53,7 @@ def _chat(number: str, what: str, edit: Callable) -> Mutant:
 
 def _trained(number: str, what: str, edit: Callable, metric: str) -> Mutant:
     """Found by one metric of the check `training`."""
-    return Mutant(number, what, "train", edited(edit, "fast"), "training", metric, ("fp32",))
+    return Mutant(number, what, "train", edited(edit), "training", metric, ("fp32",))
 
 
 def _trainer(number: str, what: str, name: str, method: Callable, metric: str) -> Mutant:
