@@ -180,7 +180,9 @@ def _read_config(folder: Path) -> tuple[int, float, float, tuple[int, ...]]:
         raise CheckpointError(path, f"peft_type is {found.get('peft_type')!r}: only LORA adapters can be read")
     for key in FOREIGN:
         if found.get(key):
-            raise CheckpointError(path, f"{key} is {found[key]!r}: this kind of LoRA cannot be read; merge it with peft")
+            raise CheckpointError(
+                path, f"{key} is {found[key]!r}: this kind of LoRA cannot be read; merge it with peft"
+            )
     if found.get("bias", "none") != "none":
         raise CheckpointError(path, f"bias is {found['bias']!r}: Llama has no biases; expected 'none'")
     rank, alpha, dropout = found.get("r"), found.get("lora_alpha"), found.get("lora_dropout", 0.0)
