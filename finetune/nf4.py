@@ -6,6 +6,8 @@ The only file that knows torchao's import paths, which move between releases.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from nanollama.adapter import LINEARS
 from nanollama.model import Transformer
 
 BLOCK, SCALER_BLOCK = 64, 256  # weights that share a scale, and scales that share one: QLoRA's
+PATHS = ("torchao.quantization.quantize_.workflows.nf4.nf4_tensor", "torchao.dtypes.nf4tensor")  # newest first
 EXTRA = "--method qlora needs the package torchao: pip install 'nanollama[lean]'"
 
 
@@ -49,11 +52,8 @@ def quantize_base_(model: Transformer) -> None:
 
 def _torchao() -> tuple[Callable[..., Any], Callable[..., Tensor]]:
     """(to_nf4, linear_nf4). Raises ValueError that names the extra."""
-    try:
-        try:
-            from torchao.dtypes.nf4tensor import linear_nf4, to_nf4
-        except ImportError:
-            from torchao.prototype.quantization.nf4 import linear_nf4, to_nf4
-    except ImportError:
-        raise ValueError(EXTRA) from None
-    return to_nf4, linear_nf4
+    for path in PATHS:
+        with suppress(ImportError):
+            module = import_module(path)
+            return module.to_nf4, module.linear_nf4
+    raise ValueError(EXTRA)
