@@ -41,6 +41,7 @@ def _wrap_(model: Transformer, config: TrainConfig, adapter: Adapter | None, ids
         quantize_base_(model)
     rank, alpha, targets = config.lora_rank, config.lora_alpha, lora_targets(config)
     if adapter:
+        _refuse_other_shape(config, adapter)
         rank, alpha, targets, ids = adapter.rank, adapter.alpha, adapter.targets, adapter.row_ids or ids
     generator = torch.Generator().manual_seed(config.seed)
     add_lora_(model, rank, alpha, targets, config.lora_dropout, generator)
@@ -48,6 +49,17 @@ def _wrap_(model: Transformer, config: TrainConfig, adapter: Adapter | None, ids
         add_rows_(model, ids)
     if adapter:
         load_adapter_(model, adapter)
+
+
+def _refuse_other_shape(config: TrainConfig, adapter: Adapter) -> None:
+    """A flag that has its default value counts as not given; one that was given must be the adapter's."""
+    given = (config.lora_rank, config.lora_alpha, set(lora_targets(config)))
+    usual = (TrainConfig.lora_rank, TrainConfig.lora_alpha, set(lora_targets(TrainConfig())))
+    saved = (adapter.rank, adapter.alpha, set(adapter.targets))
+    for name, mine, default, theirs in zip(("rank", "alpha", "targets"), given, usual, saved, strict=True):
+        if mine not in (default, theirs):
+            shown = ",".join(adapter.targets) if name == "targets" else theirs
+            raise ValueError(f"--adapter {config.adapter} has {name} {shown}: drop --lora_{name}, which says otherwise")
 
 
 def chat_rows(model: Transformer, tokenizer: Tokenizer, choice: str) -> tuple[int, ...]:
