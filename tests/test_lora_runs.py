@@ -90,9 +90,10 @@ def test_an_interrupted_run_resumes_bit_by_bit(
 
 def test_an_adapter_is_picked_up_again(home: Path, straight: Path, tmp_path: Path) -> None:
     adapter = str(straight / "adapter")
-    assert run(home, tmp_path / "on", "--adapter", adapter, "--lr", "0", "--lora_dropout", "0", "--method", "lora") == 0
+    assert run(home, tmp_path / "on", "--adapter", adapter, "--lr", "1e-12") == 0
     before, after = (safetensors.torch.load_file(o / "adapter" / TENSORS) for o in (straight, tmp_path / "on"))
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
 
 
 def generated(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int | str | None, str, str]:
