@@ -182,10 +182,10 @@ class Packer:
         tokens, positions, doc_ids = (np.zeros(shape, dtype=np.int64) for _ in range(3))
         labels = np.full(shape, IGNORE, dtype=np.int64)
         for r, row in enumerate(rows):
-            for number, begin, ids, mask in self._placed(row):
+            for number, begin, ids, said in self._placed(row):
                 end = begin + len(ids)
                 tokens[r, begin:end] = ids
-                labels[r, begin : end - 1] = np.where(mask[1:], ids[1:], IGNORE)
+                labels[r, begin : end - 1] = np.where(said[1:], ids[1:], IGNORE)
                 positions[r, begin:] = np.arange(self.seq_len - begin)  # the last one counts on into the padding
                 doc_ids[r, begin:end] = number
                 doc_ids[r, end:] = number + 1

@@ -20,7 +20,7 @@ from nanollama.chat import ChatError, encode_chat
 from nanollama.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
+@dataclass
 class Dialogs:
     """`finetune.data.MaskedDocuments`: dialogue i is ids[starts[i] : starts[i + 1]]."""
 

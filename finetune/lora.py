@@ -10,6 +10,7 @@ does, A uniform within 1/sqrt(inputs) and B zero, so training starts from the ba
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,9 @@ LORA_SUFFIXES = (".lora_A", ".lora_B", ".token_rows")  # of the parameters that 
 class LoraLinear(nn.Module):
     """x (..., inputs) -> base(x) + scale * B A dropout(x), (..., outputs)."""
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float, generator: torch.Generator) -> None:
+    base: Any  # a module with weight (outputs, inputs)
+
+    def __init__(self, base: Any, rank: int, alpha: float, dropout: float, generator: torch.Generator) -> None:
         super().__init__()
         outputs, inputs = base.weight.shape
         self.base, self.rank, self.alpha, self.dropout = base, rank, alpha, dropout
@@ -51,7 +54,9 @@ class TokenRows(nn.Module):
     ids: Tensor
     place: Tensor
 
-    def __init__(self, base: nn.Module, ids: tuple[int, ...]) -> None:
+    base: Any  # a module with weight (outputs, inputs)
+
+    def __init__(self, base: Any, ids: tuple[int, ...]) -> None:
         super().__init__()
         self.base = base
         device = base.weight.device

@@ -23,6 +23,8 @@ EXTRA = "--method qlora needs the package torchao: pip install 'nanollama[lean]'
 class NF4Linear(nn.Module):
     """A frozen linear layer without bias; gradients flow through it to its input."""
 
+    nf4: Any  # torchao's NF4Tensor
+
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         to_nf4, self._multiply = _torchao()
