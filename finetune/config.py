@@ -12,9 +12,11 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from nanollama.adapter import ATTENTION, LINEARS
 from nanollama.model import ModelConfig
 
-METHODS = ("full", "norms", "no_embeddings")
+METHODS = ("full", "norms", "no_embeddings", "lora", "qlora")
+LORA_METHODS = ("lora", "qlora")
 FROM_PRESET = ("seq_len", "batch_size", "lr", "max_steps", "vocab_size")  # 0: what the preset says
 
 
@@ -35,7 +37,13 @@ class TrainConfig:
     # Model
     ckpt: str | None = None  # start from this checkpoint (Meta or Hugging Face folder, hub id)
     init: str | None = None  # or from scratch: 260K, 15M, 42M, 110M, or a .json file of shapes
-    method: Literal["full", "norms", "no_embeddings"] = "full"  # which parameters are trained
+    method: Literal["full", "norms", "no_embeddings", "lora", "qlora"] = "full"  # which parameters are trained
+    lora_rank: int = 8  # of the change that lora and qlora learn of each matrix
+    lora_alpha: float = 16.0  # the change counts lora_alpha / lora_rank
+    lora_targets: str = "all"  # all, attention, or some of wq,wk,wv,wo,w1,w2,w3,output
+    lora_dropout: float = 0.0  # on what the adapters read
+    adapter: str | None = None  # lora and qlora: start from this adapter; its rank, alpha and targets are the run's
+    chat_rows: Literal["auto", "reinit", "keep"] = "keep"  # chat words' rows become the mean; auto: untrained ones
     # Run
     out: str | None = None  # folder of the run; else out/ENTRY-TIME
     resume: bool = False  # continue the run in --out, bit by bit
@@ -73,7 +81,7 @@ class TrainConfig:
     export: Literal["hf"] | None = None  # also write final-hf/, a Hugging Face folder
 
     def __post_init__(self) -> None:
-        for name in ("accumulate", "save_every", "eval_every", "eval_tokens"):
+        for name in ("accumulate", "save_every", "eval_every", "eval_tokens", "lora_rank"):
             _at_least(self, name, 1)
         for name in ("lr", "min_lr", "weight_decay", "grad_clip", "dropout", "sample_every", "seed", *FROM_PRESET):
             _at_least(self, name, 0)
@@ -82,10 +90,25 @@ class TrainConfig:
             raise ValueError("--seq_len 1: expected at least 2, a token and its successor")
         if self.dropout >= 1:
             raise ValueError(f"--dropout {self.dropout}: expected less than 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout {self.lora_dropout}: expected at least 0 and less than 1")
+        if self.adapter and self.method not in LORA_METHODS:
+            raise ValueError(f"--adapter goes with --method lora or qlora, not {self.method}")
         if self.ckpt and self.init:
             raise ValueError("--ckpt and --init together: start from one of them")
         if self.method not in METHODS:
             raise ValueError(f"--method {self.method}: expected one of {', '.join(METHODS)}")
+
+
+def lora_targets(config: TrainConfig) -> tuple[str, ...]:
+    """`--lora_targets` as short names of matrices. Raises ValueError when it names none."""
+    groups = {"all": LINEARS, "attention": ATTENTION}
+    names = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
+    if not names:
+        raise ValueError(
+            "--lora_targets names no matrix: expected all, attention, or some of wq,wk,wv,wo,w1,w2,w3,output"
+        )
+    return tuple(dict.fromkeys(t for name in names for t in groups.get(name, (name,))))
 
 
 def _at_least(config: TrainConfig, name: str, least: int) -> None:
@@ -140,6 +163,8 @@ def resolve(config: TrainConfig, device: str, threads: int) -> TrainConfig:
     if (config.ckpt or config.tokenizer) and config.vocab_size:
         brings = "--ckpt brings" if config.ckpt else "--tokenizer names"
         raise ValueError(f"--vocab_size trains a tokenizer, but {brings} one: give one of them")
+    if config.method in LORA_METHODS and not config.ckpt:
+        raise ValueError(f"--method {config.method} adapts a checkpoint: name it with --ckpt")
     if not config.ckpt and not config.init:
         config = replace(config, init="260K" if device == "cpu" else "15M")
     recipe, chosen = preset(config), asdict(config)

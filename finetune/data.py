@@ -12,7 +12,7 @@ integers is the whole state of the loader, and a resumed run continues at the sa
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from finetune.loss import IGNORE
 
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 WINDOW_ROWS = 64  # rows packed together: enough to fill them to about 99%, few enough to be instant
 
 
@@ -36,6 +37,21 @@ class Documents(Protocol):
 
     def tokens(self, document: int, start: int, stop: int) -> Ints:
         """A part of one document."""
+
+
+@runtime_checkable
+class MaskedDocuments(Documents, Protocol):
+    """Documents of which only some tokens are to be predicted."""
+
+    def mask(self, document: int, start: int, stop: int) -> Bools:
+        """Which tokens of a part of one document are labels."""
+
+
+def mask_of(documents: Documents, document: int, start: int, stop: int) -> Bools:
+    """Which tokens of a part are labels; all, where the documents have no mask."""
+    if isinstance(documents, MaskedDocuments):
+        return documents.mask(document, start, stop)
+    return np.ones(stop - start, dtype=np.bool_)
 
 
 @dataclass(frozen=True)
@@ -154,16 +170,22 @@ class Packer:
         tokens = self.documents.tokens(document, start, stop)
         return np.concatenate(([self.documents.bos_id], tokens)) if start else tokens
 
+    def piece_mask(self, index: int) -> Bools:
+        """Which tokens of one piece are labels; a BOS that was put before it is none."""
+        document, start, stop = (int(a[index]) for a in (self.pieces.document, self.pieces.start, self.pieces.stop))
+        mask = mask_of(self.documents, document, start, stop)
+        return np.concatenate(([False], mask)) if start else mask
+
     def batch(self, rows: Sequence[Sequence[int]]) -> Batch:
         """Tokens, labels, positions and document ids of `rows`."""
         shape = (len(rows), self.seq_len)
         tokens, positions, doc_ids = (np.zeros(shape, dtype=np.int64) for _ in range(3))
         labels = np.full(shape, IGNORE, dtype=np.int64)
         for r, row in enumerate(rows):
-            for number, begin, ids in self._placed(row):
+            for number, begin, ids, said in self._placed(row):
                 end = begin + len(ids)
                 tokens[r, begin:end] = ids
-                labels[r, begin : end - 1] = ids[1:]
+                labels[r, begin : end - 1] = np.where(said[1:], ids[1:], IGNORE)
                 positions[r, begin:] = np.arange(self.seq_len - begin)  # the last one counts on into the padding
                 doc_ids[r, begin:end] = number
                 doc_ids[r, end:] = number + 1
@@ -174,12 +196,12 @@ class Packer:
         tensors = [torch.from_numpy(a) for a in (tokens, labels, positions)]
         return Batch(tensors[0], tensors[1], tensors[2], mask, valid)
 
-    def _placed(self, row: Sequence[int]) -> Iterator[tuple[int, int, Ints]]:
-        """(number in the row, first place, tokens) of each piece."""
+    def _placed(self, row: Sequence[int]) -> Iterator[tuple[int, int, Ints, Bools]]:
+        """(number in the row, first place, tokens, which of them are labels) of each piece."""
         begin = 0
         for number, index in enumerate(row):
             ids = self.piece(index)
-            yield number, begin, ids
+            yield number, begin, ids, self.piece_mask(index)
             begin += len(ids)
 
     def documents_in(self, rows: Sequence[Sequence[int]]) -> list[int]:

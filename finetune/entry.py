@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
-from finetune.config import TrainConfig, from_json, merge_resumed, resolve, to_json
+from finetune.adapt import adapt_
+from finetune.config import LORA_METHODS, TrainConfig, from_json, merge_resumed, resolve, to_json
 from finetune.evaluate import Score, bigram
+from finetune.lora import adapter_of, merged_weights
 from finetune.parallelize import World, default_device, open_world
 from finetune.prepare.cache import Prepared, Say, cache_folder, prepare
 from finetune.prepare.corpus import Source
@@ -26,6 +28,8 @@ from finetune.report import write_report
 from finetune.resume import checkpoints
 from finetune.start import Start, build_model, open_start
 from finetune.train import Outcome, Setup, TrainingStopped, train
+from nanollama.adapter import write_adapter
+from nanollama.chat import encode_chat
 from nanollama.checkpoint import CheckpointError
 from nanollama.checkpoint.hf import write_hf
 from nanollama.checkpoint.meta import write_meta
@@ -46,6 +50,8 @@ class Entry:
     find: Callable[[TrainConfig, Path, Say], Source | Path]  # (config, cache folder, say) -> the data
     defaults: dict[str, Any]  # in place of TrainConfig's
     suggested: dict[str, int] = field(default_factory=dict)  # of what is left open, where the start is left open too
+    make: Callable[[TrainConfig, Path, Say], Prepared] | None = None  # (config, tokenizer, say), in place of shards
+    talks: bool = False  # the model answers messages; else it continues text
     larger: tuple[str, ...] = ()  # flags of larger runs, printed at the end of a default run
 
 
@@ -99,6 +105,7 @@ def _run(entry: Entry, config: TrainConfig, out: Path, world: World) -> int:
     tokenizer = open_tokenizer(prepared.tokenizer)
     model = build_model(start, config, tokenizer.vocab_size, world.device)
     describe(config, prepared, model, out, world, say)
+    adapt_(model, config, tokenizer, say)
     setup = Setup(
         config=config,
         model=model,
@@ -108,7 +115,7 @@ def _run(entry: Entry, config: TrainConfig, out: Path, world: World) -> int:
         fingerprint=prepared.fingerprint(),
         out=out,
         world=world,
-        sample=lambda m: sample(m, tokenizer, config.prompt),
+        sample=lambda m: sample(m, tokenizer, config.prompt, talks=entry.talks),
     )
     outcome = train(setup)
     if world.is_main:
@@ -176,6 +183,9 @@ def _prepare(entry: Entry, config: TrainConfig, start: Start, world: World, say:
     if config.ckpt and tokenizer is None:
         raise ValueError(f"--ckpt {config.ckpt}: has no tokenizer beside it: name one with --tokenizer")
     source = world.from_main(lambda: entry.find(config, cache, say))
+    if entry.make is not None:
+        assert tokenizer is not None, "an entry that makes its documents finds no data without a checkpoint"
+        return entry.make(config, tokenizer, say)
 
     def opened(speak: Say) -> Prepared:
         return prepare(
@@ -208,24 +218,31 @@ def describe(config: TrainConfig, prepared: Prepared, model: Transformer, out: P
 def finish(entry: Entry, setup: Setup, prepared: Prepared, outcome: Outcome, say: Say) -> None:
     """The final model, the report and what to type next."""
     config, out, model = setup.config, setup.out, setup.model
-    weights = {name: weight.detach() for name, weight in model.state_dict().items()}
+    weights = merged_weights(model)
     for folder, write in ((out / "final", write_meta), (out / "final-hf", write_hf)):
         if folder.exists():
             shutil.rmtree(folder)  # of this run, when it is resumed after its end
         if folder.name == "final" or config.export == "hf":
             write(folder, model.config, weights, tokenizer=prepared.tokenizer)
+    if config.method in LORA_METHODS:
+        write_adapter(out / "adapter", adapter_of(model), model.config, base=str(config.ckpt or ""))
     base = bigram(prepared.train, outcome.held_out, prepared.vocabulary.size)
     write_atomically(out / "summary.json", json.dumps(summary(outcome, base), indent=2).encode())
     say(f"sample: {setup.sample(model)}")
     say(f"held-out bits per byte: {outcome.score.bpb:.4f}; a bigram model fitted on the training text: {base.bpb:.4f}")
     say(f"held-out nats per token: {outcome.score.loss:.4f}; the bigram model: {base.loss:.4f}")
     say(f"model: {out / 'final'}")
+    if config.method in LORA_METHODS:
+        say(f"adapter: {out / 'adapter'}, for --adapter beside --ckpt {config.ckpt}")
     try:
         say(f"curves: {write_report(out)}")
     except ValueError as error:  # the model is what counts: no picture is no failure
         say(f"no curves: {error}")
     say("next:")
-    say(f'  python -m nanollama generate --ckpt {out / "final"} --prompt "{config.prompt}"')
+    if entry.talks:
+        say(f"  python -m nanollama chat --ckpt {out / 'final'}")
+    else:
+        say(f'  python -m nanollama generate --ckpt {out / "final"} --prompt "{config.prompt}"')
     say(f"  python -m parity.check --ckpt {out / 'final'}")
     for flags in entry.larger:
         say(f"  {_command(entry)} {flags}")
@@ -242,12 +259,14 @@ def summary(outcome: Outcome, base: Score) -> dict[str, float]:
     }
 
 
-def sample(model: Transformer, tokenizer: Tokenizer, prompt: str) -> str:
-    """The prompt and what the model makes of it."""
+def sample(model: Transformer, tokenizer: Tokenizer, prompt: str, *, talks: bool = False) -> str:
+    """The prompt and what the model makes of it; talks: as the answer to a user's message."""
     was_training = model.training
     model.eval()
-    events = Llama(model, tokenizer).generate([prompt], Sampling(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=0))
-    text = prompt + "".join(event.text for event in events)
+    message = [{"role": "user", "content": prompt}]
+    ids = encode_chat(message, tokenizer, add_generation_prompt=True).ids if talks else prompt
+    sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=0)
+    text = prompt + " -> " * talks + "".join(event.text for event in Llama(model, tokenizer).generate([ids], sampling))
     model.train(was_training)
     return text
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from finetune.data import Documents, Ints, Packer
+from finetune.data import Bools, Documents, Ints, Packer, mask_of
 from finetune.loss import LossModel
 from finetune.parallelize import World
 from nanollama.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ class HeldOut:
     packer: Packer
     rows: list[list[int]]
     documents: int
-    text_bytes: int
+    text_bytes: int  # of the labels
 
     def score(self, nats: float, tokens: int) -> Score:
         return Score(nats / tokens, nats / math.log(2) / self.text_bytes)
@@ -43,7 +43,7 @@ def hold_out(packer: Packer, tokenizer: Tokenizer, max_tokens: int) -> HeldOut:
     """The first documents, about `max_tokens` of them and at least one."""
     documents = packer.documents
     count = first_documents(documents, max_tokens)
-    texts = (tokenizer.decode(whole(documents, i).tolist()) for i in range(count))
+    texts = (tokenizer.decode(whole(documents, i)[whole_mask(documents, i)].tolist()) for i in range(count))
     return HeldOut(packer, packer.in_order(count), count, sum(len(text.encode()) for text in texts))
 
 
@@ -53,6 +53,11 @@ def first_documents(documents: Documents, max_tokens: int) -> int:
 
 def whole(documents: Documents, i: int) -> Ints:
     return documents.tokens(i, 0, int(documents.lengths[i]))
+
+
+def whole_mask(documents: Documents, i: int) -> Bools:
+    """Which tokens of one document are labels."""
+    return mask_of(documents, i, 0, int(documents.lengths[i]))
 
 
 @torch.no_grad()
@@ -87,9 +92,9 @@ def bigram(train: Documents, held_out: HeldOut, vocab_size: int) -> Score:
 
 
 def _pairs(documents: Documents, count: int) -> tuple[Ints, Ints]:
-    """All neighbouring tokens within the first `count` documents."""
-    texts = [whole(documents, i) for i in range(count)]
-    return np.concatenate([t[:-1] for t in texts]), np.concatenate([t[1:] for t in texts])
+    """All neighbouring tokens within the first `count` documents whose second one is a label."""
+    texts = [(whole(documents, i), whole_mask(documents, i)[1:]) for i in range(count)]
+    return np.concatenate([t[:-1][mask] for t, mask in texts]), np.concatenate([t[1:][mask] for t, mask in texts])
 
 
 def loss_model_of(module: nn.Module) -> LossModel:

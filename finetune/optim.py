@@ -10,14 +10,17 @@ import math
 import torch
 from torch import nn
 
-from finetune.config import TrainConfig
+from finetune.config import LORA_METHODS, TrainConfig
+from finetune.lora import LORA_SUFFIXES
 
 EMBEDDINGS = ("tok_embeddings.weight", "output.weight")
 FUSED = ("cpu", "cuda", "mps")  # device types whose AdamW updates all parameters in one kernel
 
 
 def is_trained(name: str, method: str) -> bool:
-    """Whether `method` trains the weight with this name: the nano Llama 3.1's full, norms, no_embeddings."""
+    """Whether `method` trains the weight with this name: the nano Llama 3.1's full, norms, no_embeddings; or LoRA's."""
+    if method in LORA_METHODS:
+        return name.endswith(LORA_SUFFIXES)
     if method == "norms":
         return name.endswith("norm.weight")
     return method == "full" or name not in EMBEDDINGS

@@ -37,6 +37,7 @@ def generate(
     json: bool = False,  # one JSON object on stdout at the end
     stream: bool = True,  # print a single answer as it comes
     tokenizer: Path | None = None,  # a tokenizer file, where there is none beside the checkpoint
+    adapter: Path | None = None,  # folder of a LoRA adapter (PEFT's format) to add to the checkpoint
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,  # default: as stored
     device: Literal["cpu", "cuda", "mps"] = "cpu",
     quantize: Literal["int8", "int4"] | None = None,  # weights as integers; activations keep the dtype
@@ -60,7 +61,7 @@ def generate(
         n=n,
         stop=stop or (),
     )
-    llama = _load(ckpt, tokenizer, dtype, device, quantize, compile, draft, lookup)
+    llama = _load(ckpt, tokenizer, adapter, dtype, device, quantize, compile, draft, lookup)
     ids = [llama.encode(text) if isinstance(text, str) else text for text in texts]
     live = stream and not json and len(ids) * n == 1
     answers: dict[tuple[int, int], list[Event]] = {(i, a): [] for i in range(len(ids)) for a in range(n)}
@@ -112,6 +113,7 @@ def chat(
     repetition_penalty: float = 1.0,  # 1 is off
     seed: int = 0,  # same seed and messages, same answers
     tokenizer: Path | None = None,  # a tokenizer file, where there is none beside the checkpoint
+    adapter: Path | None = None,  # folder of a LoRA adapter (PEFT's format) to add to the checkpoint
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,  # default: as stored
     device: Literal["cpu", "cuda", "mps"] = "cpu",
     quantize: Literal["int8", "int4"] | None = None,  # weights as integers; activations keep the dtype
@@ -132,7 +134,7 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    llama = _load(ckpt, tokenizer, dtype, device, quantize, compile, draft, lookup)
+    llama = _load(ckpt, tokenizer, adapter, dtype, device, quantize, compile, draft, lookup)
     run_repl(Chat(llama, sampling, system))
 
 
@@ -180,6 +182,7 @@ def _token_ids(line: str, where: str) -> list[int]:
 def _load(
     ckpt: str,
     tokenizer: Path | None,
+    adapter: Path | None,
     dtype: str | None,
     device: str,
     quantize: str | None,
@@ -193,7 +196,14 @@ def _load(
     if draft and lookup:
         raise ValueError("--draft and --lookup are two ways to guess tokens: give one")
     llama = Llama.load(
-        ckpt, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize, compile=compile, say=_say
+        ckpt,
+        tokenizer=tokenizer,
+        adapter=adapter,
+        dtype=dtype,
+        device=device,
+        quantize=quantize,
+        compile=compile,
+        say=_say,
     )
     if draft or lookup:
         from nanollama.speculative import DraftModel, Lookup

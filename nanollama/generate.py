@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from nanollama.adapter import merged, read_adapter
 from nanollama.checkpoint import open_checkpoint
 from nanollama.compiled import CompileError, Step, compile_step, worth_compiling
 from nanollama.model import KVCache, ModelConfig, Transformer
@@ -104,6 +105,7 @@ class Llama:
         path: str | Path,
         *,
         tokenizer: str | Path | None = None,
+        adapter: str | Path | None = None,
         dtype: str | None = None,
         device: str = "cpu",
         attention: str = "fast",
@@ -114,7 +116,8 @@ class Llama:
     ) -> "Llama":
         """Open a checkpoint of any format. Weights that keep their dtype (the default) on CPU stay memory-mapped.
 
-        tokenizer: a file, where the checkpoint has none beside it. dtype: "fp32", "bf16", "fp16". quantize: "int8" or
+        tokenizer: a file, where the checkpoint has none beside it. adapter: a LoRA adapter's folder, added to the
+        weights as they are read. dtype: "fp32", "bf16", "fp16". quantize: "int8" or
         "int4" (see nanollama.quantize). compile, say, drafter: as for the class.
         Raises ValueError (CheckpointError, TokenizerError) with one line.
         """
@@ -126,6 +129,8 @@ class Llama:
         tokenizer = tokenizer or checkpoint.tokenizer
         opened = open_tokenizer(tokenizer) if tokenizer else None
         wanted, config, weights = DTYPES[dtype] if dtype else None, checkpoint.config, checkpoint.weights
+        if adapter is not None:
+            weights = merged(weights, read_adapter(adapter, config))
         if quantize is None:
             model = Transformer.from_weights(config, weights, dtype=wanted, device=device, attention=attention)
         else:

@@ -11,8 +11,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from finetune.data import Documents
 from finetune.prepare import corpus, download
 from finetune.prepare.corpus import Format, Source
 from finetune.prepare.download import Offline, write_atomically
@@ -28,6 +29,12 @@ TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
 Say = Callable[[str], None]
 
 
+class Store(Documents, Protocol):
+    """Documents that can tell when they have changed."""
+
+    def fingerprint(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What training needs of the data."""
@@ -35,8 +42,8 @@ class Prepared:
     name: str
     tokenizer: Path
     vocabulary: Vocabulary
-    train: TokenStore
-    val: TokenStore
+    train: Store
+    val: Store
 
     def fingerprint(self) -> str:
         return hashlib.sha256((self.train.fingerprint() + self.val.fingerprint()).encode()).hexdigest()

@@ -1,0 +1,176 @@
+"""LoRA from outside the model: each targeted linear layer keeps its frozen weight and learns a low-rank change of it.
+
+    add_lora_(model, 8, 16, ("wq", "wv"), 0.0, torch.Generator().manual_seed(0))
+    lora_parameters(model)       # the only ones to train
+    merge_(model)                # plain linear layers again
+
+A base may be anything with `weight` (outputs, inputs) and a forward: an nn.Linear, or a 4-bit layer. Chat words whose
+rows are untrained get a small table of their own (`add_rows_`). Source: LoRA (arXiv 2106.09685); initialised as PEFT
+does, A uniform within 1/sqrt(inputs) and B zero, so training starts from the base.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanollama.adapter import ROW_MATRICES, Adapter, delta, target_names
+from nanollama.model import Transformer
+
+LORA_SUFFIXES = (".lora_A", ".lora_B", ".token_rows")  # of the parameters that --method lora trains
+
+
+class LoraLinear(nn.Module):
+    """x (..., inputs) -> base(x) + scale * B A dropout(x), (..., outputs)."""
+
+    base: Any  # a module with weight (outputs, inputs)
+
+    def __init__(self, base: Any, rank: int, alpha: float, dropout: float, generator: torch.Generator) -> None:
+        super().__init__()
+        outputs, inputs = base.weight.shape
+        self.base, self.rank, self.alpha, self.dropout = base, rank, alpha, dropout
+        self.scale = alpha / rank
+        device, bound = base.weight.device, 1 / math.sqrt(inputs)
+        drawn = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(drawn.to(device))  # fp32, whatever the base is
+        self.lora_B = nn.Parameter(torch.zeros(outputs, rank, device=device))
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole matrix, for losses that take the head itself (no dropout): fp32 sum, one cast, with gradients."""
+        weight = self.base.weight
+        return (weight.float() + delta(self.lora_A, self.lora_B, self.scale)).to(weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down = F.linear(F.dropout(x, self.dropout, training=self.training), self.lora_A.to(x.dtype))  # (..., rank)
+        return self.base(x) + F.linear(down, self.lora_B.to(x.dtype)) * self.scale
+
+
+class TokenRows(nn.Module):
+    """An embedding or head whose rows `ids` are trained apart from the frozen others."""
+
+    ids: Tensor
+    place: Tensor
+
+    base: Any  # a module with weight (outputs, inputs)
+
+    def __init__(self, base: Any, ids: tuple[int, ...]) -> None:
+        super().__init__()
+        self.base = base
+        device = base.weight.device
+        place = torch.full((base.weight.shape[0],), -1, dtype=torch.int64, device=device)  # of a token among the rows
+        place[list(ids)] = torch.arange(len(ids), device=device)
+        self.register_buffer("ids", torch.tensor(ids, device=device), persistent=False)
+        self.register_buffer("place", place, persistent=False)
+        self.token_rows = nn.Parameter(base.weight.detach()[list(ids)].float().clone())  # (n, C)
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole matrix (V, C), with gradients to the rows."""
+        weight = self.base.weight
+        return weight.index_copy(0, self.ids, self.token_rows.to(weight.dtype))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        place = self.place[tokens].unsqueeze(-1)  # (B, T, 1)
+        own = F.embedding(place.squeeze(-1).clamp(min=0), self.token_rows)  # (B, T, C)
+        plain = self.base(tokens)  # (B, T, C)
+        return torch.where(place >= 0, own.to(plain.dtype), plain)
+
+
+def add_lora_(
+    model: Transformer,
+    rank: int,
+    alpha: float,
+    targets: tuple[str, ...],
+    dropout: float,
+    generator: torch.Generator,
+) -> None:
+    """Put a LoraLinear around every layer that `targets` (of nanollama.adapter.TARGETS) name; freeze all else.
+
+    Raises ValueError for an unknown target, a tied head, or a layer that has an adapter already.
+    """
+    modules = [name.removesuffix(".weight") for name in target_names(model.config, targets)]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name in modules:
+        base = model.get_submodule(name)
+        if isinstance(base, (LoraLinear, TokenRows)):
+            raise ValueError(f"{name} is wrapped already: leave {name.rpartition('.')[2]} out of the lora targets")
+        _replace_(model, name, LoraLinear(base, rank, alpha, dropout, generator))
+
+
+def add_rows_(model: Transformer, ids: tuple[int, ...]) -> None:
+    """Let the rows `ids` of the embedding, and of a head of its own, be trained apart. Call it after `add_lora_`."""
+    for name in [name.removesuffix(".weight") for name in ROW_MATRICES]:
+        base = getattr(model, name)
+        if isinstance(base, LoraLinear):
+            raise ValueError("lora target output together with chat rows in the head: leave output out of the targets")
+        if base is not None:
+            _replace_(model, name, TokenRows(base, ids))
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What --method lora trains, by name."""
+    return {name: p for name, p in model.named_parameters() if name.endswith(LORA_SUFFIXES)}
+
+
+def merged_weights(model: Transformer) -> dict[str, Tensor]:
+    """Meta's names -> plain tensors, adapters summed in; a model without adapters gives its own tensors."""
+    weights = {}
+    for name, module in model.named_modules():
+        if ".base" in f".{name}" or not isinstance(getattr(module, "weight", None), Tensor):
+            continue
+        weights[f"{name}.weight"] = module.weight.detach()
+    return weights
+
+
+def merge_(model: Transformer) -> Transformer:
+    """Plain layers with the adapters in them (delta in fp32, one cast) in place of the wrapped ones."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (LoraLinear, TokenRows)):
+            weight = nn.Parameter(module.weight.detach().clone())
+            outputs, inputs = weight.shape
+            is_embedding = name == "tok_embeddings"
+            with torch.device("meta"):
+                # Under "meta" nn.Embedding's own initialisation would import torch's compiler: see nanollama.model.
+                plain = (
+                    nn.Embedding(outputs, inputs, _weight=torch.empty(outputs, inputs))
+                    if is_embedding
+                    else nn.Linear(inputs, outputs, bias=False)
+                )
+            plain.weight = weight
+            _replace_(model, name, plain)
+    return model
+
+
+def adapter_of(model: Transformer) -> Adapter:
+    """The adapter that the model wears, as nanollama.adapter writes it."""
+    loras = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
+    tables = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, TokenRows)}
+    assert loras, "the model has no adapter"
+    first = next(iter(loras.values()))
+    ids = tuple(next(iter(tables.values())).ids.tolist()) if tables else ()
+    pairs = {name: (m.lora_A.detach(), m.lora_B.detach()) for name, m in loras.items()}
+    rows = {name: m.token_rows.detach() for name, m in tables.items()}
+    return Adapter(first.rank, first.alpha, pairs, ids, rows, first.dropout)
+
+
+@torch.no_grad()
+def load_adapter_(model: Transformer, adapter: Adapter) -> None:
+    """Go on from a saved adapter: its numbers into the wrapped layers, which are those that it has."""
+    for name, (a, b) in adapter.pairs.items():
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(layer, LoraLinear)
+        layer.lora_A.copy_(a)
+        layer.lora_B.copy_(b)
+    for name, rows in adapter.rows.items():
+        table = model.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(table, TokenRows)
+        table.token_rows.copy_(rows)
+
+
+def _replace_(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
