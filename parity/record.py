@@ -307,7 +307,7 @@ def record(
         meta["notices"] = list(getattr(candidate, "notices", []))
         if case.training is not None and dtype == training.DTYPE and can(candidate, "loss_and_grads"):
             progress(f"{dtype} training", 1.0)
-            meta["training"] = training.record_training(candidate, case.training, writer.folder)
+            meta["training"] = training.record_training(candidate, case.training, case.prompts[0], writer.folder)
             meta["seconds_forward"] += meta["training"]["seconds"]
         del candidate
     for name, ops_writer in meta["ops"].items():

@@ -77,19 +77,23 @@ def made_up_gradient(weight: Tensor, step: int) -> Tensor:
     return (torch.frac(weight.detach().float() * (8191.0 * (step + 1))) - 0.5) * 1e-3
 
 
-def record_training(candidate: Any, training: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Run what the candidate can, write its tensors into `folder`; returns what belongs into trace.json."""
+def record_training(candidate: Any, training: dict[str, Any], prompt: list[int], folder: Path) -> dict[str, Any]:
+    """Run what the candidate can, write its tensors into `folder`; returns what belongs into trace.json.
+
+    prompt: token ids of a sequence whose logits the references recorded.
+    """
     started = time.perf_counter()
     first = training["batches"][0]
     loss, grads = candidate.loss_and_grads(*padded(first))
-    tensors, meta = {f"grad/{n}": g for n, g in grads.items()}, {"loss": float(loss), "by": {}}
-    trainer = candidate.trainer() if callable(getattr(candidate, "trainer", None)) else None
+    tensors, by = {f"grad/{n}": g for n, g in grads.items()}, dict[str, float]()
+    meta: dict[str, Any] = {"loss": float(loss), "by": by}
+    trainer: Any = candidate.trainer() if callable(getattr(candidate, "trainer", None)) else None
     can = lambda method: callable(getattr(trainer, method, None))
     if can("packed"):
-        meta["by"]["packed"], found = _scalar(trainer.packed(first))
+        by["packed"], found = _scalar(trainer.packed(first))
         tensors |= {f"packed/{n}": g for n, g in found.items()}
     for name, parts in splits(first).items() if can("accumulated") else ():
-        meta["by"][name], found = _scalar(trainer.accumulated(parts))
+        by[name], found = _scalar(trainer.accumulated(parts))
         tensors |= {f"{name}/{n}": g for n, g in found.items()}
     if can("labels"):
         meta["labels"] = trainer.labels([tokens for tokens, _ in first])
@@ -100,7 +104,7 @@ def record_training(candidate: Any, training: dict[str, Any], folder: Path) -> d
     if can("losses"):
         meta["losses"] = trainer.losses(training["batches"], training)
     if can("merged"):
-        tensors["merged/beside"], tensors["merged/in"] = trainer.merged(torch.tensor([first[1][0]]))
+        tensors["merged/beside"], tensors["merged/in"] = trainer.merged(torch.tensor([prompt]))
     save_file({k: t.detach().float().contiguous().clone() for k, t in tensors.items()}, folder / FILE)
     return meta | {"seconds": time.perf_counter() - started}
 

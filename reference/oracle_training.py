@@ -42,7 +42,7 @@ class Leaves:
 def train(checkpoint: Checkpoint, training: dict[str, Any], out: Path) -> dict[str, Any]:
     """Losses for trace.json; gradients and the made-up optimizer steps as files in `out`."""
     leaves = Leaves(checkpoint)
-    in_memory = replace(checkpoint, weights=leaves)
+    in_memory = replace(checkpoint, weights=leaves)  # type: ignore[arg-type]  # what the oracle reads of them
 
     def logits(tokens: Tensor) -> Tensor:
         oracle = Oracle(in_memory, tokens.tolist(), None)
@@ -83,7 +83,7 @@ def made_up_steps(leaves: dict[str, Tensor], training: dict[str, Any]) -> dict[s
     """{"N/NAME": weights after N steps from made-up gradients}, for the norms and the first layer's matrices."""
     chosen = {n: w for n, w in leaves.items() if w.ndim == 1 or n.startswith("layers.0.")}
     moved = {name: weight.detach().clone() for name, weight in chosen.items()}
-    step, found = adamw(moved, training), {}
+    step, found = adamw(moved, training), dict[str, Tensor]()
     for n in range(MADE_STEPS):
         for name, weight in moved.items():
             weight.grad = made_up_gradient(chosen[name], n).double()

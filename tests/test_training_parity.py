@@ -41,7 +41,16 @@ def changed(change: Callable[[Grads], Grads]) -> Any:
 def test_nanollama_passes_every_metric() -> None:
     found = metrics(changed(lambda grads: grads))
     assert set(found.values()) == {Status.PASS}
-    named = {"loss", "gradient", "document mask", "accumulation", "ten losses", "target mask", "optimizer step"}
+    named = {
+        "loss",
+        "gradient",
+        "document mask",
+        "accumulation",
+        "ten losses",
+        "target mask",
+        "optimizer step",
+        "adapter merge",
+    }
     assert named <= set(found)
 
 

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.config import TrainConfig
 from finetune.data import Batch, Ints, Packer
+from finetune.lora import add_lora_, lora_parameters, merge_
 from finetune.loss import LossModel
 from finetune.optim import make_optimizer, select_trained_, trained
 from finetune.parallelize import World
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 CPU = World(torch.device("cpu"))
 FP32 = torch.autocast("cpu", enabled=False)
+ADAPTER_RANK, ADAPTER_ALPHA = 4, 12.0
+ADAPTER_TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 
 class Listed:
@@ -101,6 +104,24 @@ class NanoTrainer:
             optimizer.step()
             found.append({name: p.detach().clone() for name, p in trained(model).items()})
         return found
+
+    def adapter(self, model: Transformer) -> None:
+        """A LoRA on every layer whose B is not zero any more."""
+        generator = torch.Generator().manual_seed(0)
+        add_lora_(model, ADAPTER_RANK, ADAPTER_ALPHA, ADAPTER_TARGETS, 0.0, generator)
+        for name, parameter in lora_parameters(model).items():
+            if name.endswith("lora_B"):
+                nn.init.normal_(parameter, std=0.01, generator=generator)
+
+    def merge(self, model: Transformer) -> Transformer:
+        return merge_(model)
+
+    @torch.no_grad()
+    def merged(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        model = trainable(self.nano).eval()
+        self.adapter(model)
+        beside = model(tokens)
+        return beside, self.merge(model)(tokens)
 
     def losses(self, batches: list[list[Document]], hyper: dict) -> list[float]:
         model = trainable(self.nano)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parity.contract import UNIT, Result, Status, judge
-from parity.evidence import Evidence
+from parity.evidence import Evidence, Pair
 from parity.metrics import ratio
 from parity.tolerances import BOUNDS, STEP_DIGITS
 from parity.trace import Trace
@@ -54,7 +54,10 @@ def _against(ev: Evidence, trace: Trace, reference: Trace, labels: dict[str, Any
             yield Result(**_fields(metric), status=Status.SKIP, required=False, reason=lacks, **labels)
         results = [_loss(metric, mine["by"][kind], oracle["losses"][0], floor, labels) for kind in present]
         results += [_gradients(metric, f"{kind}/", ev, trace, reference, labels, kind) for kind in present]
-        yield from sorted(results, key=lambda r: -(r.value if r.value == r.value else torch.inf))[:1]
+        yield from sorted(results, key=lambda r: r.value if r.value == r.value and r.value is not None else torch.inf)[
+            -1:
+        ]
+    yield _merged(ev, trace, labels)
     if "losses" in mine:
         yield _ten_losses(mine["losses"], oracle["losses"], theirs["losses"], floor, labels)
     else:
@@ -105,6 +108,18 @@ def _rho(mine: Tensor, theirs: Tensor, exact: Tensor) -> float:
     exact = exact.double()
     rms = lambda x: float(x.double().square().mean().sqrt())
     return ratio(rms(mine.double() - exact), max(rms(theirs.double() - exact), U * rms(exact) / 2))
+
+
+def _merged(ev: Evidence, trace: Trace, labels: dict[str, Any]) -> Result:
+    """Logits with an adapter merged into the weights against those with it beside them: two roundings of one sum."""
+    found = read(trace.folder / FILE, "merged/")
+    if not found:
+        reason = NOT_COVERED.format("merged")
+        return Result(**_fields("adapter merge"), status=Status.SKIP, required=False, reason=reason, **labels)
+    difference = float((found["in"].double() - found["beside"].double()).square().mean().sqrt())
+    pair = Pair(labels["reference"], DTYPE, labels["path"])
+    floor = ev.noise_at(pair, {0: list(range(len(ev.oracle.sequences[0])))})
+    return judge(ratio(difference, floor), BOUNDS["G4"].value, **_fields("adapter merge"), **labels)
 
 
 def _ten_losses(

@@ -120,6 +120,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("42", "last layer skipped", "gqa", edited(forward.no_last_layer), "taps", "final_norm"),
     _trainer("43a", "weight decay applied to norms", "optimizer", training.decayed_norms, "optimizer step"),
     _trainer("43b", "weight decay dropped", "optimizer", training.no_decay, "optimizer step"),
+    _trainer("44a", "LoRA merged in bf16", "merge", training.merged_in_bf16, "adapter merge"),
+    _trainer("44b", "LoRA merged without alpha / rank", "merge", training.merged_unscaled, "adapter merge"),
 )  # fmt: skip
 
 VARIANTS: tuple[Variant, ...] = (

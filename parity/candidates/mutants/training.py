@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.data import Batch
+from finetune.lora import LoraLinear
 from finetune.optim import trained
 from nanollama.model import Transformer
 from parity.candidates.mutants.edit import Edit, override
@@ -104,6 +105,31 @@ def decayed_norms(trainer: NanoTrainer, true: Any) -> Callable[[Transformer, dic
 
 def no_decay(trainer: NanoTrainer, true: Any) -> Callable[[Transformer, dict], torch.optim.Optimizer]:
     return _one_group(lambda hyper: 0.0)
+
+
+def merged_in_bf16(trainer: NanoTrainer, true: Any) -> Callable[[Transformer], Transformer]:
+    """The sum of weight and adapter is rounded to bf16 before it becomes the weight."""
+
+    def merge(model: Transformer) -> Transformer:
+        plain = true(model)
+        for module in plain.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data = module.weight.data.bfloat16().float()
+        return plain
+
+    return merge
+
+
+def merged_unscaled(trainer: NanoTrainer, true: Any) -> Callable[[Transformer], Transformer]:
+    """The adapter is added without its alpha / rank."""
+
+    def merge(model: Transformer) -> Transformer:
+        for module in model.modules():
+            if isinstance(module, LoraLinear):
+                module.scale = 1.0
+        return true(model)
+
+    return merge
 
 
 def _one_group(decay: Callable[[dict], float]) -> Callable[[Transformer, dict], torch.optim.Optimizer]:
