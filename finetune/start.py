@@ -18,7 +18,7 @@ LLAMA2C_STD = 0.02
 
 
 def init_std(dim: int) -> float:
-    """llama2.c's 0.02; more for small models, which it leaves near zero (260K, 200 steps: 3.6 nats instead of 2)."""
+    """llama2.c's 0.02; more for small models, which it leaves near zero (260K: see docs/finetune.md)."""
     return LLAMA2C_STD if dim >= 256 else 0.8 / math.sqrt(dim)
 
 
