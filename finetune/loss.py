@@ -2,32 +2,110 @@
 ranks by the caller, so that neither accumulation nor parallelism changes what a token weighs (HF#34191,
 torchtune#1875).
 
+The logits of all tokens never exist together: chunk by chunk they become the loss and, while they are at hand, its
+gradients (as in Cut Cross-Entropy, arXiv 2411.09009, and Liger, arXiv 2410.10989), so nothing is computed twice.
+
     python -c "from finetune.loss import IGNORE; print(IGNORE)"      # -100, torch's own convention
 """
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from nanollama.model import Transformer
 
 IGNORE = -100  # label of a token whose successor is not to be predicted
+CHUNK_LOGITS = 2**24  # numbers at a time: 128 tokens of a Llama 3 vocabulary, 64 MB in fp32
+MIN_CHUNK_TOKENS = 64  # matrix products of fewer rows are slow
 
-# (hidden states (N, C), head (V, C), labels (N,)) -> summed loss in nats: the seam for losses that hold no logits.
+# (hidden states (N, C), head (V, C), labels (N,)) -> summed loss in nats: the seam for other losses.
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    """Sum of -log p(label) in nats, in fp32, over the labels that are not IGNORE."""
-    logits = F.linear(hidden, head).float()  # (N, V)
+def plain_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """Sum of -log p(label) in nats, in fp32, over the labels that are not IGNORE; holds all logits."""
+    logits = F.linear(hidden, head)  # (N, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+
+
+def linear_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """`plain_cross_entropy` in chunks: its peak is one chunk of logits, and the head's gradient where it is trained."""
+    return LinearCrossEntropy.apply(hidden, head, labels)  # type: ignore[no-any-return]
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are made in the forward pass; the backward pass scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        valid = (labels != IGNORE).nonzero().squeeze(1)
+        labels = labels[valid]
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        rows, weight = hidden[valid].to(dtype), head.to(dtype)
+        need_hidden, need_head, _ = ctx.needs_input_grad
+        grad_rows = torch.empty_like(rows) if need_hidden else None
+        grad_head = torch.zeros_like(head) if need_head else None
+        total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
+        step = max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // head.shape[0])
+        for start in range(0, len(labels), step):
+            part = slice(start, start + step)
+            total += _chunk(rows[part], weight, labels[part], part, grad_rows, grad_head)
+        grad_hidden = None
+        if grad_rows is not None:
+            grad_hidden = torch.zeros_like(hidden)
+            grad_hidden[valid] = grad_rows.to(hidden.dtype)
+        ctx.made = (grad_hidden, grad_head)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        if ctx.made is None:
+            raise RuntimeError(
+                "these gradients were handed out already: a second backward pass needs a new forward one"
+            )
+        hidden, head = (None if made is None else made.mul_(grad) for made in ctx.made)  # no second copy of the head's
+        ctx.made = None
+        return hidden, head, None
+
+
+def _chunk(
+    rows: Tensor, weight: Tensor, labels: Tensor, part: slice, grad_rows: Tensor | None, grad_head: Tensor | None
+) -> Tensor:
+    """Loss of some rows (n, C); their gradients are put into grad_rows[part] and added to grad_head. No graph here.
+
+    With e = exp(logits - largest) and s = sum(e), the gradient of the logits is e / s less one at the label. The
+    division moves to the small side of each product, and the label's part is taken off its row.
+    """
+    logits = F.linear(rows, weight)  # (n, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    picked, largest = logits.gather(1, labels.unsqueeze(1)), logits.amax(1, keepdim=True)  # (n, 1)
+    powers = logits.sub_(largest).exp_()
+    sums = powers.sum(1, keepdim=True)  # (n, 1)
+    loss = (sums.log() + largest - picked).sum()
+    powers = powers.to(rows.dtype)
+    if grad_rows is not None:
+        grad_rows[part] = (powers @ weight) / sums - weight[labels]
+    if grad_head is not None:
+        scaled = (rows / sums).to(rows.dtype)
+        if grad_head.dtype == rows.dtype:
+            grad_head.addmm_(powers.T, scaled)
+        else:
+            grad_head += powers.T @ scaled
+        grad_head.index_add_(0, labels, rows.to(grad_head.dtype), alpha=-1)
+    return loss
 
 
 class LossModel(nn.Module):
     """(tokens, labels, positions, doc_ids) -> summed loss: the unit that DDP and torch.compile wrap."""
 
-    def __init__(self, model: Transformer, loss: Loss = cross_entropy_sum) -> None:
+    def __init__(self, model: Transformer, loss: Loss = linear_cross_entropy) -> None:
         super().__init__()
         self.model, self.loss = model, loss
 
