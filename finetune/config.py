@@ -66,7 +66,8 @@ class TrainConfig:
     dropout: float = 0.0  # on the embedding and on what attention and feed-forward add to the residual
     # Compute
     device: str = "auto"  # cpu, cuda, mps; auto: cuda where there is one
-    dtype: Literal["fp32", "bf16"] = "fp32"  # of the computation; weights and optimizer states are fp32
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of the computation
+    weights: Literal["fp32", "bf16"] = "fp32"  # bf16: states and computation too, every update rounded stochastically
     threads: int = 0  # CPU threads; 0: torch's choice; recorded, since another number rounds differently
     compile: bool = False  # torch.compile the model
     activation_checkpointing: bool = False  # recompute each block in the backward pass instead of keeping it
@@ -172,6 +173,8 @@ def resolve(config: TrainConfig, device: str, threads: int) -> TrainConfig:
         chosen[name] = chosen[name] or getattr(recipe, name)
     if chosen["warmup_steps"] < 0:
         chosen["warmup_steps"] = min(1000, chosen["max_steps"] // 20)
+    if config.weights == "bf16":
+        chosen["dtype"] = "bf16"
     return TrainConfig(**{**chosen, "device": device, "threads": threads})
 
 

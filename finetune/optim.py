@@ -12,6 +12,7 @@ from torch import nn
 
 from finetune.config import LORA_METHODS, TrainConfig
 from finetune.lora import LORA_SUFFIXES
+from finetune.rounding import RoundingAdamW
 
 EMBEDDINGS = ("tok_embeddings.weight", "output.weight")
 FUSED = ("cpu", "cuda", "mps")  # device types whose AdamW updates all parameters in one kernel
@@ -43,9 +44,11 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    groups, betas = [g for g in groups if g["params"]], (config.beta1, config.beta2)
+    if config.weights == "bf16":
+        return RoundingAdamW(groups, lr=config.lr, betas=betas, eps=config.eps, seed=config.seed)
     fused = parameters[0].device.type in FUSED
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.eps, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -15,6 +15,7 @@ from nanollama.checkpoint import Checkpoint, open_checkpoint
 from nanollama.model import ModelConfig, Transformer
 
 LLAMA2C_STD = 0.02
+WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def init_std(dim: int) -> float:
@@ -37,11 +38,14 @@ def open_start(config: TrainConfig) -> Start:
 
 
 def build_model(start: Start, config: TrainConfig, vocab_size: int, device: torch.device) -> Transformer:
-    """The model in fp32 on the device, in memory of its own. Raises ValueError when the tokenizer does not fit."""
+    """The model on the device, weights as `--weights` says, in memory of its own.
+
+    Raises ValueError when the tokenizer does not fit.
+    """
     if start.checkpoint is None:
         shape = init_shape(config, vocab_size)
         weights = fresh_weights(shape, torch.Generator().manual_seed(config.seed))
-        return _own(shape, weights, device)
+        return _own(shape, weights, device, WEIGHTS[config.weights])
     shape = start.checkpoint.config
     if vocab_size > shape.vocab_size:
         raise ValueError(
@@ -49,13 +53,14 @@ def build_model(start: Start, config: TrainConfig, vocab_size: int, device: torc
         )
     if config.seq_len > shape.max_seq_len:
         raise ValueError(f"--seq_len {config.seq_len}: {config.ckpt} was made for at most {shape.max_seq_len} tokens")
-    return _own(shape, {name: start.checkpoint.weights[name] for name in start.checkpoint.weights}, device)
+    stored = {name: start.checkpoint.weights[name] for name in start.checkpoint.weights}
+    return _own(shape, stored, device, WEIGHTS[config.weights])
 
 
-def _own(shape: ModelConfig, weights: dict[str, Tensor], device: torch.device) -> Transformer:
+def _own(shape: ModelConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> Transformer:
     # copy=True: an optimizer must never write into a memory-mapped file.
-    owned = {name: weight.to(device, torch.float32, copy=True) for name, weight in weights.items()}
-    return Transformer.from_weights(shape, owned, dtype=torch.float32, device=device)
+    owned = {name: weight.to(device, dtype, copy=True) for name, weight in weights.items()}
+    return Transformer.from_weights(shape, owned, dtype=dtype, device=device)
 
 
 def fresh_weights(shape: ModelConfig, generator: torch.Generator) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from finetune.metrics import Metrics, flops_per_token, peak_bytes, peak_flops
 from finetune.optim import learning_rate, make_optimizer, select_trained_, set_learning_rate_, trained
 from finetune.parallelize import World, no_sync, replicate
 from finetune.resume import Progress, restore_, save
+from finetune.seeds import mixed_seed
 from finetune.wrap import add_dropout_, checkpoint_blocks_, compile_blocks_
 from nanollama.model import Transformer
 from nanollama.tokenizer import Tokenizer
@@ -139,7 +140,7 @@ class Loop:
         count, stop_sum = self.world.sum([float(sum(b.valid for b in batches)), float(stop)]).tolist()
         lr = learning_rate(self.config, self.progress.step)
         set_learning_rate_(self.optimizer, lr)
-        torch.manual_seed(step_seed(self.config.seed, self.progress.step, self.world.rank))
+        torch.manual_seed(mixed_seed(self.config.seed, self.progress.step, self.world.rank))  # of dropout
         nats = accumulate_(self.loss_model, batches, count, self.autocast, self.world)
         limit = self.config.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters, limit)
@@ -220,8 +221,3 @@ def accumulate_(
             (loss / count).backward()
         nats += loss.detach().to(nats.device)
     return nats
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Of the random numbers of one step on one rank (dropout): 21 bits each, so they do not meet."""
-    return (seed % (1 << 20)) << 42 | (step % (1 << 26)) << 16 | rank % (1 << 16)
