@@ -63,6 +63,7 @@ class TrainConfig:
     beta2: float = 0.95  # AdamW
     eps: float = 1e-8  # AdamW
     grad_clip: float = 1.0  # largest norm of all gradients together; 0: no clipping
+    optimizer_in_backward: bool = False  # update each parameter when its gradient is there; --grad_clip 0 alone
     dropout: float = 0.0  # on the embedding and on what attention and feed-forward add to the residual
     # Compute
     device: str = "auto"  # cpu, cuda, mps; auto: cuda where there is one
@@ -97,6 +98,11 @@ class TrainConfig:
             raise ValueError(f"--adapter goes with --method lora or qlora, not {self.method}")
         if self.ckpt and self.init:
             raise ValueError("--ckpt and --init together: start from one of them")
+        if self.optimizer_in_backward and (self.grad_clip or self.accumulate > 1):
+            raise ValueError(
+                "--optimizer_in_backward frees each gradient before the others are known: add --grad_clip 0 and "
+                "--accumulate 1"
+            )
         if self.method not in METHODS:
             raise ValueError(f"--method {self.method}: expected one of {', '.join(METHODS)}")
 

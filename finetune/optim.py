@@ -51,6 +51,27 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
 
 
+class StepInBackward:
+    """Updates each parameter as soon as its gradient is there, and frees the gradient: one exists at a time."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.squares = optimizer, 0.0
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.register_post_accumulate_grad_hook(self._update_)
+
+    def _update_(self, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        self.squares += float(parameter.grad.float().square().sum())
+        self.optimizer.step()  # parameters without a gradient, all the others, are left alone
+        parameter.grad = None
+
+    def norm(self) -> float:
+        """Of all gradients since the last call."""
+        norm, self.squares = math.sqrt(self.squares), 0.0
+        return norm
+
+
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Of step 0, 1, ..., max_steps - 1: linear warmup that ends at lr, then down to min_lr * lr at the last step."""
     if step < config.warmup_steps:

@@ -39,9 +39,10 @@ class RoundingAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        generators: dict[torch.device, torch.Generator] = {}
+        place = 0  # of the parameter: each draws for itself, so the order of updates changes nothing
         for group in self.param_groups:
             for parameter in group["params"]:
+                place += 1
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
@@ -49,10 +50,9 @@ class RoundingAdamW(torch.optim.Optimizer):
                     state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter)}
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["step"] += 1
-                n, device = int(state["step"]), parameter.device
-                if device not in generators:
-                    generators[device] = torch.Generator(device).manual_seed(mixed_seed(self.seed, n))
-                self._update_(parameter, group, state, n, generators[device])
+                n = int(state["step"])
+                generator = torch.Generator(parameter.device).manual_seed(mixed_seed(self.seed, n, place))
+                self._update_(parameter, group, state, n, generator)
 
     @staticmethod
     def _update_(parameter: Tensor, group: dict, state: dict, n: int, generator: torch.Generator) -> None:

@@ -22,7 +22,14 @@ from finetune.data import Batch, Documents, Packer
 from finetune.evaluate import HeldOut, Score, evaluate, hold_out, loss_model_of
 from finetune.loss import LossModel
 from finetune.metrics import Metrics, flops_per_token, peak_bytes, peak_flops
-from finetune.optim import learning_rate, make_optimizer, select_trained_, set_learning_rate_, trained
+from finetune.optim import (
+    StepInBackward,
+    learning_rate,
+    make_optimizer,
+    select_trained_,
+    set_learning_rate_,
+    trained,
+)
 from finetune.parallelize import World, no_sync, replicate
 from finetune.resume import Progress, restore_, save
 from finetune.seeds import mixed_seed
@@ -121,6 +128,9 @@ class Loop:
         self.loss_model = wrap_(setup.model, self.config, self.world)
         self.optimizer = make_optimizer(setup.model, self.config)
         self.parameters = list(trained(setup.model).values())
+        self.in_backward = StepInBackward(self.optimizer) if self.config.optimizer_in_backward else None
+        if self.in_backward and self.world.size > 1:
+            raise ValueError("--optimizer_in_backward runs in one process: gradients are not summed over ranks yet")
         self.progress = restore_(setup.out, setup.model, self.optimizer, fingerprint=setup.fingerprint)
         bf16 = self.config.dtype == "bf16"
         self.autocast = torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16)
@@ -142,12 +152,14 @@ class Loop:
         set_learning_rate_(self.optimizer, lr)
         torch.manual_seed(mixed_seed(self.config.seed, self.progress.step, self.world.rank))  # of dropout
         nats = accumulate_(self.loss_model, batches, count, self.autocast, self.world)
-        limit = self.config.grad_clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.parameters, limit)
+        if self.in_backward:
+            norm: float | torch.Tensor = self.in_backward.norm()
+        else:
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf)
         loss, grad_norm = float(self.world.sum(nats)) / count, float(norm)
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             self._refuse(loss, grad_norm, rows)
-        self.optimizer.step()
+        self.optimizer.step()  # no parameter has a gradient left where the backward pass updated them
         self.optimizer.zero_grad(set_to_none=True)
         done = Progress(self.progress.step + 1, self.progress.tokens + int(count), cursor)
         self.progress = done
@@ -174,13 +186,18 @@ class Loop:
         return parts[self.world.rank :: self.world.size]
 
     def _refuse(self, loss: float, grad_norm: float, rows: list[list[int]]) -> None:
-        """The parameters are still those before the step: save them, so that the step can be looked at again."""
+        """The parameters are still those before the step: save them, so that the step can be looked at again.
+
+        Those that the backward pass has updated are not: the last checkpoint is what is left.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        self.save()
+        if not self.in_backward:
+            self.save()
+        left = "the last checkpoint is from before" if self.in_backward else "the state before the step is saved"
         documents = self.packer.documents_in(rows)
         raise TrainingStopped(
             f"step {self.progress.step + 1}: loss {loss}, gradient norm {grad_norm}; the batch holds documents "
-            f"{documents}; the state before the step is saved: lower --lr or look at those documents",
+            f"{documents}; {left}: lower --lr or look at those documents",
             1,
         )
 
