@@ -45,7 +45,8 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         down = F.linear(F.dropout(x, self.dropout, training=self.training), self.lora_A.to(x.dtype))  # (..., rank)
-        return self.base(x) + F.linear(down, self.lora_B.to(x.dtype)) * self.scale
+        # In place: no product keeps its own output for the backward pass.
+        return self.base(x).add_(F.linear(down, self.lora_B.to(x.dtype)), alpha=self.scale)
 
 
 class TokenRows(nn.Module):

@@ -57,6 +57,7 @@ class RoundingAdamW(torch.optim.Optimizer):
     @staticmethod
     def _update_(parameter: Tensor, group: dict, state: dict, n: int, generator: torch.Generator) -> None:
         beta1, beta2 = group["betas"]
+        assert parameter.grad is not None
         flat = [t.view(-1) for t in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
         for start in range(0, parameter.numel(), BLOCK_NUMBERS):
             p, g, first, second = (t[start : start + BLOCK_NUMBERS] for t in flat)

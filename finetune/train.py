@@ -21,6 +21,7 @@ from finetune.config import TrainConfig, to_json
 from finetune.data import Batch, Documents, Packer
 from finetune.evaluate import HeldOut, Score, evaluate, hold_out, loss_model_of
 from finetune.loss import LossModel
+from finetune.memory import plan_memory
 from finetune.metrics import Metrics, flops_per_token, peak_bytes, peak_flops
 from finetune.optim import (
     StepInBackward,
@@ -95,6 +96,8 @@ def train(setup: Setup) -> Outcome:
     config, world = setup.config, setup.world
     loop = Loop(setup)
     with StopSignals() as signals, Metrics(setup.out, config, world, loop.progress.step) as metrics:
+        plan = plan_memory(setup.model, config, world.device)
+        metrics.say(plan.text())
         score = None
         while loop.progress.step < config.max_steps:
             values, stop = loop.step(signals.caught)
@@ -113,6 +116,7 @@ def train(setup: Setup) -> Outcome:
             if stop and not is_last:
                 name = signal.Signals(stop).name
                 raise TrainingStopped(f"stopped by {name} after step {step}, which is saved", 128 + stop)
+        metrics.say(f"memory: {peak_bytes(world.device) / 1e6:,.0f} MB at the peak, {plan.total / 1e6:,.0f} MB planned")
         return Outcome(loop.progress, score or loop.evaluate(), loop.held_out)
 
 

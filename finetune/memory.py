@@ -1,0 +1,129 @@
+"""How much memory a run will need, said before it begins: what is there already, gradients, optimizer states,
+activations, loss.
+
+What a block keeps for its backward pass is not estimated but counted, on one row and on two: the rest is linear.
+
+    memory plan: 1,024 MB = 460 now + 60 gradients + 120 optimizer states + 330 activations + 54 loss
+"""
+
+import os
+import sys
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from finetune.config import TrainConfig
+from finetune.loss import CHUNK_LOGITS, MIN_CHUNK_TOKENS
+from finetune.optim import trained
+from finetune.rounding import BLOCK_NUMBERS
+from nanollama.model import Transformer
+
+ROUNDING_BLOCKS = 6  # of fp32 numbers that a bf16 update holds
+BACKWARD_BUFFERS = 4  # of a feed-forward's width, while a block's backward pass runs
+AT_WORK_BYTES = 32_000_000  # what libraries take when they begin to work: seen on CPU with the smallest models
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes. now: libraries, weights and data, as they are before the first step, and a little when they begin."""
+
+    now: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+    def text(self) -> str:
+        names = {"optimizer": "optimizer states"}
+        parts = [f"{value / 1e6:,.0f} {names.get(name, name)}" for name, value in asdict(self).items()]
+        return f"memory plan: {self.total / 1e6:,.0f} MB = {' + '.join(parts)}"
+
+
+def plan_memory(model: Transformer, config: TrainConfig, device: torch.device) -> Plan:
+    """`model` with everything around it that the run puts there; nothing is changed."""
+    parameters = list(trained(model).values())
+    sizes = [p.numel() * p.element_size() for p in parameters]
+    rounding = ROUNDING_BLOCKS * 4 * min(BLOCK_NUMBERS, max(p.numel() for p in parameters))
+    return Plan(
+        now=resident_bytes(device) + AT_WORK_BYTES,
+        gradients=(max(sizes) if config.optimizer_in_backward else sum(sizes)) + _second_gradient(model),
+        optimizer=2 * sum(sizes) + (rounding if config.weights == "bf16" else 0),
+        activations=_activations(model, config, device),
+        loss=_loss(model, config),
+    )
+
+
+def _second_gradient(model: Transformer) -> int:
+    """A tied matrix gets its gradient as the head, then one as the embedding, before they are summed."""
+    table = model.tok_embeddings.weight
+    return table.nbytes if model.output is None and table.requires_grad else 0
+
+
+def _activations(model: Transformer, config: TrainConfig, device: torch.device) -> int:
+    fixed, row = _block_bytes(model, config, device)
+    rows, layers = config.batch_size, len(model.layers)
+    width = torch.finfo(_compute(config)).bits // 8
+    stream = rows * config.seq_len * model.config.dim * model.tok_embeddings.weight.element_size()
+    at_once = 1 if config.activation_checkpointing else layers
+    buffers = BACKWARD_BUFFERS * rows * config.seq_len * model.config.hidden_dim * width
+    return at_once * (fixed + rows * row) + (layers * stream if config.activation_checkpointing else 0) + buffers
+
+
+def _block_bytes(model: Transformer, config: TrainConfig, device: torch.device) -> tuple[int, int]:
+    """(bytes that a block keeps whatever the batch, bytes a row)."""
+    one, two = (_saved(model, config, device, rows) for rows in (1, 2))
+    return max(0, 2 * one - two), two - one
+
+
+def _saved(model: Transformer, config: TrainConfig, device: torch.device, rows: int) -> int:
+    """Bytes that the first block's forward pass keeps beside its parameters."""
+    tokens = torch.zeros(rows, config.seq_len, dtype=torch.int64, device=device)
+    doc_ids = torch.zeros_like(tokens) if config.doc_mask == "on" else None
+    positions = torch.arange(config.seq_len, device=device).expand_as(tokens)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    hidden = torch.zeros(rows, config.seq_len, model.config.dim, dtype=model.tok_embeddings.weight.dtype, device=device)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16")
+    block: nn.Module = model.layers[0]
+    # A checkpointed block is counted as it is when it runs again: by its class's own forward.
+    forward = type(block).forward if config.activation_checkpointing else nn.Module.__call__
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        out = forward(block, hidden.requires_grad_(), model.context(tokens, positions, doc_ids))
+    del out
+    return sum(kept.values())
+
+
+def _loss(model: Transformer, config: TrainConfig) -> int:
+    """A chunk of logits in fp32, its copy in the computation's dtype, and the head in that dtype."""
+    words, dim = model.config.vocab_size, model.config.dim
+    tokens = min(config.batch_size * config.seq_len, max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // words))
+    compute, head = _compute(config), model.head()
+    narrow = compute.itemsize if compute != torch.float32 else 0
+    copy = words * dim * compute.itemsize if head.dtype != compute else 0
+    return tokens * words * (4 + narrow) + copy
+
+
+def _compute(config: TrainConfig) -> torch.dtype:
+    return torch.bfloat16 if config.dtype == "bf16" else torch.float32
+
+
+def resident_bytes(device: torch.device) -> int:
+    """Memory in use: of the GPU's allocator, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if not sys.platform.startswith("linux"):
+        return 0
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
