@@ -64,8 +64,8 @@ KL_FLOOR_NATS = 1e-10
 # A position's KL hangs on its two or three likeliest tokens: over few positions, correct code reached 23 times the
 # reference's (2 positions), and 4.2 at the 99th percentile (46). Fewer than these are judged by G3, G4 and G6.
 KL_POSITIONS = 128
-# References whose errors differ in size by more than this factor are not both right: each is then used alone. The two that
-# are known to be right were seen to differ by 3.7 (bf16, dim 8, five layers); a wrong one differs by thousands in fp32.
+# References whose errors differ in size by more than this factor are not both right: each is then used alone. The two
+# that are known to be right were seen to differ by 3.7 (bf16, dim 8, five layers); a wrong one by thousands in fp32.
 AGREE = 5.0
 # A position is decided when the oracle's margin exceeds this many times the reference's largest error in that row.
 DECIDED_MARGIN = 4.0
