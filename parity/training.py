@@ -82,29 +82,35 @@ def record_training(candidate: Any, training: dict[str, Any], prompt: list[int],
 
     prompt: token ids of a sequence whose logits the references recorded.
     """
-    started = time.perf_counter()
-    first = training["batches"][0]
-    loss, grads = candidate.loss_and_grads(*padded(first))
-    tensors, by = {f"grad/{n}": g for n, g in grads.items()}, dict[str, float]()
-    meta: dict[str, Any] = {"loss": float(loss), "by": by}
+    started, first, tensors = time.perf_counter(), training["batches"][0], dict[str, Tensor]()
+    meta: dict[str, Any] = {"by": {}, "uncovered": {}}
     trainer: Any = candidate.trainer() if callable(getattr(candidate, "trainer", None)) else None
-    can = lambda method: callable(getattr(trainer, method, None))
-    if can("packed"):
-        by["packed"], found = _scalar(trainer.packed(first))
-        tensors |= {f"packed/{n}": g for n, g in found.items()}
-    for name, parts in splits(first).items() if can("accumulated") else ():
-        by[name], found = _scalar(trainer.accumulated(parts))
-        tensors |= {f"{name}/{n}": g for n, g in found.items()}
-    if can("labels"):
-        meta["labels"] = trainer.labels([tokens for tokens, _ in first])
-    if can("adamw"):
-        makers = [lambda w, n=n: made_up_gradient(w, n) for n in range(MADE_STEPS)]
-        for n, weights in enumerate(trainer.adamw(makers, training), 1):
-            tensors |= {f"adamw/{n}/{name}": w for name, w in weights.items() if is_stepped(name, w)}
-    if can("losses"):
-        meta["losses"] = trainer.losses(training["batches"], training)
-    if can("merged"):
-        tensors["merged/beside"], tensors["merged/in"] = trainer.merged(torch.tensor([prompt]))
+
+    def ask(target: Any, method: str, *args: Any) -> Any:
+        """The method's answer; None where there is no such method, or it says that it cannot."""
+        try:
+            return getattr(target, method)(*args) if callable(getattr(target, method, None)) else None
+        except NotImplementedError as error:
+            meta["uncovered"][method] = str(error) or f"the candidate's {method}() cannot do it"
+            return None
+
+    def keep(prefix: str, found: tuple[Tensor, Grads] | None, into: dict[str, float], name: str) -> None:
+        if found is not None:
+            into[name] = float(found[0])
+            tensors.update({f"{prefix}/{n}": g for n, g in found[1].items()})
+
+    keep("grad", ask(candidate, "loss_and_grads", *padded(first)), meta, "loss")
+    keep("packed", ask(trainer, "packed", first), meta["by"], "packed")
+    for name, parts in splits(first).items():
+        keep(name, ask(trainer, "accumulated", parts), meta["by"], name)
+    makers = [lambda w, n=n: made_up_gradient(w, n) for n in range(MADE_STEPS)]
+    for n, weights in enumerate(ask(trainer, "adamw", makers, training) or [], 1):
+        tensors |= {f"adamw/{n}/{name}": w for name, w in weights.items() if is_stepped(name, w)}
+    for name, args in {"labels": [[ids for ids, _ in first]], "losses": [training["batches"], training]}.items():
+        if (answer := ask(trainer, name, *args)) is not None:
+            meta[name] = answer
+    if (logits := ask(trainer, "merged", torch.tensor([prompt]))) is not None:
+        tensors["merged/beside"], tensors["merged/in"] = logits
     save_file({k: t.detach().float().contiguous().clone() for k, t in tensors.items()}, folder / FILE)
     return meta | {"seconds": time.perf_counter() - started}
 
@@ -112,10 +118,6 @@ def record_training(candidate: Any, training: dict[str, Any], prompt: list[int],
 def is_stepped(name: str, weight: Tensor) -> bool:
     """The weights whose made-up steps the oracle wrote down."""
     return weight.ndim == 1 or name.startswith("layers.0.")
-
-
-def _scalar(found: tuple[Tensor, Grads]) -> tuple[float, Grads]:
-    return float(found[0]), found[1]
 
 
 def read(path: Path, prefix: str) -> dict[str, Tensor]:

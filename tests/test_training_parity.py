@@ -54,6 +54,24 @@ def test_nanollama_passes_every_metric() -> None:
     assert named <= set(found)
 
 
+def refusing(method: str, in_trainer: bool, unless: Callable[..., Any] | None = None) -> Any:
+    """nanollama one of whose methods says that it cannot; `unless` raises where it cannot, else the method is run."""
+
+    def refuse(*args: Any) -> Any:
+        raise NotImplementedError("not today")
+
+    def load(checkpoint: str, dtype: torch.dtype, device: str) -> Nano:
+        nano = Nano(checkpoint, dtype, device, "exact")
+        target: Any = nano.trainer() if in_trainer else nano
+        true = getattr(target, method)
+        run = refuse if unless is None else lambda *args: unless(*args) and true(*args)
+        setattr(target, method, run)
+        nano.trainer = lambda: target if in_trainer else Nano.trainer(nano)  # type: ignore[method-assign]
+        return nano
+
+    return load
+
+
 def test_gradients_in_the_wrong_order_are_noticed() -> None:
     """C1: each of these shapes occurs twice, so only names tell them apart."""
 
@@ -91,6 +109,42 @@ def test_a_bare_loss_and_grads_is_judged_by_loss_and_gradient_alone() -> None:
     found = metrics(lambda checkpoint, dtype, device: Bare(Nano(checkpoint, dtype, device, "exact")))
     assert {name for name, status in found.items() if status is Status.PASS} == {"loss", "gradient"}
     assert set(found.values()) == {Status.PASS, Status.SKIP}
+
+
+@pytest.mark.parametrize(
+    ("method", "metric"),
+    [
+        ("packed", "document mask"),
+        ("accumulated", "accumulation"),
+        ("labels", "target mask"),
+        ("adamw", "optimizer step"),
+        ("losses", "ten losses"),
+        ("merged", "adapter merge"),
+    ],
+)
+def test_what_a_trainer_says_it_cannot_do_is_not_covered(method: str, metric: str) -> None:
+    """The other metrics are judged as before, and the reason is the candidate's own."""
+    _, results = judge("train", refusing(method, in_trainer=True))
+    found = {r.metric: r for r in results if r.check == "training"}
+    assert found.pop(metric).reason == "not covered: not today"
+    assert {r.status for r in found.values()} == {Status.PASS}
+
+
+def test_a_candidate_that_says_it_cannot_train_is_not_covered() -> None:
+    _, results = judge("train", refusing("loss_and_grads", in_trainer=False))
+    (result,) = [r for r in results if r.check == "training"]
+    assert (result.status, result.reason) == (Status.SKIP, "not covered: not today")
+
+
+def test_an_accumulation_that_fits_some_micro_batches_alone_is_judged_in_those_and_said_to_lack_others() -> None:
+    def first_alone(documents: list[Any]) -> Any:
+        if len(documents) > 1:
+            raise NotImplementedError("not today")
+        return True
+
+    _, results = judge("train", refusing("accumulated", in_trainer=True, unless=first_alone))
+    found = [r for r in results if r.metric == "accumulation"]
+    assert {r.status for r in found} == {Status.SKIP, Status.PASS}
 
 
 def test_losses_of_ten_steps_agree_to_five_digits() -> None:

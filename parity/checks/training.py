@@ -17,7 +17,6 @@ from parity.trace import Trace
 from parity.training import DTYPE, FILE, IGNORED, MADE_STEPS, STEPS_FILE, read, splits
 
 U = UNIT[DTYPE]
-NOT_COVERED = "not covered: the candidate's trainer() has no {}()"
 GRAD, STEP = BOUNDS["G8.grad"].value, BOUNDS["G8.step"].value
 
 
@@ -28,8 +27,9 @@ def training(ev: Evidence) -> Iterator[Result]:
         return
     for path, trace in ev.candidates.items():
         mine = trace.meta.get("training")
-        if not mine:
-            reason = "not covered: the candidate has no loss_and_grads()"
+        if "loss" not in (mine or {}):
+            cannot = mine["uncovered"]["loss_and_grads"] if mine else "the candidate has no loss_and_grads()"
+            reason = f"not covered: {cannot}"
             yield Result("training", "G8", Status.SKIP, required=False, path=path, reason=reason)
             continue
         yield from _alone(ev, trace, {"path": path, "dtype": DTYPE})
@@ -41,6 +41,13 @@ def _fields(metric: str, unit: str = "x noise") -> dict[str, Any]:
     return {"check": "training", "gate": "G8", "metric": metric, "unit": unit}
 
 
+def _uncovered(metric: str, method: str, mine: dict[str, Any], labels: dict[str, Any]) -> Result:
+    """What the candidate's trainer lacks, or said that it cannot do."""
+    cannot = mine["uncovered"].get(method, f"the candidate's trainer() has no {method}()")
+    reason = f"not covered: {cannot}"
+    return Result(**_fields(metric), status=Status.SKIP, required=False, reason=reason, **labels)
+
+
 def _against(ev: Evidence, trace: Trace, reference: Trace, labels: dict[str, Any]) -> Iterator[Result]:
     """Everything whose noise is the reference's own error."""
     mine, oracle, theirs = trace.meta["training"], ev.oracle.meta["training"], reference.meta["training"]
@@ -49,9 +56,8 @@ def _against(ev: Evidence, trace: Trace, reference: Trace, labels: dict[str, Any
     yield _gradients("gradient", "grad/", ev, trace, reference, labels)
     for metric, kinds in (("document mask", ["packed"]), ("accumulation", list(splits([])))):
         present = [kind for kind in kinds if kind in mine["by"]]
-        if not present:
-            lacks = NOT_COVERED.format("packed" if metric == "document mask" else "accumulated")
-            yield Result(**_fields(metric), status=Status.SKIP, required=False, reason=lacks, **labels)
+        if len(present) < len(kinds):
+            yield _uncovered(metric, "packed" if metric == "document mask" else "accumulated", mine, labels)
         results = [_loss(metric, mine["by"][kind], oracle["losses"][0], floor, labels) for kind in present]
         results += [_gradients(metric, f"{kind}/", ev, trace, reference, labels, kind) for kind in present]
         yield from sorted(results, key=lambda r: r.value if r.value == r.value and r.value is not None else torch.inf)[
@@ -61,8 +67,7 @@ def _against(ev: Evidence, trace: Trace, reference: Trace, labels: dict[str, Any
     if "losses" in mine:
         yield _ten_losses(mine["losses"], oracle["losses"], theirs["losses"], floor, labels)
     else:
-        yield Result(**_fields("ten losses"), status=Status.SKIP, required=False, reason=NOT_COVERED.format("losses"),
-                     **labels)  # fmt: skip
+        yield _uncovered("ten losses", "losses", mine, labels)
 
 
 def _loss_noise(ev: Evidence, reference: Trace) -> float:
@@ -114,8 +119,7 @@ def _merged(ev: Evidence, trace: Trace, labels: dict[str, Any]) -> Result:
     """Logits with an adapter merged into the weights against those with it beside them: two roundings of one sum."""
     found = read(trace.folder / FILE, "merged/")
     if not found:
-        reason = NOT_COVERED.format("merged")
-        return Result(**_fields("adapter merge"), status=Status.SKIP, required=False, reason=reason, **labels)
+        return _uncovered("adapter merge", "merged", trace.meta["training"], labels)
     difference = float((found["in"].double() - found["beside"].double()).square().mean().sqrt())
     pair = Pair(labels["reference"], DTYPE, labels["path"])
     floor = ev.noise_at(pair, {0: list(range(len(ev.oracle.sequences[0])))})
@@ -144,14 +148,12 @@ def _alone(ev: Evidence, trace: Trace, labels: dict[str, Any]) -> Iterator[Resul
     if "labels" in mine:
         yield _target_mask(mine["labels"], [tokens for tokens, _ in ev.case.training["batches"][0]], labels)
     else:
-        yield Result(**_fields("target mask"), status=Status.SKIP, required=False, reason=NOT_COVERED.format("labels"),
-                     **labels)  # fmt: skip
+        yield _uncovered("target mask", "labels", mine, labels)
     steps = read(trace.folder / FILE, "adamw/")
     if steps:
         yield _optimizer_step(steps, read(ev.oracle.folder / STEPS_FILE, ""), ev.case.training["lr"], labels)
     else:
-        reason = NOT_COVERED.format("adamw")
-        yield Result(**_fields("optimizer step"), status=Status.SKIP, required=False, reason=reason, **labels)
+        yield _uncovered("optimizer step", "adamw", mine, labels)
 
 
 def _target_mask(made: list[list[int]], documents: list[list[int]], labels: dict[str, Any]) -> Result:
