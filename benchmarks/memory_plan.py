@@ -1,4 +1,4 @@
-"""Is the memory plan right? Eight configurations, each a run of its own of three steps: planned against measured peak.
+"""Is the memory plan right? Nine configurations, each a run of its own of three steps: planned against measured peak.
 
 python -m benchmarks.memory_plan --tokenizer llama2/tokenizer.model --json benchmarks/results/memory_plan.json
 15M fp32                planned 1,052 MB, peak 1,028 MB: +2.3%
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from benchmarks.decode import environment
 from nanollama.cli import run
@@ -21,6 +22,7 @@ CONFIGURATIONS = {
     "15M bf16": f"{SMALL} --dtype bf16",
     "15M activation checkpointing": f"{SMALL} --activation_checkpointing",
     "15M bf16 weights": f"{SMALL} --weights bf16",
+    "15M moments in bytes": f"{SMALL} --optimizer adamw8bit",
     "15M optimizer in backward": f"{SMALL} --optimizer_in_backward --grad_clip 0",
     "15M LoRA": "--ckpt {base} --method lora --batch_size 8 --seq_len 256",
     "42M fp32": "--init 42M --batch_size 2 --seq_len 512 --accumulate 2",
@@ -34,8 +36,8 @@ def main(
     threads: int = 2,  # of each run
     json: Path | None = None,  # where the result goes
 ) -> None:
-    """Planned and measured peak memory of eight configurations."""
-    found = {}
+    """Planned and measured peak memory of nine configurations."""
+    found: dict[str, Any] = {}
     with TemporaryDirectory() as folder:
         base = Path(folder) / "15M-fp32" / "final"
         for name, flags in CONFIGURATIONS.items():

@@ -63,6 +63,7 @@ class TrainConfig:
     beta2: float = 0.95  # AdamW
     eps: float = 1e-8  # AdamW
     grad_clip: float = 1.0  # largest norm of all gradients together; 0: no clipping
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: moments in bytes, 2 a parameter instead of 8
     optimizer_in_backward: bool = False  # update each parameter when its gradient is there; --grad_clip 0 alone
     dropout: float = 0.0  # on the embedding and on what attention and feed-forward add to the residual
     # Compute
@@ -72,6 +73,7 @@ class TrainConfig:
     threads: int = 0  # CPU threads; 0: torch's choice; recorded, since another number rounds differently
     compile: bool = False  # torch.compile the model
     activation_checkpointing: bool = False  # recompute each block in the backward pass instead of keeping it
+    offload_activations: bool = False  # with it: what is kept waits in the CPU's memory, not in the GPU's
     # What is seen and kept
     save_every: int = 100  # steps between checkpoints; there is one at the end and at SIGINT, SIGTERM as well
     eval_every: int = 100  # steps between validation losses; there is one at the end as well
@@ -103,6 +105,8 @@ class TrainConfig:
                 "--optimizer_in_backward frees each gradient before the others are known: add --grad_clip 0 and "
                 "--accumulate 1"
             )
+        if self.offload_activations and not self.activation_checkpointing:
+            raise ValueError("--offload_activations moves what --activation_checkpointing keeps: add that flag too")
         if self.method not in METHODS:
             raise ValueError(f"--method {self.method}: expected one of {', '.join(METHODS)}")
 

@@ -210,6 +210,8 @@ def describe(config: TrainConfig, prepared: Prepared, model: Transformer, out: P
     count = sum(p.numel() for p in model.parameters())
     begun = config.ckpt or f"{config.init} from scratch"
     say(f"model: {begun}: {count:,} parameters, {prepared.vocabulary.size:,} words; --method {config.method}")
+    if config.offload_activations and config.device == "cpu":
+        say("--offload_activations: activations of a run on the CPU are in its memory already")
     ranks = f" on each of {world.size} ranks" if world.size > 1 else ""
     rows = f"{config.batch_size} x {config.accumulate} rows of {config.seq_len} tokens"
     say(f"run: {out}: {config.max_steps} steps of {rows}{ranks}")

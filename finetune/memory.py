@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from finetune.config import TrainConfig
 from finetune.loss import CHUNK_LOGITS, MIN_CHUNK_TOKENS
+from finetune.moments import moments_bytes
 from finetune.optim import trained
 from finetune.rounding import BLOCK_NUMBERS
 from nanollama.model import Transformer
 
-ROUNDING_BLOCKS = 6  # of fp32 numbers that a bf16 update holds
+ROUNDING_BLOCKS = 6  # of fp32 numbers that an update in pieces holds
 BACKWARD_BUFFERS = 4  # of a feed-forward's width, while a block's backward pass runs
 AT_WORK_BYTES = 32_000_000  # what libraries take when they begin to work: seen on CPU with the smallest models
 
@@ -48,11 +49,12 @@ def plan_memory(model: Transformer, config: TrainConfig, device: torch.device) -
     """`model` with everything around it that the run puts there; nothing is changed."""
     parameters = list(trained(model).values())
     sizes = [p.numel() * p.element_size() for p in parameters]
+    eight_bit = config.optimizer == "adamw8bit"
     rounding = ROUNDING_BLOCKS * 4 * min(BLOCK_NUMBERS, max(p.numel() for p in parameters))
     return Plan(
         now=resident_bytes(device) + AT_WORK_BYTES,
         gradients=(max(sizes) if config.optimizer_in_backward else sum(sizes)) + _second_gradient(model),
-        optimizer=2 * sum(sizes) + (rounding if config.weights == "bf16" else 0),
+        optimizer=moments_bytes(parameters, eight_bit) + (rounding if eight_bit or config.weights == "bf16" else 0),
         activations=_activations(model, config, device),
         loss=_loss(model, config),
     )
@@ -70,8 +72,10 @@ def _activations(model: Transformer, config: TrainConfig, device: torch.device) 
     width = torch.finfo(_compute(config)).bits // 8
     stream = rows * config.seq_len * model.config.dim * model.tok_embeddings.weight.element_size()
     at_once = 1 if config.activation_checkpointing else layers
+    offloaded = config.offload_activations and device.type != "cpu"
+    inputs = layers * stream if config.activation_checkpointing and not offloaded else 0
     buffers = BACKWARD_BUFFERS * rows * config.seq_len * model.config.hidden_dim * width
-    return at_once * (fixed + rows * row) + (layers * stream if config.activation_checkpointing else 0) + buffers
+    return at_once * (fixed + rows * row) + inputs + buffers
 
 
 def _block_bytes(model: Transformer, config: TrainConfig, device: torch.device) -> tuple[int, int]:

@@ -45,8 +45,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups, betas = [g for g in groups if g["params"]], (config.beta1, config.beta2)
-    if config.weights == "bf16":
-        return RoundingAdamW(groups, lr=config.lr, betas=betas, eps=config.eps, seed=config.seed)
+    eight_bit = config.optimizer == "adamw8bit"
+    if eight_bit or config.weights == "bf16":
+        return RoundingAdamW(groups, lr=config.lr, betas=betas, eps=config.eps, seed=config.seed, eight_bit=eight_bit)
     fused = parameters[0].device.type in FUSED
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
 

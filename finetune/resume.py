@@ -129,14 +129,13 @@ def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tupl
 def _restore_optimizer_(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], scalars: dict[str, float]
 ) -> None:
-    values = {**tensors, **{name: torch.tensor(value, dtype=torch.float32) for name, value in scalars.items()}}
-    names = {parameter: name for name, parameter in trained(model).items()}
-    whole = optimizer.state_dict()
-    numbered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, parameter in enumerate(numbered):
-        prefix = f"{names[parameter]}:"
-        whole["state"][number] = {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
-    optimizer.load_state_dict(whole)
+    # Not by load_state_dict, which casts every state to its parameter's dtype: bytes and their scales stay as they are.
+    for name, parameter in trained(model).items():
+        prefix = f"{name}:"
+        numbers = {n: torch.tensor(v, dtype=torch.float32, device=parameter.device) for n, v in scalars.items()}
+        values = {n.removeprefix(prefix): v for n, v in {**tensors, **numbers}.items() if n.startswith(prefix)}
+        if values:
+            optimizer.state[parameter] = values
 
 
 def _write_tensors(stage: Stage, name: str, tensors: Mapping[str, Tensor]) -> None:

@@ -14,28 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.moments import new_moments, read, round_, write_
 from finetune.seeds import mixed_seed
 
-BLOCK_NUMBERS = 1 << 22  # in fp32 at a time
-
-
-def round_(target: Tensor, values: Tensor, generator: torch.Generator) -> None:
-    """Put fp32 `values` into `target`; into bf16 by chance, the nearer neighbour the likelier, so the mean is exact."""
-    if target.dtype != torch.bfloat16:
-        target.copy_(values)
-        return
-    # bf16 is the upper half of fp32: a random lower half is added, and what carries into the upper one stays.
-    bits = values.contiguous().view(torch.int32)
-    chance = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
-    target.copy_((bits + chance).bitwise_and_(-(1 << 16)).view(torch.float32))
+BLOCK_NUMBERS = 1 << 19  # in fp32 at a time: a few MB stay in a CPU's cache (docs/LOG.md)
 
 
 class RoundingAdamW(torch.optim.Optimizer):
-    """AdamW whose parameters and moments may be bf16. A step's random numbers depend on `seed` and the step alone."""
+    """AdamW whose parameters may be bf16, its moments too, or bytes.
 
-    def __init__(self, params: Iterable[Any], *, lr: float, betas: tuple[float, float], eps: float, seed: int) -> None:
+    A step's random numbers depend on `seed` and the step alone.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        seed: int,
+        eight_bit: bool = False,
+    ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self.seed = seed
+        self.seed, self.eight_bit = seed, eight_bit
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -47,8 +49,7 @@ class RoundingAdamW(torch.optim.Optimizer):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter)}
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                    state |= {"step": torch.zeros(()), **new_moments(parameter, self.eight_bit)}
                 state["step"] += 1
                 n = int(state["step"])
                 generator = torch.Generator(parameter.device).manual_seed(mixed_seed(self.seed, n, place))
@@ -58,14 +59,14 @@ class RoundingAdamW(torch.optim.Optimizer):
     def _update_(parameter: Tensor, group: dict, state: dict, n: int, generator: torch.Generator) -> None:
         beta1, beta2 = group["betas"]
         assert parameter.grad is not None
-        flat = [t.view(-1) for t in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
-        for start in range(0, parameter.numel(), BLOCK_NUMBERS):
-            p, g, first, second = (t[start : start + BLOCK_NUMBERS] for t in flat)
-            grad = g.float()
-            mean = first.float().lerp_(grad, 1 - beta1)
-            square = second.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        weights, grads, size = parameter.view(-1), parameter.grad.reshape(-1), parameter.numel()
+        for start in range(0, size, BLOCK_NUMBERS):
+            part = slice(start, min(start + BLOCK_NUMBERS, size))
+            p, grad = weights[part], grads[part].float()
+            mean = read(state, "exp_avg", part).lerp_(grad, 1 - beta1)
+            square = read(state, "exp_avg_sq", part).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             change = (mean / (1 - beta1**n)).div_((square / (1 - beta2**n)).sqrt_().add_(group["eps"]))
             moved = p.float().mul_(1 - group["lr"] * group["weight_decay"]).sub_(change, alpha=group["lr"])
             round_(p, moved, generator)
-            round_(first, mean, generator)
-            round_(second, square, generator)
+            write_(state, "exp_avg", part, mean, generator)
+            write_(state, "exp_avg_sq", part, square, generator)

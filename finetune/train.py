@@ -223,7 +223,7 @@ def wrap_(model: Transformer, config: TrainConfig, world: World) -> nn.Module:
     if config.dropout:
         add_dropout_(model, config.dropout)
     if config.activation_checkpointing:
-        checkpoint_blocks_(model)
+        checkpoint_blocks_(model, offload=config.offload_activations and world.device.type != "cpu")
     if config.compile:
         compile_blocks_(model)
     return replicate(LossModel(model).train(), world)

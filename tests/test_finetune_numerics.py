@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from finetune import wrap
 from finetune.config import TrainConfig, init_shape, resolve
 from finetune.data import Batch, Ints, Packer
 from finetune.loss import IGNORE, LossModel
@@ -294,3 +295,20 @@ def test_fresh_weights_begin_near_the_uniform_loss() -> None:
     with torch.no_grad():
         loss = F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=IGNORE)
     assert float(loss) == pytest.approx(math.log(512), rel=0.1)
+
+
+def test_offloaded_blocks_hand_over_their_inputs_alone_and_change_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[tuple[int, ...]] = []
+
+    def recorded(pin_memory: bool) -> torch.autograd.graph.saved_tensors_hooks:
+        return torch.autograd.graph.saved_tensors_hooks(lambda t: handed.append(tuple(t.shape)) or t, lambda t: t)
+
+    monkeypatch.setattr(wrap, "save_on_cpu", recorded)
+    batch, found = Packer(Random([30, 20]), 30).batch([[0], [1]]), []
+    for offload in (False, True):
+        model = make_model()
+        wrap.checkpoint_blocks_(model, offload=offload)
+        found.append(gradients(model, [batch]))
+    assert handed == [(2, 30, SHAPE.dim)] * SHAPE.n_layers
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[0][1][name], gradient) for name, gradient in found[1][1].items())

@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import safetensors.torch
 import torch
 
 from finetune.entry import run_entry
@@ -52,8 +53,19 @@ def same(a: Path, b: Path) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
-@pytest.mark.parametrize("flags", [("--weights", "bf16"), ("--weights", "bf16", "--optimizer_in_backward")])
-def test_bf16_weights_resume_bit_by_bit(
+EIGHT_BIT = ("--optimizer", "adamw8bit")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--weights", "bf16"),
+        ("--weights", "bf16", "--optimizer_in_backward"),
+        EIGHT_BIT,
+        ("--weights", "bf16", "--optimizer_in_backward", *EIGHT_BIT, "--activation_checkpointing", "--dropout", "0.1"),
+    ],
+)
+def test_lean_states_resume_bit_by_bit(
     flags: tuple[str, ...], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(home, tmp_path / "straight", *flags) == 0
@@ -71,7 +83,11 @@ def test_bf16_weights_resume_bit_by_bit(
     assert run(home, tmp_path / "stopped", "--resume") == 0
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
     assert same(tmp_path / "stopped", tmp_path / "straight")
-    assert {w.dtype for w in weights(tmp_path / "straight").values()} == {torch.bfloat16}
+    dtype = torch.bfloat16 if "bf16" in flags else torch.float32
+    assert {w.dtype for w in weights(tmp_path / "straight").values()} == {dtype}
+    [saved] = (tmp_path / "straight" / "checkpoints").iterdir()
+    moment = safetensors.torch.load_file(saved / "optimizer.safetensors")["layers.0.feed_forward.w1.weight:exp_avg"]
+    assert moment.dtype == (torch.int8 if "adamw8bit" in flags else dtype)
     assert losses(tmp_path / "straight")[-1] < losses(tmp_path / "straight")[0]
 
 
@@ -96,3 +112,13 @@ def test_what_needs_all_gradients_is_refused(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--grad_clip 0" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_offload_goes_with_checkpointing_and_says_when_there_is_nothing_to_do(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(home, tmp_path / "out", "--offload_activations") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--activation_checkpointing" in error
+    assert run(home, tmp_path / "out", "--offload_activations", "--activation_checkpointing") == 0
+    assert "activations of a run on the CPU are in its memory already" in capsys.readouterr().out

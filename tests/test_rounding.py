@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from finetune.config import TrainConfig
+from finetune.moments import round_
 from finetune.optim import make_optimizer
-from finetune.rounding import RoundingAdamW, round_
+from finetune.rounding import RoundingAdamW
 
 SIZE = 4096
 

@@ -28,6 +28,7 @@ Blocks = Callable[[str], Iterable[Tensor]]
 ALIGNMENT = 64  # bytes; where torch puts each record, so that a memory-mapped tensor is aligned
 STORAGES = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16Storage, torch.float16: torch.HalfStorage}
 SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+SAFETENSORS |= {torch.int8: "I8", torch.uint8: "U8"}  # an optimizer's moments in bytes
 
 
 def write_pth(file: BinaryIO, specs: Specs, blocks: Blocks, aliases: Mapping[str, str] | None = None) -> None:
