@@ -116,7 +116,9 @@ def _loss(model: Transformer, config: TrainConfig) -> int:
     compute, head = _compute(config), model.head()
     narrow = compute.itemsize if compute != torch.float32 else 0
     copy = words * dim * compute.itemsize if head.dtype != compute else 0
-    return tokens * words * (4 + narrow) + copy
+    # A bf16 head's gradient is summed in fp32, beside the product of one chunk.
+    sums = words * dim * (4 + compute.itemsize) if head.requires_grad and head.dtype == torch.bfloat16 else 0
+    return tokens * words * (4 + narrow) + copy + sums
 
 
 def _compute(config: TrainConfig) -> torch.dtype:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from nanollama.__main__ import main as nanollama
+from nanollama.checkpoint import convert
 from parity.check import main as check
-from parity.shapes import SHAPES
+from parity.shapes import SHAPES, Shape
 from parity.synth import synthesise
 
 LLAMA31 = replace(SHAPES["tiny"], vocab_size=1024, n_layers=2)
@@ -20,25 +20,24 @@ LLAMA2 = replace(LLAMA31, norm_eps=1e-5, rope_factor=None, rope_theta=10_000.0)
 SLOW = pytest.mark.slow
 
 FORMS = [
-    pytest.param(LLAMA31, "meta", ("--shards", "4"), marks=SLOW, id="meta-4"),
-    pytest.param(LLAMA31, "hf", (), marks=SLOW, id="hf"),
-    pytest.param(LLAMA31, "gguf", ("--dtype", "fp32"), marks=SLOW, id="gguf-f32"),
-    pytest.param(LLAMA31, "gguf", ("--dtype", "fp16"), marks=SLOW, id="gguf-f16"),
-    pytest.param(LLAMA31, "gguf", ("--dtype", "bf16"), marks=SLOW, id="gguf-bf16"),
-    pytest.param(LLAMA31, "gguf", ("--dtype", "q8_0"), id="gguf-q8_0"),
-    pytest.param(LLAMA2, "llama2c", ("--version", "0"), marks=SLOW, id="bin-v0"),
-    pytest.param(LLAMA2, "llama2c", ("--version", "1"), marks=SLOW, id="bin-v1"),
-    pytest.param(LLAMA2, "llama2c", ("--version", "2"), marks=SLOW, id="bin-v2"),
+    pytest.param(LLAMA31, "meta", {"shards": 4}, marks=SLOW, id="meta-4"),
+    pytest.param(LLAMA31, "hf", {}, marks=SLOW, id="hf"),
+    pytest.param(LLAMA31, "gguf", {"dtype": "fp32"}, marks=SLOW, id="gguf-f32"),
+    pytest.param(LLAMA31, "gguf", {"dtype": "fp16"}, marks=SLOW, id="gguf-f16"),
+    pytest.param(LLAMA31, "gguf", {"dtype": "bf16"}, marks=SLOW, id="gguf-bf16"),
+    pytest.param(LLAMA31, "gguf", {"dtype": "q8_0"}, id="gguf-q8_0"),
+    pytest.param(LLAMA2, "llama2c", {"version": 0}, marks=SLOW, id="bin-v0"),
+    pytest.param(LLAMA2, "llama2c", {"version": 1}, marks=SLOW, id="bin-v1"),
+    pytest.param(LLAMA2, "llama2c", {"version": 2}, marks=SLOW, id="bin-v2"),
 ]
 ENDINGS = {"gguf": "model.gguf", "llama2c": "model.bin", "meta": "meta", "hf": "hf"}
 
 
-@pytest.mark.parametrize(("shape", "format_", "flags"), FORMS)
-def test_an_export_passes(shape, format_: str, flags: tuple[str, ...], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(("shape", "format_", "options"), FORMS)
+def test_an_export_passes(shape: Shape, format_: str, options: dict, tmp_path: Path) -> None:
     synthesise(shape, tmp_path / "source")
     exported = tmp_path / ENDINGS[format_]
-    argv = ["convert", "--src", str(tmp_path / "source"), "--dst", str(exported), "--format", format_, *flags]
-    assert nanollama(argv) == 0
+    convert(tmp_path / "source", exported, format_, **options)
     code = check(["--ckpt", str(exported), "--json", str(tmp_path / "report.json")])
     report = json.loads((tmp_path / "report.json").read_text())
     assert code == 0 and report["verdict"] == "pass", report["why"]
