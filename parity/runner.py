@@ -224,7 +224,7 @@ class Runner:
         return process
 
     def _start(self, stack: ExitStack, job: Job) -> Process:
-        log, fed = self.folder / f"{job.label.replace(' ', '-')}.log", "-" in job.arguments[:2]
+        log, fed = self.folder / f"{job.label.replace(' ', '-')}.log", job.arguments[:2] == ("--case", "-")
         return stack.enter_context(started(job.label, job.module, list(job.arguments), log, self.bar, fed))
 
 

@@ -82,7 +82,7 @@ def test_a_base_learns_to_answer_and_to_stop(home: Path, capfd: pytest.CaptureFi
 
 
 def test_an_adapter_learns_it_with_the_rows_of_the_chat_words(home: Path) -> None:
-    run(home, "sharp", home / "lora", "--method", "lora", "--lora_rank", "16", "--lr", "0.02", "--max_steps", "60")
+    run(home, "sharp", home / "lora", "--method", "lora", "--lora_rank", "16", "--lr", "0.02", "--max_steps", "100")
     merged = Llama.load(home / "lora" / "final")
     assert_answers(merged)
     added = Llama.load(home / "sharp", adapter=home / "lora" / "adapter")
