@@ -172,11 +172,12 @@ class MetaModel:
             answer += tokens
         return answer
 
-    def _empty_caches(self, max_tokens: int) -> None:
+    def _empty_caches(self, max_tokens: int, rows: int = 1) -> None:
         if max_tokens > len(self.model.freqs_cis):
             self.model.freqs_cis = rope_table(self.engine.checkpoint.config, max_tokens).to(self.engine.device)
         for block in self.model.layers:
-            empty_cache_(block.attention, self.engine.checkpoint.config, max_tokens, self.dtype, self.engine.device)
+            config, device = self.engine.checkpoint.config, self.engine.device
+            empty_cache_(block.attention, config, max_tokens, self.dtype, device, rows)
 
 
 class MetaLayers:
@@ -282,7 +283,7 @@ class MetaEngine:
         forward = meta_model.Transformer.forward.__wrapped__
 
         def logits(tokens: Tensor) -> Tensor:
-            whole._empty_caches(tokens.shape[1])
+            whole._empty_caches(tokens.shape[1], rows=tokens.shape[0])
             return forward(whole.model, tokens, 0)
 
         return Trainable(logits, unfrozen(whole.model.named_parameters()), lambda name, gradient: gradient)
@@ -295,9 +296,11 @@ class MetaEngine:
         return self.checkpoint.weights.embed(tokens.cpu(), dtype).to(self.device)
 
 
-def empty_cache_(attention: nn.Module, config: Config, max_tokens: int, dtype: torch.dtype, device: str) -> None:
+def empty_cache_(
+    attention: nn.Module, config: Config, max_tokens: int, dtype: torch.dtype, device: str, rows: int = 1
+) -> None:
     """Meta's caches are plain attributes; each sequence starts with fresh ones."""
-    shape = (1, max_tokens, config["n_kv_heads"], config["head_dim"])
+    shape = (rows, max_tokens, config["n_kv_heads"], config["head_dim"])
     attention.cache_k = torch.zeros(shape, dtype=dtype, device=device)
     attention.cache_v = torch.zeros(shape, dtype=dtype, device=device)
 

@@ -51,7 +51,7 @@ def train(checkpoint: Checkpoint, training: dict[str, Any], out: Path) -> dict[s
 
     made = made_up_steps(leaves.leaves, training)
     save_file(made, out / STEPS_FILE)
-    trainable = Trainable(logits, leaves.leaves, lambda name, gradient: gradient)
+    trainable = Trainable(logits, leaves.leaves, lambda name, gradient: gradient, batched=False)
     return run_training(trainable, training, out, adamw)
 
 

@@ -4,8 +4,8 @@ A batch is a list of documents, [token ids, labels]; a label of -100 is ignored.
 that none can see another, and their losses are summed and divided by the number of labels in the batch: that is what
 packing, masking and accumulating have to reproduce.
 
-Written to OUT/training.safetensors: grad/NAME by Meta's names and layout, nats (the loss of each label of the first
-batch); returned for trace.json: the loss of each batch before its step.
+Written to OUT/training.safetensors: grad/NAME by Meta's names and layout, padded/NAME of all documents in one batch,
+nats (the loss of each label of the first batch); returned for trace.json: the loss of each batch before its step.
 """
 
 from collections.abc import Callable, Iterable
@@ -30,9 +30,10 @@ Document = list[list[int]]  # token ids, labels
 class Trainable:
     """An implementation whose parameters are trained."""
 
-    logits: Callable[[Tensor], Tensor]  # (1, T) -> (1, T, V), with gradients
+    logits: Callable[[Tensor], Tensor]  # (B, T) -> (B, T, V), with gradients; B is 1 where `batched` is not said
     parameters: dict[str, Tensor]  # by Meta's names; a tied matrix once
     to_meta: Callable[[str, Tensor], Tensor]  # (name, gradient) -> in Meta's layout
+    batched: bool = True
 
 
 def label_nats(trainable: Trainable, batch: list[Document]) -> Tensor:
@@ -46,6 +47,27 @@ def label_nats(trainable: Trainable, batch: list[Document]) -> Tensor:
     return torch.cat(parts)
 
 
+def padded(batch: list[Document]) -> list[Document]:
+    """All documents as long as the longest: what is added is ignored, and causal attention never sees it."""
+    width = max(len(tokens) for tokens, _ in batch)
+    return [[t + [0] * (width - len(t)), y + [IGNORED] * (width - len(y))] for t, y in batch]
+
+
+def padded_nats(trainable: Trainable, batch: list[Document]) -> Tensor:
+    """`label_nats` in one pass over a padded batch: other sums, so another throw of the rounding."""
+    tokens, labels = (torch.tensor(part) for part in zip(*padded(batch), strict=True))
+    logits = trainable.logits(tokens).flatten(0, 1)  # (B*T, V)
+    nats = F.cross_entropy(logits.float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return nats[labels.flatten() != IGNORED]
+
+
+def gradients(trainable: Trainable, nats: Tensor, prefix: str) -> dict[str, Tensor]:
+    """{prefix/NAME: gradient of the mean loss}; they stay in the parameters, too."""
+    nats.mean().backward()
+    found = ((name, trainable.to_meta(name, gradient(p))) for name, p in trainable.parameters.items())
+    return {f"{prefix}/{name}": g.clone() for name, g in found}
+
+
 def run_training(
     trainable: Trainable, training: dict[str, Any], out: Path, make_step: Callable[..., Callable[[int], None]]
 ) -> dict[str, Any]:
@@ -53,16 +75,23 @@ def run_training(
     step, losses = make_step(trainable.parameters, training), []
     for n, batch in enumerate(training["batches"]):
         progress(f"training step {n + 1}/{len(training['batches'])}", n / len(training["batches"]))
+        tensors = {}
+        if n == 0 and trainable.batched:
+            tensors = gradients(trainable, padded_nats(trainable, batch), "padded")
+            forget(trainable)
         nats = label_nats(trainable, batch)
-        nats.mean().backward()
+        tensors |= gradients(trainable, nats, "grad")
         losses.append(float(nats.detach().mean()))
         if n == 0:
-            grads = {f"grad/{name}": trainable.to_meta(name, gradient(p)) for name, p in trainable.parameters.items()}
-            save_file({"nats": nats.detach(), **{k: g.contiguous() for k, g in grads.items()}}, out / FILE)
+            save_file({"nats": nats.detach(), **{k: g.contiguous() for k, g in tensors.items()}}, out / FILE)
         step(n)
-        for parameter in trainable.parameters.values():
-            parameter.grad = None
+        forget(trainable)
     return {"losses": losses}
+
+
+def forget(trainable: Trainable) -> None:
+    for parameter in trainable.parameters.values():
+        parameter.grad = None
 
 
 def longest(training: dict[str, Any]) -> int:

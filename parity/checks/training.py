@@ -86,14 +86,14 @@ def _gradients(
 ) -> Result:
     """The worst parameter's error ratio."""
     mine, exact = read(trace.folder / FILE, prefix), read(ev.oracle.folder / FILE, "grad/")
-    theirs = read(reference.folder / FILE, "grad/")
+    theirs = [read(reference.folder / FILE, kind) for kind in ("grad/", "padded/")]
     if absent := sorted(exact.keys() - mine.keys()):
         reason = f"the gradient of {absent[0]} is missing ({len(absent)} in all)"
         return Result(**_fields(metric), status=Status.FAIL, reason=reason, **labels)
     if wrong := [n for n in exact if mine[n].shape != exact[n].shape]:
         reason = f"{wrong[0]} has a gradient of shape {tuple(mine[wrong[0]].shape)} for {tuple(exact[wrong[0]].shape)}"
         return Result(**_fields(metric), status=Status.FAIL, reason=reason, **labels)
-    ratios = {n: _rho(mine[n], theirs[n], exact[n]) for n in exact}
+    ratios = {n: _rho(mine[n], [grads[n] for grads in theirs], exact[n]) for n in exact}
     worst = max(ratios, key=lambda n: torch.inf if ratios[n] != ratios[n] else ratios[n])
     where = f"{worst} {kind}".strip()
     return judge(ratios[worst], GRAD, where=where, **_fields(metric), **labels)
@@ -106,13 +106,14 @@ def gradient_noise(ev: Evidence, of: str, against: str) -> tuple[float, str] | N
     mine, theirs, exact = (
         read(t.folder / FILE, "grad/") for t in (ev.references[of], ev.references[against], ev.oracle)
     )
-    return max((_rho(mine[n], theirs[n], exact[n]), n) for n in exact)
+    return max((_rho(mine[n], [theirs[n]], exact[n]), n) for n in exact)
 
 
-def _rho(mine: Tensor, theirs: Tensor, exact: Tensor) -> float:
+def _rho(mine: Tensor, theirs: list[Tensor], exact: Tensor) -> float:
+    """theirs: the reference's gradient, document by document and in one batch: the larger error is the noise."""
     exact = exact.double()
     rms = lambda x: float(x.double().square().mean().sqrt())
-    return ratio(rms(mine.double() - exact), max(rms(theirs.double() - exact), U * rms(exact) / 2))
+    return ratio(rms(mine.double() - exact), max(*(rms(t.double() - exact) for t in theirs), U * rms(exact) / 2))
 
 
 def _merged(ev: Evidence, trace: Trace, labels: dict[str, Any]) -> Result:
