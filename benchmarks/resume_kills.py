@@ -3,6 +3,7 @@ resumed each time: every loss, every validation loss and every final weight must
 
     python -m benchmarks.resume_kills --json benchmarks/results/resume_kills.json
     20 kills in a run of 60 steps: losses equal, weights equal
+    python -m benchmarks.resume_kills --flags "--method lora --lora_dropout 0.1 --lr 0.01"      # on a base of one step
 
 Moments are drawn from before the run's first step to some steps behind it: it dies importing, resuming, stepping,
 saving.
@@ -28,11 +29,20 @@ STEPS = 60
 BATCH_TOKENS = 1024  # about
 
 
-def command(out: Path, work: Path) -> list[str]:
+def command(out: Path, work: Path, flags: str) -> list[str]:
     """A run with dropout and several epochs of windows, so that RNG and data order count."""
-    flags = "--data sample --vocab_size 512 --seq_len 128 --batch_size 8 --dropout 0.1 --save_every 2 --eval_every 20"
-    more = ["--init", str(work / "shape.json"), "--cache", str(work / "cache"), "--out", str(out), "--threads", "1"]
-    return [sys.executable, "-m", "finetune.tinystories", *flags.split(), "--max_steps", str(STEPS), *more]
+    size = "--data sample --seq_len 128 --batch_size 8 --save_every 2 --eval_every 20 --threads 1"
+    more = ["--cache", str(work / "cache"), "--out", str(out), "--max_steps", str(STEPS), *flags.split()]
+    return [sys.executable, "-m", "finetune.tinystories", *size.split(), *more]
+
+
+def start_of(work: Path, flags: str) -> str:
+    """The flags that begin every run: from scratch, or with --method lora from a base that is made here."""
+    scratch = f"--vocab_size 512 --init {work / 'shape.json'}"
+    if "--method" not in flags:
+        return f"{scratch} --dropout 0.1"
+    finish([*command(work / "base", work, scratch), "--max_steps", "1"])
+    return f"--ckpt {work / 'base' / 'final'}"
 
 
 def finish(argv: list[str]) -> None:
@@ -89,6 +99,7 @@ def last_step(out: Path) -> int:
 def main(
     kills: int = 20,  # how often the run is killed
     seed: int = 0,  # of the moments
+    flags: str = "",  # more flags of the run
     json: str | None = None,  # write the result there
 ) -> int:
     """Kill a training run at random moments and compare it with one that was left alone."""
@@ -97,12 +108,13 @@ def main(
         work = Path(folder)
         (work / "shape.json").write_text(dumps(SHAPE))
         straight, killed = work / "straight", work / "killed"
-        first_s = startup_s(command(straight, work), straight)
+        used = f"{start_of(work, flags)} {flags}"
+        first_s = startup_s(command(straight, work, used), straight)
         step_s = median(BATCH_TOKENS / line["tokens_per_s"] for line in steps(straight))
         moments: list[dict[str, float]] = []
         while len(moments) < kills:
             begun = (killed / "config.json").exists()
-            argv = command(killed, work) + (["--resume"] if begun else [])
+            argv = command(killed, work, used) + (["--resume"] if begun else [])
             stepping = rng.random() < 0.75
             delay_s = rng.uniform(0, 8 * step_s if stepping else first_s)
             if kill_once(argv, killed, wait_for_a_step=stepping, delay_s=delay_s):
@@ -110,13 +122,14 @@ def main(
                 print(f"kill {len(moments)} at step {last_step(killed)}", flush=True)
         if not (killed / "config.json").exists():
             raise ValueError("every kill came before the run had begun: choose another --seed")
-        finish([*command(killed, work), "--resume"])
+        finish([*command(killed, work, used), "--resume"])
         weights = [open_checkpoint(out / "final").weights for out in (straight, killed)]
         same_weights = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
         same_losses = numbers(straight) == numbers(killed)
         result = {
             "benchmark": "resume_kills",
-            "command": f"python -m benchmarks.resume_kills --kills {kills} --seed {seed}",
+            "command": f"python -m benchmarks.resume_kills --kills {kills} --seed {seed}"
+            + (f" --flags {flags!r}" if flags else ""),
             "torch": torch.__version__,
             "steps": STEPS,
             "kills": moments,

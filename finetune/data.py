@@ -10,7 +10,7 @@ integers is the whole state of the loader, and a resumed run continues at the sa
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -88,7 +88,13 @@ class Batch:
     valid: int  # labels that are not IGNORE
 
     def to(self, device: torch.device) -> "Batch":
-        move = lambda t: t.to(device, non_blocking=True)
+        return self._each(lambda t: t.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """In memory from which a GPU copies while the host goes on."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         doc_ids = None if self.doc_ids is None else move(self.doc_ids)
         return Batch(move(self.tokens), move(self.labels), move(self.positions), doc_ids, self.valid)
 

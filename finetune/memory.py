@@ -110,15 +110,15 @@ def _saved(model: Transformer, config: TrainConfig, device: torch.device, rows: 
 
 
 def _loss(model: Transformer, config: TrainConfig) -> int:
-    """A chunk of logits in fp32, its copy in the computation's dtype, and the head in that dtype."""
+    """A chunk of logits, on a GPU beside its copy in fp32, and the head in the computation's dtype."""
     words, dim = model.config.vocab_size, model.config.dim
     tokens = min(config.batch_size * config.seq_len, max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // words))
     compute, head = _compute(config), model.head()
-    narrow = compute.itemsize if compute != torch.float32 else 0
+    copied = compute != torch.float32 and head.device.type != "cpu"
     copy = words * dim * compute.itemsize if head.dtype != compute else 0
     # A bf16 head's gradient is summed in fp32, beside the product of one chunk.
     sums = words * dim * (4 + compute.itemsize) if head.requires_grad and head.dtype == torch.bfloat16 else 0
-    return tokens * words * (4 + narrow) + copy + sums
+    return tokens * words * (compute.itemsize + 4 * copied) + copy + sums
 
 
 def _compute(config: TrainConfig) -> torch.dtype:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from finetune.config import TrainConfig, to_json
-from finetune.data import Batch, Documents, Packer
+from finetune.data import Batch, Cursor, Documents, Packer
 from finetune.evaluate import HeldOut, Score, evaluate, hold_out, loss_model_of
 from finetune.loss import LossModel
 from finetune.memory import plan_memory
@@ -136,6 +136,7 @@ class Loop:
         if self.in_backward and self.world.size > 1:
             raise ValueError("--optimizer_in_backward runs in one process: gradients are not summed over ranks yet")
         self.progress = restore_(setup.out, setup.model, self.optimizer, fingerprint=setup.fingerprint)
+        self.ahead: tuple[list[list[int]], Cursor, list[Batch]] | None = None  # of the next step
         bf16 = self.config.dtype == "bf16"
         self.autocast = torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16)
         count = sum(p.numel() for p in setup.model.parameters())
@@ -148,14 +149,14 @@ class Loop:
         Raises TrainingStopped, with the state before the step saved, when the loss or the gradient is not finite.
         """
         started = time.perf_counter()
-        rows, cursor = self.packer.take(self.progress.cursor, self._rows_per_step())
-        batches = [self.packer.batch(part) for part in self._mine(rows)]
+        rows, cursor, batches = self.ahead or self._prepare(self.progress.cursor)
         # One sum tells every rank the number of labels, and whether any of them was asked to stop.
         count, stop_sum = self.world.sum([float(sum(b.valid for b in batches)), float(stop)]).tolist()
         lr = learning_rate(self.config, self.progress.step)
         set_learning_rate_(self.optimizer, lr)
         torch.manual_seed(mixed_seed(self.config.seed, self.progress.step, self.world.rank))  # of dropout
         nats = accumulate_(self.loss_model, batches, count, self.autocast, self.world)
+        self.ahead = self._prepare(cursor)  # while a GPU is still busy with this step
         if self.in_backward:
             norm: float | torch.Tensor = self.in_backward.norm()
         else:
@@ -179,6 +180,12 @@ class Loop:
         if self.peak_flops:
             values["mfu"] = speed * self.flops_per_token / self.peak_flops / self.world.size
         return values, round(stop_sum / self.world.size) if stop_sum else 0
+
+    def _prepare(self, cursor: Cursor) -> tuple[list[list[int]], Cursor, list[Batch]]:
+        """The rows of a step, the cursor behind them, and this rank's micro-batches of them."""
+        rows, behind = self.packer.take(cursor, self._rows_per_step())
+        batches = [self.packer.batch(part) for part in self._mine(rows)]
+        return rows, behind, [batch.pinned() for batch in batches] if self.world.device.type == "cuda" else batches
 
     def _rows_per_step(self) -> int:
         return self.config.batch_size * self.config.accumulate * self.world.size

@@ -34,6 +34,7 @@ class Evidence:
     references: dict[str, Trace]
     candidates: dict[str | None, Trace]  # by path; {None: trace} for a candidate with one path
     forced: dict[str, Trace] = field(default_factory=dict)  # the references, cut short: inputs of the op gates
+    rounded: dict[str, Trace] = field(default_factory=dict)  # by scheme: the oracle with its weights as integers
     ops: dict[str, Trace] = field(default_factory=dict)  # the oracle's operations on these inputs, see checks/ops.py
     op_errors: dict[Any, Any] = field(default_factory=dict)  # kept by checks/ops.py
     untrained: str = "training is checked on small checkpoints in fp32"  # why the case trains nothing
@@ -54,7 +55,8 @@ class Evidence:
             with ThreadPoolExecutor(workers) as pool:
                 list(pool.map(self.oracle_rows, dict.fromkeys(dtypes)))
                 runs = [(trace, dtype) for dtype, _, trace in self.per_dtype() if dtype in dtypes]
-                runs += [(trace, dtype) for trace in self.references.values() for dtype in dtypes]
+                judges = (*self.references.values(), *self.rounded.values())
+                runs += [(trace, dtype) for trace in judges for dtype in dtypes]
                 list(pool.map(lambda run: self.measured(*run), runs))
                 pairs = [pair for pair in self.pairs() if pair.dtype in dtypes]
                 list(pool.map(lambda job: self.pairwise(*job), [(p, t) for p in pairs for t in self.shared(p)]))
@@ -70,7 +72,8 @@ class Evidence:
     def pairwise(self, pair: Pair, tap: str) -> TapError:
         """One tap of the candidate against the reference's."""
         if (pair, tap) not in self._pairwise:
-            difference = compare(self.candidates[pair.path], self.references[pair.reference], pair.dtype, tap)
+            judge = self.judges(pair.path)[pair.reference]
+            difference = compare(self.candidates[pair.path], judge, pair.dtype, tap)
             self._pairwise[pair, tap] = difference
         return self._pairwise[pair, tap]
 
@@ -78,7 +81,13 @@ class Evidence:
         for path, trace in self.candidates.items():
             for dtype in self.case.dtypes:
                 if dtype in trace.meta["dtypes"]:
-                    yield from (Pair(reference, dtype, path) for reference in self.references)
+                    yield from (Pair(judge, dtype, path) for judge in self.judges(path))
+
+    def judges(self, path: str | None) -> dict[str, Trace]:
+        """Whose error a path of the candidate is measured by: the references', or of weights that are integers, the
+        error that rounding them makes in the oracle itself."""
+        scheme = self.candidates[path].meta.get("integers")
+        return self.references if scheme is None else {f"oracle {scheme}": self.rounded[scheme]}
 
     def per_dtype(self) -> Iterator[tuple[str, str | None, Trace]]:
         """(dtype, path, trace) of each candidate run, for checks that need no reference."""
@@ -107,7 +116,7 @@ class Evidence:
         """
         key = (pair.reference, pair.dtype)
         if key not in self._noise:
-            own = self.measured(self.references[pair.reference], pair.dtype)
+            own = self.measured(self.judges(pair.path)[pair.reference], pair.dtype)
             others = [self.measured(t, pair.dtype) for n, t in self.references.items() if n != pair.reference]
             taps = {t: envelope(e, [o.taps[t] for o in others if t in o.taps]) for t, e in own.taps.items()}
             peers = [o for o in others if "logits" in o.taps and agree(own.taps["logits"], o.taps["logits"])]

@@ -4,6 +4,7 @@ Besides the teacher-forced forward pass: greedy text, prefill + decode, chunked 
 packed documents. What the interface cannot do goes into the trace as `uncovered`, so that a report can say so.
 """
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor
 
 from parity import training
-from parity.contract import DTYPES, Case
+from parity.contract import DTYPES, Case, UsageError
 from parity.forced import finish_ops, record_ops
 from parity.trace import Trace, TraceWriter, by_part
 
 Progress = Callable[[str, float], None]
 CHUNKS = 8  # of a chunked prefill; their size is made odd, so that they never line up with a block size
 DOCUMENTS = 3
+SCHEME = r"int[2-8](/[1-9]\d*)?"  # integers of so many bits, one scale for each row or for so many inputs of it
 EXTRA_ROWS, EXTRA_LOGITS = 64, 1 << 22  # of each other way to run a sequence, at most: positions, numbers
 
 
@@ -272,6 +274,9 @@ def record(
 
     `forced`: by reference, the cut traces whose inputs its operations are given (see parity/forced.py).
 
+    A candidate whose weights are integers says so in its attribute `integers`: "int8" (one scale for each output row),
+    "int4/32" (one for each 32 inputs). It is then judged by the error that such rounding makes in the oracle.
+
     A candidate with a method `stream(sequences, positions)` yielding (part, {"sequence/tap": tensor}) may set its
     attribute `streamed` to True: it is then run layer by layer, and only its forward pass is judged. Dtypes at which
     the model does not fit into memory are asked only of a `load` whose attribute `streams` is True.
@@ -285,19 +290,24 @@ def record(
     }
     meta |= {"prompt_lengths": case.prompt_lengths or [len(p) for p in case.prompts], "positions": case.positions}
     meta |= {"generated": {}, "self": {}, "extra": {}, "uncovered": {}, "streamed": {}, "errata": [], "notices": []}
-    meta["ops"] = {}
+    meta |= {"ops": {}, "integers": None}
     for n, dtype in enumerate(case.dtypes):
         if dtype in case.too_large and not getattr(load, "streams", False):
             continue
         candidate = load(case.checkpoint, DTYPES[dtype], case.device)
         if n == 0:
             meta |= record_identity(candidate, case, writer)
+        meta["integers"] = scheme = getattr(candidate, "integers", None)
+        if scheme is not None and not re.fullmatch(SCHEME, scheme):
+            raise UsageError(
+                f"the candidate's integers are {scheme!r}: expected int8, or int4/32 (a scale for 32 inputs)"
+            )
         meta["streamed"][dtype] = bool(getattr(candidate, "streamed", False))
         if meta["streamed"][dtype]:
             out = record_streamed(candidate, case, dtype, writer, progress)
         else:
             out = Recorder(candidate, case, dtype, writer, progress).run()
-            for name, given in (forced or {}).items() if can(candidate, "ops") else ():
+            for name, given in (forced or {}).items() if can(candidate, "ops") and scheme is None else ():
                 ops_writer = meta["ops"].setdefault(name, TraceWriter(writer.folder / "ops" / name))
                 record_ops(candidate, dtype, given, ops_writer, case.device)
         meta["dtypes"][dtype] = dtype

@@ -146,6 +146,8 @@ class Runner:
             jobs = {path: self._candidate_job(path, ev, dtypes, first_round and path == paths[0]) for path in group}
             traces = self._run(list(jobs.values()))
             ev.candidates |= {path: traces[job.label] for path, job in jobs.items() if job.label in traces}
+            for scheme in {trace.meta["integers"] for trace in traces.values()} - {None, *ev.rounded}:
+                self._round_oracle(ev, scheme)
             ev.prepare(cores(), dtypes)
             self.peak_bytes = max(self.peak_bytes, anonymous_bytes(os.getpid()))
             if self.large:
@@ -156,6 +158,13 @@ class Runner:
                 drop(trace.folder, dtypes)
         elif any(trace.meta.get("ops") for trace in ev.candidates.values()):
             self._oracle_ops(ev)
+
+    def _round_oracle(self, ev: Evidence, scheme: str) -> None:
+        """The oracle with its weights rounded to the candidate's integers, at every dtype."""
+        label = f"oracle {scheme}"
+        case = replace(ev.case, training=None, **NO_IDENTITY)
+        job = self._job("reference.oracle", label.replace(" ", "-").replace("/", "-"), case)
+        ev.rounded[scheme] = self._run([replace(job, arguments=(*job.arguments, "--integers", scheme))])[job.label]
 
     def _oracle_ops(self, ev: Evidence) -> None:
         """The float64 value of each operation on the inputs that each reference recorded."""

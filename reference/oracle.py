@@ -4,12 +4,14 @@ It judges the other two: their rounding error is measured against it. Weights ar
 upcast; run dtypes to which the stored weights convert without loss share one folder of results.
 
 With --ops it computes every operation on another trace's own inputs instead, so that each operation of that trace
-can be judged alone.
+can be judged alone. With --integers its linear layers' weights are rounded to integers first: the error that no
+quantised implementation can avoid.
 
-    python -m reference.oracle --case case.json --out DIR [--ops TRACE_DIR]
+    python -m reference.oracle --case case.json --out DIR [--ops TRACE_DIR | --integers int8]
     python -m reference.oracle --ckpt Meta-Llama-3.1-8B --prompt "Simply put,"    # likeliest next tokens, margins
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,12 +50,38 @@ Emit = Callable[[str, Tensor], None]
 
 
 @dataclass(frozen=True)
+class Integers:
+    """Weights as integers of so many bits, symmetric about 0: one scale for a row, or for each group of its inputs."""
+
+    bits: int
+    group: int | None = None
+
+    @classmethod
+    def parse(cls, scheme: str) -> "Integers":
+        """From "int8" (a scale for each row) or "int4/32" (one for each 32 inputs). Raises Unusable."""
+        match = re.fullmatch(r"int([2-8])(?:/([1-9]\d*))?", scheme)
+        if match is None:
+            raise Unusable(f"{scheme!r} names no integers: expected int8, or int4/32 with one scale for 32 inputs")
+        return cls(int(match[1]), int(match[2]) if match[2] else None)
+
+    def round(self, rows: Tensor) -> Tensor:
+        """(N, K) float64 -> the nearest representable, rows of one scale at a time."""
+        largest = 2 ** (self.bits - 1) - 1
+        parts = []
+        for part in rows.split(self.group or rows.shape[1], dim=1):
+            scales = part.abs().amax(1, keepdim=True) / largest
+            parts.append((part / scales.clamp(min=1e-300)).round() * scales)
+        return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True)
 class Oracle:
     """A checkpoint, all sequences of a case one after another (N tokens), and how weights are rounded."""
 
     checkpoint: Checkpoint
     sequences: list[list[int]]
     rounding: torch.dtype | None  # None: the stored numbers as they are
+    integers: Integers | None = None  # of the linear layers and the head
     block_bytes: int = BLOCK_BYTES
 
     @property
@@ -75,8 +103,8 @@ class Oracle:
         """A matrix in float64, some rows at a time."""
         shape = self.checkpoint.weights.shapes[name]
         for start, stop in row_blocks(shape, torch.float64, self.block_bytes):
-            rows = self.checkpoint.weights.load(name, self.rounding or torch.float64, start=start, stop=stop)
-            yield start, stop, rows.double()
+            rows = self.checkpoint.weights.load(name, self.rounding or torch.float64, start=start, stop=stop).double()
+            yield start, stop, rows if self.integers is None else self.integers.round(rows)
 
     def embed(self) -> Tensor:
         tokens = torch.tensor([token for sequence in self.sequences for token in sequence])
@@ -209,7 +237,7 @@ def rounding_groups(checkpoint: Checkpoint, dtypes: tuple[str, ...]) -> dict[str
     return {name: None if all(name in LOSSLESS[kind] for kind in stored) else DTYPES[name] for name in dtypes}
 
 
-def run_case(case: Case, out: Path, ops_of: Path | None = None) -> None:
+def run_case(case: Case, out: Path, ops_of: Path | None = None, integers: Integers | None = None) -> None:
     """Write the oracle's trace, or with `ops_of` its values of that trace's operations."""
     set_numerics(case.threads)
     checkpoint = open_folder(case.checkpoint)
@@ -226,7 +254,7 @@ def run_case(case: Case, out: Path, ops_of: Path | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     for i, folder in enumerate(sorted(set(folders.values()), key=case.dtypes.index)):
-        oracle = Oracle(checkpoint, sequences, groups[folder])
+        oracle = Oracle(checkpoint, sequences, groups[folder], integers)
         taps = Taps(
             out / folder,
             checkpoint.config,
@@ -303,9 +331,11 @@ def _prompts(case: Case, checkpoint: Checkpoint) -> list[list[int]]:
     return [text.encode(one, bos=True) for one in case.texts]
 
 
-def next_tokens(checkpoint: Checkpoint, tokens: list[int], dtype: str, count: int = 5) -> list[tuple[int, float]]:
+def next_tokens(
+    checkpoint: Checkpoint, tokens: list[int], dtype: str, integers: Integers | None = None, count: int = 5
+) -> list[tuple[int, float]]:
     """The likeliest next tokens with their logits."""
-    oracle = Oracle(checkpoint, [tokens], rounding_groups(checkpoint, (dtype,))[dtype])
+    oracle = Oracle(checkpoint, [tokens], rounding_groups(checkpoint, (dtype,))[dtype], integers)
     with torch.inference_mode():
         last = forward(oracle, lambda name, value: None)[-1:]
         logits = torch.cat([block[0] for _, _, block in oracle.logit_blocks(last)])
@@ -316,9 +346,11 @@ def next_tokens(checkpoint: Checkpoint, tokens: list[int], dtype: str, count: in
 def main(arguments: list[str]) -> None:
     flags = parser("reference.oracle", "The float64 forward pass that the references are judged by.")
     flags.add_argument("--ops", type=Path, help="trace folder whose operations are computed on its own inputs")
+    flags.add_argument("--integers", metavar="SCHEME", help="round weights to int8 (a scale a row), int4/32, ... first")
     options = parse(flags, arguments)
+    integers = Integers.parse(options.integers) if options.integers else None
     if options.case is not None:
-        run_case(read_case(options.case), options.out, options.ops)
+        run_case(read_case(options.case), options.out, options.ops, integers)
         return
     from reference.meta_text import open_text
 
@@ -327,7 +359,7 @@ def main(arguments: list[str]) -> None:
     text = open_text(checkpoint, options.tokenizer)
     tokens = text.encode(options.prompt, bos=True)
     check_sequences([tokens], checkpoint.config["vocab_size"])
-    best = next_tokens(checkpoint, tokens, options.dtype)
+    best = next_tokens(checkpoint, tokens, options.dtype, integers)
     print(f"{'token':>7} {'logit':>9} {'margin':>9}  text")
     for token, logit in best:
         print(f"{token:7d} {logit:9.4f} {best[0][1] - logit:9.4f}  {text.decode([token])!r}")

@@ -21,6 +21,7 @@ from nanollama.generate import Llama, Sampling
 from nanollama.model import ModelConfig, Transformer
 from nanollama.repl import Chat
 from nanollama.tokenizer import Tokenizer, open_tokenizer
+from terminals import Terminal
 
 ANSWERS = ("red", "two llamas", "in Lima", "Monday", "a green hat", "seven", "nobody", "far away")
 
@@ -75,10 +76,28 @@ def assert_answers(llama: Llama) -> None:
         assert chat.notices == []
 
 
+def assert_talks(ckpt: Path) -> None:
+    """`nanollama chat` as a person at a terminal meets it: both turns, each followed by its prompt."""
+    if sys.platform == "win32":
+        return  # it has no pseudo-terminals of this kind
+    terminal = Terminal("chat", str(ckpt), "--temperature", "0")
+    try:
+        terminal.wait_for("> ")
+        for question, answer in (("question 3", ANSWERS[3]), ("why", "because 3")):
+            terminal.type(f"{question}\n")
+            terminal.wait_for(f"{question}\r\n")  # what was typed
+            assert terminal.wait_for("> ").startswith(answer)
+        terminal.type("/exit\n")
+        assert terminal.process.wait(timeout=60) == 0
+    finally:
+        terminal.close()
+
+
 def test_a_base_learns_to_answer_and_to_stop(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run(home, "base", home / "full", "--lr", "0.01", "--max_steps", "60")
     assert "start from the mean of the trained ones" in capfd.readouterr().out
     assert_answers(Llama.load(home / "full" / "final"))
+    assert_talks(home / "full" / "final")
 
 
 def test_an_adapter_learns_it_with_the_rows_of_the_chat_words(home: Path) -> None:

@@ -4,12 +4,7 @@ The model is a real Transformer whose weights make it say one text: attention an
 of each token is the embedding of the token before it.
 """
 
-import os
-import select
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +18,7 @@ from nanollama.generate import Llama, Sampling
 from nanollama.model import ModelConfig, Transformer
 from nanollama.repl import Chat, obey
 from nanollama.tokenizer import Tokenizer, open_tokenizer
+from terminals import Terminal
 
 ANSWER = " ภาษาไทย 🦙🙂 done"
 END = "<|eot_id|>"
@@ -114,54 +110,6 @@ def test_commands_do_what_they_say(chat: Chat) -> None:
     assert (chat.system, chat.turns) == ("Be kind.", [])
     assert "/exit" in obey(chat, "/help")
     assert obey(chat, "/nonsense") == "(there is no command /nonsense; /help lists them)"
-
-
-class Terminal:
-    """A program on a pseudo-terminal of its own: what a person would type and see."""
-
-    def __init__(self, *argv: str) -> None:
-        import pty
-
-        self.fd, child = pty.openpty()
-        # The terminal must control the session, or Ctrl-C would be a character like any other.
-        code = (
-            "import fcntl, runpy, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
-            f"sys.argv = ['nanollama', *{list(argv)!r}]\n"
-            "runpy.run_module('nanollama', run_name='__main__', alter_sys=True)"
-        )
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=child, stdout=child, stderr=child, start_new_session=True
-        )
-        os.close(child)
-        self.seen = b""
-
-    def type(self, text: str) -> None:
-        os.write(self.fd, text.encode())
-
-    def shows(self, text: str, seconds: float) -> bool:
-        """Whether `text` comes within this time."""
-        end = time.monotonic() + seconds
-        while text.encode() not in self.seen and select.select([self.fd], [], [], max(0, end - time.monotonic()))[0]:
-            try:
-                new = os.read(self.fd, 65536)
-            except OSError:  # Linux says EIO when the program has gone
-                new = b""
-            if not new:
-                break
-            self.seen += new
-        return text.encode() in self.seen
-
-    def wait_for(self, text: str) -> str:
-        """Everything up to `text`, which is then behind us."""
-        assert self.shows(text, seconds=120), f"{text!r} did not come; seen: {self.seen[-2000:]!r}"
-        before, _, self.seen = self.seen.partition(text.encode())
-        return before.decode()
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        os.close(self.fd)
 
 
 @pytest.fixture

@@ -91,6 +91,17 @@ class Taps:
                 hook.remove()
 
 
+def taps_of(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
+    """Every tap but the logits of tokens (B, T); linear layers may be of any kind."""
+    recorder, ctx = Taps(model.config.head_dim), model.context(tokens)
+    h = recorder.found["embed"] = model.tok_embeddings(tokens)
+    for i, layer in enumerate(model.layers):
+        with recorder.block(layer, f"layers.{i}."):
+            h = layer(h, ctx)
+    recorder.found["final_norm"] = model.norm(h)
+    return recorder.found
+
+
 class Forced:
     """Runs one TransformerBlock with the outputs of some operations given: only what follows from them is its own.
 
@@ -182,14 +193,7 @@ class Nano:
         return self.model(token, cache=self.cache)
 
     def taps(self, tokens: Tensor) -> dict[str, Tensor]:
-        recorder, model = Taps(self.cfg.head_dim), self.model
-        ctx = model.context(tokens)
-        h = recorder.found["embed"] = model.tok_embeddings(tokens)
-        for i, layer in enumerate(model.layers):
-            with recorder.block(layer, f"layers.{i}."):
-                h = layer(h, ctx)
-        recorder.found["final_norm"] = model.norm(h)
-        return recorder.found
+        return taps_of(self.model, tokens)
 
     def ops(self, name: str, inputs: dict[str, Tensor]) -> Tensor:
         """The tap `name` (B, T, ...) from the given taps alone, by the block's own code; see docs/parity.md."""

@@ -1,22 +1,26 @@
-"""nanollama with integer weights, as candidates of their own: judged by how far they are, not by rounding bounds.
+"""nanollama with integer weights, as candidates of their own: judged by what such rounding costs the oracle.
 
 python -m parity.check --candidate parity.candidates.quantized:int8 --max_new_tokens 16
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanollama.checkpoint import open_checkpoint
 from nanollama.model import KVCache
-from nanollama.quantize import apply_head, load_quantized, weight_bytes
+from nanollama.quantize import GROUP_INPUTS, apply_head, load_quantized, weight_bytes
+from parity.candidates.nano import config_echo, taps_of
 
 
 class Quantized:
-    """A quantised model: logits, and prefill and decode through the cache."""
+    """A quantised model: logits and taps, prefill and decode through the cache."""
 
     def __init__(self, checkpoint: str, dtype: torch.dtype, device: str, scheme: str) -> None:
         opened = open_checkpoint(checkpoint)
-        self.scheme, self.notices = scheme, opened.notices
+        self.notices = opened.notices
+        self.integers = scheme if scheme == "int8" else f"{scheme}/{GROUP_INPUTS}"
         self.model = load_quantized(opened.config, opened.weights, scheme, dtype=dtype).to(device).eval()
         self.weight_bytes = weight_bytes(self.model)
         self.cache: KVCache | None = None
@@ -32,6 +36,12 @@ class Quantized:
 
     def decode(self, token: Tensor) -> Tensor:
         return self._logits(token, self.cache)
+
+    def config(self) -> dict[str, Any]:
+        return config_echo(self.model.config)
+
+    def taps(self, tokens: Tensor) -> dict[str, Tensor]:
+        return taps_of(self.model, tokens)
 
     def _logits(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
         return apply_head(self.model, self.model.hidden(tokens, cache=cache))

@@ -14,13 +14,13 @@ from parity.checks.training import gradient_noise
 from parity.contract import Result, Status
 from parity.evidence import Evidence, Pair
 from parity.localise import first_divergence, rho_curve
-from parity.metrics import noise, ratio
+from parity.metrics import LogitRows, noise, percentile, ratio
 from parity.runner import Runner
 from parity.training import DTYPE
 
 SCHEMA = "nanollama.parity/1"
 PACKAGES = ("torch", "transformers", "llama_models", "fairscale", "safetensors", "tokenizers", "tiktoken")
-EXIT_CODES = {"pass": 0, "fail": 1, "limited": 3}
+EXIT_CODES = {"pass": 0, "quantized": 0, "fail": 1, "limited": 3}
 
 
 def judge_all(ev: Evidence, checks: Sequence[str]) -> list[Result]:
@@ -111,6 +111,10 @@ def summarise(ev: Evidence, results: list[Result], runner: Runner, seconds: floa
     first = next(iter(ev.references.values()))
     decided = decided_fraction(ev)
     word, why = verdict(results, ev.case.dtypes, compared_tensors(ev))
+    schemes = {str(trace.meta["integers"]) for trace in ev.candidates.values() if trace.meta.get("integers")}
+    if word == "pass" and schemes:
+        word = "quantized"
+        why += f"; the error is that of rounding weights to {', '.join(sorted(schemes))}, not that of floating point"
     errata = [e for trace in ev.references.values() for e in trace.meta.get("errata", [])]
     lengths = [len(s) for s in ev.oracle.sequences]
     return {
@@ -128,6 +132,7 @@ def summarise(ev: Evidence, results: list[Result], runner: Runner, seconds: floa
         "noise_floor": noise_floor(ev),
         "rho": {_key(pair): rho_curve(ev, pair) for pair in ev.pairs()},
         "training": training_losses(ev),
+        "quantized": [quantized(ev, pair) for pair in ev.pairs() if ev.candidates[pair.path].meta.get("integers")],
         "streamed": {dtype: trace.meta["streamed"].get(dtype) for dtype, _, trace in ev.per_dtype()},
         "tokens": {
             "prompts": len(lengths),
@@ -140,6 +145,34 @@ def summarise(ev: Evidence, results: list[Result], runner: Runner, seconds: floa
         "seconds": round(seconds, 3),
         "seconds_in_forward": round(runner.seconds_in_forward, 3),
         "peak_anonymous_bytes": runner.peak_bytes,
+    }
+
+
+def quantized(ev: Evidence, pair: Pair) -> dict[str, Any]:
+    """How far integer weights are from the model itself: KL in nats, and the margins at which tokens flip.
+
+    `rounding` has the same of the oracle with its weights so rounded. Margins are in units of the oracle's logits: how
+    far its best token was ahead of the next at the positions where the candidate prefers another.
+    """
+    scheme = ev.candidates[pair.path].meta["integers"]
+    found = {"scheme": scheme, "dtype": pair.dtype, "path": pair.path, **far(ev, ev.candidate(pair).rows, pair.dtype)}
+    rounded = ev.measured(ev.rounded[scheme], pair.dtype)
+    return found | {"rounding": far(ev, rounded.rows, pair.dtype)}
+
+
+def far(ev: Evidence, mine: list[LogitRows], dtype: str) -> dict[str, Any]:
+    if not mine:
+        return {}
+    kl = torch.cat([rows.kl for rows in mine])
+    oracle = ev.oracle_rows(dtype)
+    margins = torch.cat([o.margin[m.argmax != o.argmax] for m, o in zip(mine, oracle, strict=True)])
+    return {
+        "kl_mean": float(kl.mean()),
+        "kl_p99": percentile(kl, 0.99),
+        "kl_max": float(kl.max()),
+        "positions": kl.numel(),
+        "flips": margins.numel(),
+        "flip_margin": float(margins.max()) if margins.numel() else None,
     }
 
 

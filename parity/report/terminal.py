@@ -44,6 +44,7 @@ def render(report: dict[str, Any]) -> str:
         f"worst tap {number(n['taps'])} ({n['tap']})" + _gradients(n)
         for n in report["noise_floor"]
     ]
+    lines += [text for found in report["quantized"] for text in _quantized(found)]
     lines += [f"not covered  {text}" for text in _uncovered(report)]
     lines += [f"erratum      {text}" for text in report["errata"]]
     lines += [f"note         {text}" for text in report["notices"]]
@@ -74,6 +75,18 @@ def _losses(losses: dict[str, list[float]]) -> Iterator[tuple[str, ...]]:
     yield "loss of step", *losses
     for step, row in enumerate(zip(*losses.values(), strict=False), 1):
         yield str(step), *(f"{loss:.6f}" for loss in row)
+
+
+def _quantized(found: dict[str, Any]) -> Iterator[str]:
+    """How far integer weights are from the model, beside what rounding the oracle's own makes of it."""
+    if "kl_mean" not in found:
+        return
+    for of, f in (("candidate", found), ("rounding alone", found["rounding"])):
+        at = "" if f["flip_margin"] is None else f", where the margin was {number(f['flip_margin'])} at most"
+        yield (
+            f"{found['scheme']:12} {found['dtype']} {of}: KL {number(f['kl_mean'])} nats in the mean, "
+            f"{number(f['kl_p99'])} at p99, {number(f['kl_max'])} at most; {f['flips']} of {f['positions']} tokens flip{at}"
+        )
 
 
 def _gradients(floor: dict[str, Any]) -> str:
