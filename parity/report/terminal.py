@@ -83,10 +83,9 @@ def _quantized(found: dict[str, Any]) -> Iterator[str]:
         return
     for of, f in (("candidate", found), ("rounding alone", found["rounding"])):
         at = "" if f["flip_margin"] is None else f", where the margin was {number(f['flip_margin'])} at most"
-        yield (
-            f"{found['scheme']:12} {found['dtype']} {of}: KL {number(f['kl_mean'])} nats in the mean, "
-            f"{number(f['kl_p99'])} at p99, {number(f['kl_max'])} at most; {f['flips']} of {f['positions']} tokens flip{at}"
-        )
+        kl = f"KL {number(f['kl_mean'])} nats in the mean, {number(f['kl_p99'])} at p99, {number(f['kl_max'])} at most"
+        flips = f"{f['flips']} of {f['positions']} tokens flip{at}"
+        yield f"{found['scheme']:12} {found['dtype']} {of}: {kl}; {flips}"
 
 
 def _gradients(floor: dict[str, Any]) -> str:
