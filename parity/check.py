@@ -38,7 +38,12 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--ckpt", metavar="PATH", help="Meta or HF folder, .gguf, .bin, hub id (default: the embedded tiny one)")
     add("--tokenizer", metavar="FILE", help="a tokenizer file, where the checkpoint has none")
-    add("--candidate", default="nanollama", metavar="NAME", help="nanollama, module:attr or file.py:attr")
+    add(
+        "--candidate",
+        default="nanollama",
+        metavar="NAME",
+        help="nanollama, module:attr, file.py:attr, cmd:PROGRAM ... or http://host:port/v1",
+    )
     add("--references", default="meta,hf", metavar="LIST", help="comma list of meta, hf (default: both)")
     add("--dtype", default="fp32,bf16", metavar="LIST", help="comma list of fp32, bf16, fp16 (default: fp32,bf16)")
     add("--device", default="cpu", choices=("cpu", "cuda", "mps"))

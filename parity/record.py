@@ -32,6 +32,7 @@ class Recording:
     generated: list[list[int]] = field(default_factory=list)
     same: dict[str, float] = field(default_factory=dict)  # bitwise relations: largest |difference|
     extra: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # kind -> sequence -> positions
+    answers: list[dict[str, int]] = field(default_factory=list)  # where there are no logits: position -> next token
     uncovered: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -277,6 +278,8 @@ def record(
     A candidate whose weights are integers says so in its attribute `integers`: "int8" (one scale for each output row),
     "int4/32" (one for each 32 inputs). It is then judged by the error that such rounding makes in the oracle.
 
+    A candidate that has no logits to give has `next_tokens(ids, n)` instead, the greedy tokens after `ids`.
+
     A candidate with a method `stream(sequences, positions)` yielding (part, {"sequence/tap": tensor}) may set its
     attribute `streamed` to True: it is then run layer by layer, and only its forward pass is judged. Dtypes at which
     the model does not fit into memory are asked only of a `load` whose attribute `streams` is True.
@@ -290,7 +293,7 @@ def record(
     }
     meta |= {"prompt_lengths": case.prompt_lengths or [len(p) for p in case.prompts], "positions": case.positions}
     meta |= {"generated": {}, "self": {}, "extra": {}, "uncovered": {}, "streamed": {}, "errata": [], "notices": []}
-    meta |= {"ops": {}, "integers": None}
+    meta |= {"ops": {}, "integers": None, "answers": {}}
     for n, dtype in enumerate(case.dtypes):
         if dtype in case.too_large and not getattr(load, "streams", False):
             continue
@@ -303,7 +306,9 @@ def record(
                 f"the candidate's integers are {scheme!r}: expected int8, or int4/32 (a scale for 32 inputs)"
             )
         meta["streamed"][dtype] = bool(getattr(candidate, "streamed", False))
-        if meta["streamed"][dtype]:
+        if can(candidate, "next_tokens"):
+            out = record_answers(candidate, case, dtype, progress)
+        elif meta["streamed"][dtype]:
             out = record_streamed(candidate, case, dtype, writer, progress)
         else:
             out = Recorder(candidate, case, dtype, writer, progress).run()
@@ -314,6 +319,7 @@ def record(
         meta["seconds_forward"] += out.seconds
         meta["uncovered"] |= out.uncovered
         meta["generated"][dtype], meta["self"][dtype], meta["extra"][dtype] = out.generated, out.same, out.extra
+        meta["answers"][dtype] = out.answers
         meta["notices"] = list(getattr(candidate, "notices", []))
         if case.training is not None and dtype == training.DTYPE and can(candidate, "loss_and_grads"):
             progress(f"{dtype} training", 1.0)
@@ -323,6 +329,27 @@ def record(
     for name, ops_writer in meta["ops"].items():
         finish_ops(ops_writer, (forced or {})[name], case.dtypes)
     writer.finish(meta | {"ops": sorted(meta["ops"])})
+
+
+def record_answers(candidate: Any, case: Case, dtype: str, progress: Progress) -> Recording:
+    """Of a candidate that has tokens alone: the next token at some positions of each sequence, and greedy text.
+
+    Greedy text is not enough: a model without RoPE scaling writes what the right one writes until the text is long.
+    """
+    started, out = time.perf_counter(), Recording()
+    assert case.prompts is not None
+    lengths = case.prompt_lengths or [len(p) for p in case.prompts]
+    for i, (ids, length) in enumerate(zip(case.prompts, lengths, strict=True)):
+        positions = torch.linspace(0, len(ids) - 1, min(EXTRA_ROWS, len(ids))).int().tolist()
+        first = {str(p): candidate.next_tokens(ids[: p + 1], 1) for p in positions}
+        out.answers.append({p: found[0] for p, found in first.items() if found})
+        n = len(ids) - length
+        out.generated.append(candidate.next_tokens(ids[:length], n)[:n] if n else [])
+        progress(f"{dtype} answers", (i + 1) / len(case.prompts))
+    out.seconds = time.perf_counter() - started
+    why = "the candidate gives tokens and no logits"
+    out.uncovered = dict.fromkeys(("batch", "cached", "chunked", "packed", "compiled"), why)
+    return out
 
 
 def record_streamed(candidate: Any, case: Case, dtype: str, writer: TraceWriter, progress: Progress) -> Recording:

@@ -21,10 +21,17 @@ def resolve(name: str) -> dict[str | None, Load]:
 
         paths: dict[str | None, Load] = {label: load for label, load in PATHS.items()}  # noqa: C416 (widens the key)
         return paths
-    if name.startswith(("cmd:", "http://", "https://")):
-        raise UsageError(f"candidate {name!r}: programs and endpoints cannot be checked yet; wrap it as file.py:load")
+    if name.startswith("cmd:"):
+        from parity.candidates.command import command_loader
+
+        return {None: command_loader(name.removeprefix("cmd:"))}
+    if name.startswith(("http://", "https://")):
+        from parity.candidates.endpoint import endpoint_loader
+
+        return {None: endpoint_loader(name)}
     if ":" not in name:
-        raise UsageError(f"candidate {name!r} is unknown: expected nanollama, module:attr or file.py:attr")
+        known = "nanollama, module:attr, file.py:attr, cmd:PROGRAM or http://host:port/v1"
+        raise UsageError(f"candidate {name!r} is unknown: expected {known}")
     from parity.candidates.python import load_attribute
 
     return {None: load_attribute(name)}

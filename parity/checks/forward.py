@@ -110,17 +110,29 @@ def kl(ev: Evidence) -> Iterator[Result]:
             )
 
 
+def chosen_tokens(ev: Evidence, pair: Pair) -> list[torch.Tensor]:
+    """The candidate's token after each position (T,) of each sequence, -1 where it was not asked."""
+    answers = ev.candidates[pair.path].meta.get("answers", {}).get(pair.dtype)
+    if not answers:
+        return [rows.argmax for rows in ev.candidate(pair).rows]
+    chosen = [torch.full((len(ids),), -1) for ids in ev.oracle.sequences]
+    for row, found in zip(chosen, answers, strict=True):
+        for position, token in found.items():
+            row[int(position)] = token
+    return chosen
+
+
 def argmax(ev: Evidence) -> Iterator[Result]:
     """G6: at decided positions the candidate's best token is the oracle's; undecided ones are ties, counted."""
     for pair in ev.pairs():
-        mine = ev.candidate(pair).rows
+        mine = chosen_tokens(ev, pair)
         if not mine:
             continue
-        decided = [ev.decided(pair, i) for i in range(len(mine))]
+        decided = [ev.decided(pair, i) & (m >= 0) for i, m in enumerate(mine)]
         best = [rows.argmax for rows in ev.oracle_rows(pair.dtype)]
-        wrong = [(m.argmax != b) & d for m, b, d in zip(mine, best, decided, strict=True)]
+        wrong = [(m != b) & d for m, b, d in zip(mine, best, decided, strict=True)]
         count, total = sum(int(w.sum()) for w in wrong), sum(int(d.sum()) for d in decided)
-        positions = sum(d.numel() for d in decided)
+        positions = sum(int((m >= 0).sum()) for m in mine)
         first = next((f"sequence {i}, position {int(w.nonzero()[0])}" for i, w in enumerate(wrong) if w.any()), None)
         labels = {"metric": "tokens that differ", "unit": "decided positions", "where": first, **pair.labels}
         reason = f"{total} of {positions} positions decided"

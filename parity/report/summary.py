@@ -57,8 +57,9 @@ def verdict(results: Sequence[Result], dtypes: Sequence[str], compared: int) -> 
 
 
 def compared_tensors(ev: Evidence) -> int:
-    """How many tensors of the candidate were held against the oracle."""
-    return sum(
+    """How many tensors of the candidate, or tokens where it has no logits, were held against the oracle."""
+    answers = [trace.meta.get("answers", {}).get(dtype, []) for dtype, _, trace in ev.per_dtype()]
+    return sum(len(found) for given in answers for found in given) + sum(
         len(error.error)
         for dtype, _, trace in ev.per_dtype()
         for error in ev.measured(trace, dtype).taps.values()
