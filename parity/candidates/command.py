@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,12 +59,12 @@ class Command:
 
     def __init__(self, words: list[str], head_dim: int) -> None:
         self.words, self.head_dim = words, head_dim
-        self.scratch = tempfile.TemporaryDirectory(prefix="parity-cmd-")
-        self.folder = Path(self.scratch.name)
+        self.folder = Path(tempfile.mkdtemp(prefix="parity-cmd-"))
         with (self.folder / "stderr").open("w") as stderr:
             self.process = subprocess.Popen(
                 words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, bufsize=1
             )
+        weakref.finalize(self, end, self.process, self.folder)
         able = self._ask("can").split()
         if "logits" not in able:
             raise RuntimeError(f"{words[0]} answered `can` with {' '.join(able)!r}: expected `ok logits`")
@@ -95,10 +96,10 @@ class Command:
         """(T, N) float32."""
         if not file.is_file():
             raise RuntimeError(f"{self.words[0]} answered ok and wrote no {file.name}")
-        numbers = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.float32)
-        if file.stat().st_size % (4 * rows) or not numbers.numel():
-            raise RuntimeError(f"{file.name} holds {file.stat().st_size} bytes: expected {rows} rows of float32")
-        return numbers.view(rows, -1)
+        content = bytearray(file.read_bytes())
+        if len(content) % (4 * rows) or not content:
+            raise RuntimeError(f"{file.name} holds {len(content)} bytes: expected {rows} rows of float32")
+        return torch.frombuffer(content, dtype=torch.float32).view(rows, -1)
 
     def _ask(self, request: str) -> str:
         """What follows `ok`. Raises RuntimeError with the program's own words."""
@@ -107,7 +108,7 @@ class Command:
             self.process.stdin.write(request + "\n")
             answer = self.process.stdout.readline()
         except BrokenPipeError:
-            answer = ""
+            answer = ""  # it has ended; the line stays in the pipe's buffer
         if not answer:
             code, said = self.process.wait(), (self.folder / "stderr").read_text(errors="replace").strip()
             last = said.splitlines()[-1] if said else "nothing on stderr"
@@ -117,11 +118,9 @@ class Command:
             raise RuntimeError(f"{self.words[0]} answered `{request.split()[0]}` with {answer.strip()!r}")
         return rest
 
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
 
-    def __del__(self) -> None:
-        if hasattr(self, "process"):
-            self.close()
+def end(process: "subprocess.Popen[str]", folder: Path) -> None:
+    """Stop the program and delete what it wrote."""
+    process.kill()
+    process.communicate()
+    shutil.rmtree(folder, ignore_errors=True)
