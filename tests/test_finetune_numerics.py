@@ -69,8 +69,12 @@ def assert_same(a: tuple[float, dict[str, Tensor]], b: tuple[float, dict[str, Te
         assert rms(a[1][name] - b[1][name]) <= 1e-5 * rms(b[1][name]), name
 
 
+# In a document of two tokens the judged one sees itself alone: the gradients of wq and wk are zero but for rounding.
+LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=8).filter(lambda lengths: max(lengths) > 2)
+
+
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(2, 30), min_size=1, max_size=8), st.integers(0, 100))
+@given(LENGTHS, st.integers(0, 100))
 def test_packed_rows_equal_their_documents_one_by_one(lengths: list[int], seed: int) -> None:
     model, packer = make_model(), Packer(Random(lengths, seed), 30)
     packed = packer.batch(packer.in_order(len(lengths)))

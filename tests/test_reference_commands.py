@@ -224,7 +224,7 @@ def test_row_blocks_do_not_move_the_oracle(tmp_path: Path) -> None:
     checkpoint = open_folder(write_hf(tmp_path / "hf", shape, make_weights(shape)))
     results = []
     for block_bytes in (1, 1 << 30):  # 256 rows at a time, and every matrix at once
-        model = oracle.Oracle(checkpoint, [[3, 1, 4], [1, 5]], None, block_bytes)
+        model = oracle.Oracle(checkpoint, [[3, 1, 4], [1, 5]], None, block_bytes=block_bytes)
         seen: dict[str, torch.Tensor] = {}
         normed = oracle.forward(model, seen.__setitem__)
         seen["logits"] = torch.cat([block for _, _, block in model.logit_blocks(normed)], dim=-1)
