@@ -56,7 +56,7 @@ endif
 	@touch $@
 
 .venv/.interop: .venv/.installed
-	@echo "Installing llama-cpp-python and accelerate: about 80 MB to download; where no wheel fits, a compile of about 12 minutes."
+	@echo "Installing llama-cpp-python, peft, torchao and accelerate: about 90 MB to download; where no wheel fits, a compile of about 12 minutes."
 	@$(PIP_INSTALL) --editable '.[interop]'
 	@touch $@
 

@@ -93,6 +93,8 @@ def _saved(model: Transformer, config: TrainConfig, device: torch.device, rows: 
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return tensor  # a 4-bit base: a weight that has no storage of its own
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()

@@ -208,15 +208,3 @@ def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ValueError, match=r"pip install 'nanollama\[lean\]'"):
         quantize_base_(Transformer.from_weights(LLAMA31, weights_of(LLAMA31)))
-
-
-def test_adapters_learn_on_a_4_bit_base_and_merge() -> None:
-    pytest.importorskip("torchao", reason="--method qlora needs torchao: pip install 'nanollama[lean]'")
-    config = replace(LLAMA31, dim=256, hidden_dim=512)
-    model = Transformer.from_weights(config, weights_of(config))
-    quantize_base_(model)
-    add_lora_(model, 4, 8.0, ("wq", "w2"), 0.0, torch.Generator().manual_seed(0))
-    model(TOKENS).square().sum().backward()
-    assert all(p.grad is not None for p in lora_parameters(model).values())
-    unmerged = logits(model)
-    assert torch.allclose(logits(merge_(model)), unmerged, atol=1e-4)
