@@ -118,9 +118,16 @@ def _loss(model: Transformer, config: TrainConfig) -> int:
     compute, head = _compute(config), model.head()
     copied = compute != torch.float32 and head.device.type != "cpu"
     copy = words * dim * compute.itemsize if head.dtype != compute else 0
-    # A bf16 head's gradient is summed in fp32, beside the product of one chunk.
-    sums = words * dim * (4 + compute.itemsize) if head.requires_grad and head.dtype == torch.bfloat16 else 0
-    return tokens * words * (compute.itemsize + 4 * copied) + copy + sums
+    return tokens * words * (compute.itemsize + 4 * copied) + copy + _head_sums(model, config)
+
+
+def _head_sums(model: Transformer, config: TrainConfig) -> int:
+    """The fp32 sum of a bf16 head's gradient, beside the product of one chunk; other gradients come when it is gone."""
+    head, sizes = model.head(), [p.nbytes for p in trained(model).values()]
+    if not head.requires_grad or head.dtype != torch.bfloat16:
+        return 0
+    later = sum(sizes) if config.accumulate == 1 and not config.optimizer_in_backward else 0
+    return max(0, head.numel() * (4 + _compute(config).itemsize) - later)
 
 
 def _compute(config: TrainConfig) -> torch.dtype:

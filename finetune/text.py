@@ -15,7 +15,7 @@ def find(config: TrainConfig, cache: Path, say: Say) -> Source | Path:
     """What `--data` names, which has to be given."""
     if config.data == "auto":
         raise ValueError("--data is missing: name a .txt or .jsonl file, a folder of them, or a folder of token shards")
-    return path_source(Path(config.data), Format(config.separator, config.field))
+    return path_source(Path(config.data), Format.typed(config.separator, config.field))
 
 
 ENTRY = Entry("text", find, {})

@@ -97,6 +97,15 @@ def test_chunks_neither_lose_nor_split_documents(
         assert found == [text.strip() for text in texts if text.strip()]
 
 
+def test_a_separator_is_read_as_typed_in_a_shell(tmp_path: Path) -> None:
+    path = tmp_path / "lines.txt"
+    path.write_text("one\ntwo\nthree\n")
+    [chunk] = corpus.chunks(path, Format.typed(r"\n", "text"))
+    assert [text for _, text in corpus.documents(chunk, Format.typed(r"\n", "text"))] == ["one", "two", "three"]
+    with pytest.raises(ValueError, match="--separator is empty"):
+        Format.typed("", "text")
+
+
 def test_few_documents_hold_out_the_last_tenth_of_each(tmp_path: Path) -> None:
     lines = "".join(f"line {i}\n" for i in range(100))
     path = tmp_path / "one.txt"

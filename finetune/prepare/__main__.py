@@ -26,7 +26,7 @@ def main(
     """Tokenize text into shards for `--data`."""
     if out.exists():
         raise ValueError(f"--out {out}: exists already: choose another name")
-    source = path_source(data, Format(separator, field))
+    source = path_source(data, Format.typed(separator, field))
     if isinstance(source, Path):
         raise ValueError(f"--data {data}: holds shards already")
     tokenizer = prepare_tokenizer(source, tokenizer, vocab_size, cache_folder(None) / "tokenizers", print)

@@ -30,6 +30,13 @@ class Format:
     separator: str = "<|endoftext|>"  # of .txt files
     field: str = "text"  # of .jsonl lines
 
+    @classmethod
+    def typed(cls, separator: str, field: str) -> "Format":
+        r"""As typed in a shell, where \n stands for the end of a line and \t for a tab. Raises ValueError."""
+        if not separator:
+            raise ValueError(r"--separator is empty: expected the text between two documents, or \n for one a line")
+        return cls(separator.replace(r"\n", "\n").replace(r"\t", "\t"), field)
+
 
 @dataclass(frozen=True)
 class Chunk:
