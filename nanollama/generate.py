@@ -22,6 +22,7 @@ from nanollama.adapter import merged, read_adapter
 from nanollama.checkpoint import open_checkpoint
 from nanollama.compiled import CompileError, Step, compile_step, worth_compiling
 from nanollama.model import KVCache, ModelConfig, Transformer
+from nanollama.pages import settle_
 from nanollama.quantize import apply_head, load_quantized
 from nanollama.sample import Sampler, make_sampler, penalize_repetition, row_generator
 from nanollama.static import static_step
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from nanollama.speculative import Drafter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SETTLE_TOKENS = 100  # copying the weights into large pages takes as long as these tokens win by it
 PREFILL_CHUNK_TOKENS = 512  # bounds the memory of the attention mask and the activations, whatever the prompt
 
 
@@ -180,10 +182,12 @@ class Llama:
         if B not in self._steps:
             if self.compile == "auto" and not worth_compiling(self.model, B, tokens):
                 return eager_step(self.model)
-            self._steps[B] = self._compiled_step(B)
+            self._steps[B] = self._compiled_step(B, tokens)
         return self._steps[B]
 
-    def _compiled_step(self, B: int) -> Step:
+    def _compiled_step(self, B: int, tokens: int) -> Step:
+        if not self._steps and tokens >= SETTLE_TOKENS:
+            settle_(self.model)
         try:
             return compile_step(self.model, B, say=self.say)
         except CompileError as error:

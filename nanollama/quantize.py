@@ -11,9 +11,6 @@ A group is a stride of the inputs (0, n, 2n, ...), so the scales of neighbouring
 unit multiplies 16 groups at once. Scales as in llama.cpp's Q8_0 and Q4_0 (the largest number becomes -127 or -8).
 """
 
-import ctypes
-import ctypes.util
-import sys
 from collections.abc import Mapping
 from typing import Literal, get_args
 
@@ -22,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanollama.model import ModelConfig, Transformer
+from nanollama.pages import release
 
 Scheme = Literal["int8", "int4"]
 SCHEMES: tuple[str, ...] = get_args(Scheme)
@@ -183,20 +181,6 @@ def _fill_(model: Transformer, weights: Mapping[str, Tensor], scheme: str, dtype
     if model.output is None:
         model.output = QuantLinear(weights["tok_embeddings.weight"], scheme, dtype)  # type: ignore[assignment]
     return model
-
-
-def release(tensor: Tensor) -> None:
-    """Tell the system that these pages are not needed now: those of a mapped file leave the resident memory.
-
-    Advice alone: whatever reads the tensor again gets the same numbers. Does nothing where the system has no such call.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    page, pageout = 4096, 21  # MADV_PAGEOUT
-    start = -(-tensor.data_ptr() // page) * page
-    stop = (tensor.data_ptr() + tensor.nbytes) // page * page
-    if stop > start:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), pageout)
 
 
 def weight_bytes(model: nn.Module) -> int:

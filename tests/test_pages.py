@@ -1,0 +1,73 @@
+"""Large pages for weights: the same numbers in one place, and a refusal where memory is short."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint_cases import LLAMA31, make_weights
+from nanollama import generate, pages
+from nanollama.checkpoint import write_hf
+from nanollama.generate import Llama, Sampling
+from nanollama.model import Transformer
+from nanollama.quantize import quantize_
+
+CONFIG = replace(LLAMA31, vocab_size=4099, max_seq_len=256)  # odd, so that tensors end inside of cache lines
+linux = pytest.mark.skipif(pages.available_bytes() == 0, reason="the system says nothing of its memory")
+
+
+def model_of(scheme: str | None, dtype: torch.dtype, tied: bool) -> Transformer:
+    config = replace(CONFIG, tied=tied)
+    model = Transformer.from_weights(config, make_weights(config), dtype=dtype)
+    return quantize_(model, scheme) if scheme else model
+
+
+@linux
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [(None, torch.float32), (None, torch.bfloat16), ("int8", torch.bfloat16), ("int4", torch.bfloat16)],
+)
+def test_settled_weights_are_the_same_numbers_in_one_place(scheme: str | None, dtype: torch.dtype, tied: bool) -> None:
+    model = model_of(scheme, dtype, tied)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tokens = torch.arange(5).unsqueeze(0)
+    with torch.no_grad():
+        wanted = model(tokens)
+        assert pages.settle_(model)
+        found = model(tokens)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(wanted, found)
+    places = sorted((t.data_ptr(), t.nbytes) for t in {t.data_ptr(): t for t in after.values()}.values())
+    assert all(start + size <= following for (start, size), (following, _) in itertools.pairwise(places))
+    assert places[-1][0] + places[-1][1] - places[0][0] < sum(size + 64 for _, size in places)
+    assert all(start % pages.ALIGNMENT_BYTES == 0 for start, _ in places)
+
+
+def test_weights_stay_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(None, torch.float32, tied=True)
+    at = model.norm.weight.data_ptr()
+    room = sum(p.nbytes for p in model.parameters())
+    monkeypatch.setattr(pages, "available_bytes", lambda: 2 * room)  # half of it is less than they and a page
+    assert not pages.settle_(model)
+    assert model.norm.weight.data_ptr() == at
+
+
+@linux
+@pytest.mark.parametrize(("tokens", "moved"), [(generate.SETTLE_TOKENS + 1, True), (8, False)])
+def test_long_answers_settle_the_weights_and_say_the_same(
+    tokens: int, moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_hf(tmp_path / "hf", CONFIG, make_weights(CONFIG))
+    settled: list[bool] = []
+    monkeypatch.setattr(generate, "settle_", lambda model: settled.append(pages.settle_(model)))
+    monkeypatch.setattr(generate, "compile_step", lambda model, rows, say: generate.eager_step(model))
+    answers = []
+    for compile in ("on", "off"):
+        llama = Llama.load(tmp_path / "hf", compile=compile)  # type: ignore[arg-type]
+        answers.append([e.token for e in llama.generate([[1, 2, 3]], Sampling(max_new_tokens=tokens))])
+    assert settled == [True] * moved
+    assert answers[0] == answers[1]
