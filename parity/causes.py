@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parity.rotation import rope_cause
-from parity.trace import Trace
+from parity.trace import Readable
 
 EXPLAINS = 0.25  # a mistake is named when it leaves less than this part of the error unexplained
 SMALL = 0.05  # relative error below which rounding somewhere is likelier than another formula
@@ -24,15 +24,15 @@ SMALL = 0.05  # relative error below which rounding somewhere is likelier than a
 class View:
     """One sequence's tensors in float64: the candidate's, what they should be, and what the operation was given."""
 
-    candidate: Trace
-    oracle: Trace
-    given: Trace  # whose taps the operation read: the candidate's own, or the reference's when teacher-forced
+    candidate: Readable
+    oracle: Readable
+    given: Readable  # whose taps the operation read: the candidate's own, or the reference's when teacher-forced
     dtype: str
     sequence: int
     positions: list[int] | None  # of the rows, None: 0, 1, 2, ...
     _cache: dict[tuple[int, str], Tensor | None] = field(default_factory=dict)
 
-    def _get(self, trace: Trace, tap: str) -> Tensor | None:
+    def _get(self, trace: Readable, tap: str) -> Tensor | None:
         key = (id(trace), tap)
         if key not in self._cache:
             held = trace.has(self.dtype, self.sequence, tap)

@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,13 @@ def comma_list(flag: str, text: str, known: tuple[str, ...]) -> list[str]:
     return items
 
 
+def require_installed(references: Sequence[str]) -> None:
+    """Raises UsageError where a reference's package is missing."""
+    for module in [{"meta": "llama_models", "hf": "transformers"}[r] for r in references]:
+        if importlib.util.find_spec(module) is None:
+            raise UsageError(f"the package {module} is not installed: pip install {module}, or leave its reference out")
+
+
 def validate(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that can be refused before any work. Raises UsageError."""
     from parity.checks import CHECKS
@@ -89,9 +97,7 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
         path = getattr(args, flag)
         if path is not None and not (path.resolve().parent.is_dir() and os.access(path.resolve().parent, os.W_OK)):
             raise UsageError(f"--{flag} {path}: its folder does not exist or cannot be written")
-    for module in [{"meta": "llama_models", "hf": "transformers"}[r] for r in chosen["references"]]:
-        if importlib.util.find_spec(module) is None:
-            raise UsageError(f"the package {module} is not installed: pip install {module}, or leave its reference out")
+    require_installed(chosen["references"])
     if args.device != "cpu":
         import torch
 

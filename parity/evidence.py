@@ -201,11 +201,14 @@ def largest_kl(own: list[LogitRows], others: list[list[LogitRows]]) -> list[Logi
 
 def worst_ratio(error: TapError, reference: TapError, dtype: str) -> tuple[float, int | None]:
     """Largest error ratio over all sequences together (None) and over each long sequence alone (its number)."""
-    found: list[tuple[float, int | None]] = [(ratio(error.rms(), noise(reference, dtype)), None)]
-    for i, positions in enumerate(error.error):
-        if positions.numel() >= LONG_SEQUENCE_TOKENS and len(error.error) > 1:
-            found.append((ratio(error.rms(i), noise(reference, dtype, i)), i))
+    found = [(ratio(error.rms(i), noise(reference, dtype, i)), i) for i in judged(error)]
     return max(found, key=lambda pair: float("inf") if pair[0] != pair[0] else pair[0])
+
+
+def judged(error: TapError) -> list[int | None]:
+    """What a ratio is taken over: all sequences together (None), and each long one alone (its number)."""
+    lengths = [positions.numel() for positions in error.error]
+    return [None, *(i for i, n in enumerate(lengths) if n >= LONG_SEQUENCE_TOKENS and len(lengths) > 1)]
 
 
 def position_ratios(error: TapError, reference: TapError, dtype: str, sequence: int) -> Tensor:

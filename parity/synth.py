@@ -19,6 +19,7 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from mmap import MAP_SHARED
 from pathlib import Path
@@ -273,12 +274,33 @@ def write_manifest(folder: Path) -> None:
     """SHA256SUMS in sha256sum's format."""
     lines = []
     for path in sorted(p for p in folder.iterdir() if p.is_file()):
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-        lines.append(f"{digest.hexdigest()}  {path.name}\n")
+        lines.append(f"{sha256(path)}  {path.name}\n")
     (folder / "SHA256SUMS").write_text("".join(lines))
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` at the end: a broken run leaves nothing. Raises UsageError."""
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise UsageError(f"--out {out} exists and is not empty: give a new folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield work
+        os.chmod(work, 0o755)
+        if out.exists():
+            out.rmdir()
+        work.rename(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def synthesise(
@@ -292,36 +314,27 @@ def synthesise(
     tokenizer: Path | None = None,
 ) -> None:
     """Write a checkpoint folder, all at once: a broken run leaves nothing at `out`. Raises UsageError."""
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise UsageError(f"--out {out} exists and is not empty: give a new folder")
     if shape.n_heads % shards or (shards > shape.n_kv_heads and shards % shape.n_kv_heads):
         raise UsageError(f"--shards {shards} does not divide {shape.n_heads} heads and {shape.n_kv_heads} kv heads")
     if tokenizer is None and shape.vocab_size == 128_256:
         tokenizer = llama3_tokenizer()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with new_folder(out) as work:
         need = sum(torch.Size(s).numel() for s in weight_shapes(shape).values()) * DTYPES[dtype].itemsize
         free = shutil.disk_usage(work).free
         if need > free:  # a hole in a mapped file that cannot be filled kills the process: ask before
             raise UsageError(f"--out {out}: needs {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
-        if format == "hf":
-            write_hf(work, shape, seed, dtype)
-        else:
-            write_meta(work, shape, seed, dtype, shards)
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, work / "tokenizer.model")
-        write_manifest(work)
-        os.chmod(work, 0o755)
-        if out.exists():
-            out.rmdir()
-        work.rename(out)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UsageError(f"--out {out}: no space left on the disk, {need / 1e9:.1f} GB are needed") from None
-        raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        try:
+            if format == "hf":
+                write_hf(work, shape, seed, dtype)
+            else:
+                write_meta(work, shape, seed, dtype, shards)
+            if tokenizer is not None:
+                shutil.copyfile(tokenizer, work / "tokenizer.model")
+            write_manifest(work)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise UsageError(f"--out {out}: no space left on the disk, {need / 1e9:.1f} GB are needed") from None
+            raise
 
 
 def parameters(shape: Shape) -> int:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -20,6 +20,17 @@ from torch import Tensor
 from parity.contract import UsageError, part_of
 
 SCHEMA = "nanollama.trace/1"
+
+
+class Readable(Protocol):
+    """What a probable cause is computed from: a trace, or a kit's arrays."""
+
+    @property
+    def meta(self) -> dict[str, Any]: ...
+    @property
+    def sequences(self) -> list[list[int]]: ...
+    def has(self, dtype: str, sequence: int, tap: str) -> bool: ...
+    def get(self, dtype: str, sequence: int, tap: str) -> Tensor: ...
 
 
 class Trace:

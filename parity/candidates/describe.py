@@ -2,13 +2,16 @@
 open Meta and Hugging Face folders and Meta's tokenizer files, get in its place. Refusals are one line.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from nanollama.checkpoint import CheckpointError, convert, open_checkpoint, verify, vocab, vocab_files
 from nanollama.tokenizer import TokenizerError, open_tokenizer
-from parity.candidates.nano import config_echo
+from parity.candidates.nano import checksum, config_echo
 from parity.contract import DTYPES, UsageError
 
 METAS_TOKENIZERS = ("llama3", "llama2")  # kinds whose files Meta's code opens: tiktoken's ranks, sentencepiece models
@@ -86,6 +89,19 @@ def reference_files(described: Description, folder: Path) -> ReferenceFiles:
     except (CheckpointError, OSError) as error:
         raise UsageError(f"{described.path}: cannot be prepared for the references: {error}") from None
     return ReferenceFiles(checkpoint, tokenizer, notices)
+
+
+def float32_weights(described: Description, theirs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Each weight by Meta's name and in its layout; a tied head is left out.
+
+    theirs: shape and CRC-32 of each as a reference read it. Raises UsageError where the two readers differ.
+    """
+    stored = open_checkpoint(described.path).weights
+    for name in stored.shapes:
+        if not (described.config["tied"] and name == "output.weight"):
+            if name in theirs and theirs[name]["crc32"] != checksum(stored, name):
+                raise UsageError(f"{described.path}: {name} is read differently by nanollama and by the references")
+            yield name, stored[name].float()
 
 
 def _numel(shape: tuple[int, ...]) -> int:

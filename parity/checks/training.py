@@ -51,7 +51,7 @@ def _uncovered(metric: str, method: str, mine: dict[str, Any], labels: dict[str,
 def _against(ev: Evidence, trace: Trace, reference: Trace, labels: dict[str, Any]) -> Iterator[Result]:
     """Everything whose noise is the reference's own error."""
     mine, oracle, theirs = trace.meta["training"], ev.oracle.meta["training"], reference.meta["training"]
-    floor = _loss_noise(ev, reference)
+    floor = loss_noise(ev, reference)
     yield _loss("loss", mine["loss"], oracle["losses"][0], floor, labels)
     yield _gradients("gradient", "grad/", ev, trace, reference, labels)
     for metric, kinds in (("document mask", ["packed"]), ("accumulation", list(splits([])))):
@@ -70,7 +70,7 @@ def _against(ev: Evidence, trace: Trace, reference: Trace, labels: dict[str, Any
         yield _uncovered("ten losses", "losses", mine, labels)
 
 
-def _loss_noise(ev: Evidence, reference: Trace) -> float:
+def loss_noise(ev: Evidence, reference: Trace) -> float:
     """What a mean of labels may be off by: the RMS error of the reference's labels, at least half a rounding."""
     theirs, exact = (read(t.folder / FILE, "nats")[""].double() for t in (reference, ev.oracle))
     return max(float((theirs - exact).square().mean().sqrt()), U * float(exact.square().mean().sqrt()) / 2)
@@ -110,10 +110,16 @@ def gradient_noise(ev: Evidence, of: str, against: str) -> tuple[float, str] | N
 
 
 def _rho(mine: Tensor, theirs: list[Tensor], exact: Tensor) -> float:
+    return ratio(_rms(mine.double() - exact.double()), gradient_floor(theirs, exact))
+
+
+def gradient_floor(theirs: list[Tensor], exact: Tensor) -> float:
     """theirs: the reference's gradient, document by document and in one batch: the larger error is the noise."""
-    exact = exact.double()
-    rms = lambda x: float(x.double().square().mean().sqrt())
-    return ratio(rms(mine.double() - exact), max(*(rms(t.double() - exact) for t in theirs), U * rms(exact) / 2))
+    return max(*(_rms(t.double() - exact.double()) for t in theirs), U * _rms(exact.double()) / 2)
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
 
 
 def _merged(ev: Evidence, trace: Trace, labels: dict[str, Any]) -> Result:
@@ -130,16 +136,20 @@ def _merged(ev: Evidence, trace: Trace, labels: dict[str, Any]) -> Result:
 def _ten_losses(
     mine: list[float], exact: list[float], theirs: list[float], floor: float, labels: dict[str, Any]
 ) -> Result:
-    """Steps repeat every rounding of those before: noise is the reference's largest departure, or the last digit."""
     if len(mine) != len(exact):
         reason = f"{len(mine)} losses for {len(exact)} batches"
         return Result(**_fields("ten losses"), status=Status.FAIL, reason=reason, **labels)
     off = [abs(a - b) for a, b in zip(mine, exact, strict=True)]
-    allowed = max([floor, *(abs(a - b) for a, b in zip(theirs, exact, strict=True))])
-    ratios = [ratio(d, max(allowed, 10.0**-STEP_DIGITS * o / GRAD)) for d, o in zip(off, exact, strict=True)]
+    ratios = [ratio(d, f) for d, f in zip(off, step_floors(theirs, exact, floor), strict=True)]
     worst = max(range(len(ratios)), key=lambda n: torch.inf if ratios[n] != ratios[n] else ratios[n])
     where = f"step {worst + 1}: {mine[worst]:.6f} for {exact[worst]:.6f}"
     return judge(ratios[worst], GRAD, where=where, **_fields("ten losses"), **labels)
+
+
+def step_floors(theirs: list[float], exact: list[float], floor: float) -> list[float]:
+    """Steps repeat every rounding of those before: noise is the reference's largest departure, or the last digit."""
+    allowed = max([floor, *(abs(a - b) for a, b in zip(theirs, exact, strict=True))])
+    return [max(allowed, 10.0**-STEP_DIGITS * o / GRAD) for o in exact]
 
 
 def _alone(ev: Evidence, trace: Trace, labels: dict[str, Any]) -> Iterator[Result]:
@@ -169,12 +179,17 @@ def _target_mask(made: list[list[int]], documents: list[list[int]], labels: dict
 
 
 def _optimizer_step(mine: dict[str, Tensor], exact: dict[str, Tensor], lr: float, labels: dict[str, Any]) -> Result:
-    """The largest error in ulp of max(|p|, lr), a step: the second one starts from the first one's rounding."""
+    """The largest error in ulp of max(|p|, lr), a step."""
     if absent := sorted(exact.keys() - mine.keys()):
         reason = f"{absent[0]} is missing (step/weight)"
         return Result(**_fields("optimizer step"), status=Status.FAIL, reason=reason, **labels)
-    ulp = {n: 2 * U * int(n.split("/")[0]) * exact[n].abs().clamp_min(lr) for n in exact}
+    ulp = {n: step_ulp(int(n.split("/")[0])) * exact[n].abs().clamp_min(lr) for n in exact}
     errors = {n: float(((mine[n].double() - exact[n]).abs() / ulp[n]).max()) for n in exact}
     worst = max(errors, key=lambda n: torch.inf if errors[n] != errors[n] else errors[n])
     where = f"{worst.split('/', 1)[1]}, step {worst.split('/')[0]} of {MADE_STEPS}"
     return judge(errors[worst], STEP, where=where, **_fields("optimizer step", "ulp of max(|p|, lr)"), **labels)
+
+
+def step_ulp(step: int) -> float:
+    """An ulp of 1.0 for every step so far: the second one starts from the first one's rounding."""
+    return 2 * U * step

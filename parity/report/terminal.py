@@ -39,11 +39,7 @@ def render(report: dict[str, Any]) -> str:
     ]
     if report["training"]:
         lines += [*table(list(_losses(report["training"]))), ""]
-    lines += [
-        f"noise floor  {n['of']} against {n['against']}, {n['dtype']}: logits {number(n['logits'])}, "
-        f"worst tap {number(n['taps'])} ({n['tap']})" + _gradients(n)
-        for n in report["noise_floor"]
-    ]
+    lines += noise_lines(report["noise_floor"])
     lines += [text for found in report["quantized"] for text in _quantized(found)]
     lines += [f"not covered  {text}" for text in _uncovered(report)]
     lines += [f"erratum      {text}" for text in report["errata"]]
@@ -56,6 +52,15 @@ def render(report: dict[str, Any]) -> str:
         f"peak {report['peak_anonymous_bytes'] / 2**20:,.0f} MiB a process",
     ]
     return "\n".join(lines)
+
+
+def noise_lines(floors: list[dict[str, Any]]) -> list[str]:
+    """Each reference judged against the other."""
+    return [
+        f"noise floor  {n['of']} against {n['against']}, {n['dtype']}: logits {number(n['logits'])}, "
+        f"worst tap {number(n['taps'])} ({n['tap']})" + _gradients(n)
+        for n in floors
+    ]
 
 
 def _rows(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
