@@ -3,9 +3,9 @@
 With it an implementation in any language proves itself without Python: each bound is an absolute number, measured on
 Meta's code and transformers against a float64 oracle. See docs/kit.md, and tests/ports/kit_port.c for a port in C.
 
-    python -m parity.kit --out kit                          # of a small seeded Llama 3.1-shaped checkpoint
+    python -m parity.kit --out kit                  # prints: kit          kit: 10.5 MB ...
     python -m parity.kit --out kit --ckpt DIR --prompts prompts.jsonl
-    python -m parity.kit --check kit --port OUT             # judges OUT/logits.f32, OUT/layers.0.q.f32, ...
+    python -m parity.kit --check kit --port OUT     # OUT/logits.f32, OUT/layers.0.q.f32, ...; ends: verdict      PASS
 
 Exit codes of --check: 0 pass, 1 a parity failure, 2 unusable input, 3 nothing failed but not everything was judged.
 """
@@ -142,7 +142,8 @@ def gather(args: argparse.Namespace, dtypes: list[str], folder: Path) -> Source:
     runner = Runner(case, list(REFERENCES), "", folder, sys.stderr.isatty(), ops=False)
     ev = runner.run_references()
     ev.candidates = {None: ev.oracle}
-    return Source(args.ckpt or SEEDED, checkpoint, ev, [*checkpoint.notices, *opened.notices, *runner.notices])
+    name = Path(args.ckpt).name if args.ckpt and Path(args.ckpt).exists() else args.ckpt  # a kit is passed on
+    return Source(name or SEEDED, checkpoint, ev, [*checkpoint.notices, *opened.notices, *runner.notices])
 
 
 def fill(source: Source, out: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,8 @@ def judge_all(port: Port) -> tuple[list[Result], int]:
         else:
             compared += 1
             mine, exact = port.get(name), port.kit.get(name)
-            results += [judged(port, gate, mine, exact) for gate in gates]
+            results += [worst([judged(port, gate, mine, exact) for gate in gates if gate.metric == metric])
+                        for metric in dict.fromkeys(gate.metric for gate in gates)]  # fmt: skip
     return [*results, *uncovered(port, absent)], compared
 
 
@@ -150,6 +151,11 @@ def uncovered(port: Port, absent: dict[str, list[str]]) -> Iterator[Result]:
     if "kl" not in judged_by:
         reason = f"KL has statistics over {KL_POSITIONS} positions or more"
         yield Result("kl", "G5", Status.SKIP, dtype=port.dtype, reason=reason, required=False)
+
+
+def worst(results: list[Result]) -> Result:
+    """Of one metric over several ranges of rows; not a number is worse than any."""
+    return max(results, key=lambda r: inf if r.value is None or r.value != r.value else r.value)
 
 
 def judged(port: Port, gate: Gate, mine: Tensor, exact: Tensor) -> Result:
