@@ -3,7 +3,7 @@
 With it an implementation in any language proves itself without Python: each bound is an absolute number, measured on
 Meta's code and transformers against a float64 oracle. See docs/kit.md, and tests/ports/kit_port.c for a port in C.
 
-    python -m parity.kit --out kit                  # prints: kit          kit: 10.5 MB ...
+    python -m parity.kit --out kit                  # prints: kit          kit: 10.6 MB ...
     python -m parity.kit --out kit --ckpt DIR --prompts prompts.jsonl
     python -m parity.kit --check kit --port OUT     # OUT/logits.f32, OUT/layers.0.q.f32, ...; ends: verdict      PASS
 
@@ -94,7 +94,7 @@ def write_kit(args: argparse.Namespace) -> int:
             source = gather(args, dtypes, folder)
             table = fill(source, out)
     except OSError as error:
-        raise UsageError(f"--out {args.out}: cannot be written ({error.strerror})") from None
+        raise UsageError(f"--out {args.out}: cannot be written ({error})") from None
     except Crash as crash:  # of a reference
         print(f"error: {crash} (NANOLLAMA_DEBUG=1 shows all of it)", file=sys.stderr)
         return 3
