@@ -46,8 +46,11 @@ class Judges:
 
     def decided(self) -> Tensor:
         """(N,) int32: 1 where any reference leaves one answer."""
-        masks = [torch.cat([self.ev.decided(p, i) for i in range(len(self.ev.oracle.sequences))]) for p in self.pairs]
-        return torch.stack(masks).any(0).int()
+        return torch.stack([self.decided_by(name) for name in self.ev.references]).any(0).int()
+
+    def decided_by(self, reference: str) -> Tensor:
+        pair, sequences = Pair(reference, self.dtype, None), range(len(self.ev.oracle.sequences))
+        return torch.cat([self.ev.decided(pair, i) for i in sequences]).int()
 
 
 def write_forward(ev: Evidence, writer: KitWriter) -> None:

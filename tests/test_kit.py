@@ -1,6 +1,7 @@
 """The golden-state kit: the references pass by it, each of its gates can fail, and nothing damaged is a pass."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from torch import Tensor
 import kit_cases
 from kit_cases import Arrays, Made, check
 from parity import kit as command
+from parity.checks.training import gradient_floor
 from parity.evidence import Pair, worst_ratio
-from parity.kit_arrays import Gate, Kit
+from parity.kit_arrays import Gate, Kit, KitWriter
 from parity.kit_check import METRICS, Port, judged
-from parity.training import read
+from parity.kit_gates import Judges, write_training
+from parity.metrics import noise
+from parity.training import FILE, read
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,47 @@ def test_the_ratios_are_those_of_parity_check(made: Made, tmp_path: Path) -> Non
         assert len(gates) == 2  # all sequences, and the long one alone
         found = [judged(port, g, arrays[tap], kit.get(tap)).value for g in gates]
         assert max(x for x in found if x is not None) == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("wrong", ["meta", "hf"])
+def test_a_reference_that_is_wrong_widens_no_bound(wrong: str, made: Made) -> None:
+    """Errors a thousand times as large as the other's: the other one's alone count."""
+    ev = made[0].evidence
+    right = "hf" if wrong == "meta" else "meta"
+    found = {name: ev.measured(trace, "fp32") for name, trace in ev.references.items()}
+    far = lambda e: replace(e, error=[1e6 * x for x in e.error], worst=[1e3 * x for x in e.worst])
+    lost = replace(found[wrong], taps={tap: far(e) for tap, e in found[wrong].taps.items()})
+    measured = ev._measured | {(id(ev.references[wrong]), "fp32"): lost}
+    judges = Judges(replace(ev, _measured=measured, _noise={}), "fp32")
+    for tap in ("layers.0.q", "logits"):
+        floor = noise(found[right].taps[tap], "fp32")
+        assert judges.smallest(lambda m, t=tap: noise(m.taps[t], "fp32")) == pytest.approx(floor)
+    margins = [rows.margin > 4 * worst for rows, worst in zip(ev.oracle_rows("fp32"), found[right].taps["logits"].worst,
+                                                              strict=True)]  # fmt: skip
+    assert judges.decided().tolist() == torch.cat(margins).int().tolist()
+    assert not torch.equal(judges.decided(), Judges(judges.ev, "fp32").decided_by(wrong))
+
+
+def test_training_is_judged_by_the_nearer_reference(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ev, kit = made[0].evidence, Kit(made[1])
+    parties = {r.meta["implementation"]: r for r in ev.references.values()}
+    assert len(parties) == 2
+    floors = dict(zip(parties.values(), (3.0, 0.5), strict=True))
+    monkeypatch.setattr("parity.kit_gates.loss_noise", lambda ev, reference: floors[reference])
+    writer = KitWriter(tmp_path)
+    write_training(ev, writer, {n: kit.get(n) for n, a in kit.arrays.items() if a.file == "weights.f32"})
+    (loss,) = [g for g in writer.gates if g.array == "train.loss"]
+    assert loss.noise == 0.5
+    exact, differ = read(ev.oracle.folder / FILE, "grad/"), 0
+    for gate in (g for g in writer.gates if g.label == "gradient"):
+        name = gate.array.removeprefix("grad.")
+        found = [gradient_floor([read(r.folder / FILE, kind)[name] for kind in ("grad/", "padded/")], exact[name])
+                 for r in ev.references.values()]  # fmt: skip
+        assert gate.noise == min(found)
+        differ += found[0] != found[1]
+    assert differ > 10
 
 
 def off(gate: Gate, exact: Tensor, kit: Kit, size: float) -> Tensor:
