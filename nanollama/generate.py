@@ -95,6 +95,7 @@ class Llama:
     ) -> None:
         self.model, self.tokenizer, self.compile, self.say, self.drafter = model, tokenizer, compile, say, drafter
         self._steps: dict[int, Step] = {}
+        self._settled = False
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model {model.config.vocab_size:,}: "
@@ -179,15 +180,17 @@ class Llama:
             return eager_step(self.model)
         if self.model.tok_embeddings.weight.device.type == "cuda":
             return self._steps.setdefault(0, static_step(self.model))
+        if B not in self._steps and self.compile == "auto" and not worth_compiling(self.model, B, tokens):
+            return eager_step(self.model)
+        if tokens >= SETTLE_TOKENS and not self._settled:
+            self._settled = True
+            if settle_(self.model):
+                self._steps.clear()  # they hold the weights of before
         if B not in self._steps:
-            if self.compile == "auto" and not worth_compiling(self.model, B, tokens):
-                return eager_step(self.model)
-            self._steps[B] = self._compiled_step(B, tokens)
+            self._steps[B] = self._compiled_step(B)
         return self._steps[B]
 
-    def _compiled_step(self, B: int, tokens: int) -> Step:
-        if not self._steps and tokens >= SETTLE_TOKENS:
-            settle_(self.model)
+    def _compiled_step(self, B: int) -> Step:
         try:
             return compile_step(self.model, B, say=self.say)
         except CompileError as error:

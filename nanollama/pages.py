@@ -30,7 +30,7 @@ def settle_(model: nn.Module) -> bool:
     if any(t.device.type != "cpu" for t in tensors) or room > MEMORY_SHARE * available_bytes():
         return False
     arena = torch.empty(room, dtype=torch.uint8)
-    if not _advise(arena, HUGEPAGE, LARGE_PAGE):
+    if not ask_for_large(arena):
         return False
     at = -arena.data_ptr() % LARGE_PAGE
     with torch.no_grad():
@@ -41,6 +41,11 @@ def settle_(model: nn.Module) -> bool:
             tensor.data = place
             at += _up(tensor.nbytes, ALIGNMENT_BYTES)
     return True
+
+
+def ask_for_large(tensor: Tensor) -> bool:
+    """Large pages for memory that nothing was written to yet; whether the system took the advice."""
+    return _advise(tensor, HUGEPAGE, LARGE_PAGE)
 
 
 def release(tensor: Tensor) -> None:

@@ -57,17 +57,26 @@ def test_weights_stay_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @linux
-@pytest.mark.parametrize(("tokens", "moved"), [(generate.SETTLE_TOKENS + 1, True), (8, False)])
-def test_long_answers_settle_the_weights_and_say_the_same(
-    tokens: int, moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_first_long_answer_settles_the_weights_and_nothing_else_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_hf(tmp_path / "hf", CONFIG, make_weights(CONFIG))
     settled: list[bool] = []
-    monkeypatch.setattr(generate, "settle_", lambda model: settled.append(pages.settle_(model)))
-    monkeypatch.setattr(generate, "compile_step", lambda model, rows, say: generate.eager_step(model))
-    answers = []
-    for compile in ("on", "off"):
-        llama = Llama.load(tmp_path / "hf", compile=compile)  # type: ignore[arg-type]
-        answers.append([e.token for e in llama.generate([[1, 2, 3]], Sampling(max_new_tokens=tokens))])
-    assert settled == [True] * moved
-    assert answers[0] == answers[1]
+
+    def settle_(model: Transformer) -> bool:
+        settled.append(pages.settle_(model))
+        return settled[-1]
+
+    monkeypatch.setattr(generate, "settle_", settle_)
+    made: list[int] = []
+    monkeypatch.setattr(
+        generate, "compile_step", lambda model, rows, say: made.append(rows) or generate.eager_step(model)
+    )
+    compiled, eager = (Llama.load(tmp_path / "hf", compile=compile) for compile in ("on", "off"))
+    long = generate.SETTLE_TOKENS + 1
+    for tokens, times in ((8, 0), (long, 1), (8, 1), (long, 1)):
+        sampling = Sampling(max_new_tokens=tokens)
+        answers = [[e.token for e in llama.generate([[1, 2, 3]], sampling)] for llama in (compiled, eager)]
+        assert answers[0] == answers[1]
+        assert settled == [True] * times
+    assert made == [1, 1]  # the second one for the weights in their new place
