@@ -39,7 +39,7 @@ LINEARS = (
     *("attention.wq", "attention.wk", "attention.wv", "attention.wo"),
     *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
 )
-# Outside of AVX-512 the compiler loads bytes by way of memory, at a tenth of the speed; floats it loads at once.
+# Without AVX-512 the compiler loads bytes by way of memory and converts bf16 slowly; floats it loads at once.
 WORDS = torch.backends.cpu.get_cpu_capability() != "AVX512"
 OPTIONS: dict[str, Any] = {
     # A product and its sum as one instruction, as in the libraries' own matrix products.
@@ -56,35 +56,38 @@ class CompileError(ValueError):
 def dot(x: Tensor, numbers: Tensor, scales: Tensor | None = None) -> Tensor:
     """x (K,), in the order of `arranged`, times a matrix in any of its forms (see `quantize`) -> (N,) float32."""
     x = x.float()
-    if scales is None:
-        return (x * numbers.float()).sum(-1)
-    if numbers.dtype == torch.int8:
-        if in_words(numbers):
-            parts = zip(x.view(4, -1).unbind(), bytes_of(numbers), strict=True)
-            return sum((part * byte.float()).sum(-1) for part, byte in parts) * scales
-        return (x * numbers.float()).sum(-1) * scales
-    half = numbers.shape[1]
-    x = x.view(2 * half, -1)  # (G, K/G)
-    low = [x[j] * (numbers[:, j] & 15).float() for j in range(half)]
-    high = [x[j + half] * (numbers[:, j] >> 4).float() for j in range(half)]
-    # The numbers are stored plus 8: taken off once a group and not once a weight.
-    return ((sum(low[1:] + high, low[0]) - 8 * x.sum(0)) * scales.float()).sum(-1)
+    if numbers.dtype == torch.uint8:
+        assert scales is not None
+        half = numbers.shape[1]
+        x = x.view(2 * half, -1)  # (G, K/G)
+        low = [x[j] * (numbers[:, j] & 15).float() for j in range(half)]
+        high = [x[j + half] * (numbers[:, j] >> 4).float() for j in range(half)]
+        # The numbers are stored plus 8: taken off once a group and not once a weight.
+        return ((sum(low[1:] + high, low[0]) - 8 * x.sum(0)) * scales.float()).sum(-1)
+    weights = of_words(numbers) if in_words(numbers) else [numbers.float()]
+    sums = [(part * weight).sum(-1) for part, weight in zip(x.view(len(weights), -1), weights, strict=True)]
+    total = sum(sums[1:], sums[0])
+    return total if scales is None else total * scales
 
 
 def in_words(numbers: Tensor) -> bool:
-    """Whether four int8 weights are read as one number of 32 bits."""
-    return WORDS and numbers.dtype == torch.int8 and numbers.shape[1] % 4 == 0
+    """Whether two bf16 or four int8 weights are read as one number of 32 bits."""
+    size = {torch.bfloat16: 2, torch.int8: 4}.get(numbers.dtype, 0)
+    return WORDS and size > 0 and numbers.shape[1] % size == 0
 
 
 def arranged(x: Tensor, numbers: Tensor) -> Tensor:
-    """x (K,) in the order in which the weights come: for words every fourth input, from the first on, then the next."""
-    return torch.cat([x[i::4] for i in range(4)]) if in_words(numbers) else x
+    """x (K,) in the order of the weights: for words of n every n-th input from the first on, then from the second."""
+    n = 4 // numbers.itemsize
+    return torch.cat([x[i::n] for i in range(n)]) if in_words(numbers) else x
 
 
-def bytes_of(numbers: Tensor) -> list[Tensor]:
-    """int8 (N, K) -> four int32 (N, K/4): the first, second, third and fourth weight of each word."""
+def of_words(numbers: Tensor) -> list[Tensor]:
+    """bf16 or int8 (N, K) -> float32 (N, K/2) twice or (N, K/4) four times: the words' first weights, their second."""
     words = numbers.view(torch.float32).view(torch.int32)
-    return [*((words << 24 - 8 * i) >> 24 for i in range(3)), words >> 24]
+    if numbers.dtype == torch.bfloat16:
+        return [(words << 16).view(torch.float32), (words & -(1 << 16)).view(torch.float32)]
+    return [*(((words << (24 - 8 * i)) >> 24).float() for i in range(3)), (words >> 24).float()]
 
 
 def matvec(x: Tensor, operands: Sequence[Tensor]) -> Tensor:
@@ -97,7 +100,8 @@ def matvec(x: Tensor, operands: Sequence[Tensor]) -> Tensor:
     halves = 1 if operands[0].dtype == torch.uint8 else 2
     parts = list(zip(*(tensor.chunk(halves) for tensor in operands), strict=True))
     # Beside integers, a vector of bf16 would take the compiler's slow conversions for both: fp32 is loaded instead.
-    rows = [arranged(row, operands[0]) for row in (x if len(operands) == 1 else x.float()).unbind()]
+    plain = len(operands) == 1 and not in_words(operands[0])
+    rows = [arranged(row, operands[0]) for row in (x if plain else x.float()).unbind()]
     return torch.stack([torch.cat([dot(row, *part) for part in parts]) for row in rows]).to(x.dtype)
 
 
@@ -282,7 +286,7 @@ def cache_folder() -> Path:
 
 def package_path(module: nn.Module, example: list[Tensor]) -> Path:
     """The file that holds this compiled module: its name covers all that the code depends on."""
-    parts = (dot, in_words, arranged, bytes_of, matvec, norm, attend, apply_rope, type(module))
+    parts = (dot, in_words, arranged, of_words, matvec, norm, attend, apply_rope, type(module))
     source = "".join(inspect.getsource(part) for part in parts)
     shapes = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in example]
     machine = (platform.system(), platform.machine(), torch.backends.cpu.get_cpu_capability(), _cpu_name())

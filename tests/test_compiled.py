@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from nanollama import compiled
 from nanollama.compiled import CompileError, Step, compile_step, in_words, is_compiled, matvec, worth_compiling
-from nanollama.generate import Llama, Sampling, eager_step
+from nanollama.generate import DTYPES, Llama, Sampling, eager_step
 from nanollama.model import KVCache, Transformer
-from nanollama.quantize import QuantLinear, dequantize, quantize_
+from nanollama.quantize import SCHEMES, QuantLinear, dequantize, quantize_
 from test_generate import VOCAB, assert_same_answer, of_row, prompt_ids, small_model
 
 NOISE_RATIO = 8  # sums of 32 hardly average their noise; parity.check holds the real widths to 2
@@ -164,18 +164,23 @@ def test_a_position_beyond_the_cache_is_refused(pair: Llama) -> None:
 
 
 @pytest.mark.parametrize("words", [False, True])
-@given(st.integers(1, 4), st.integers(1, 33), st.sampled_from([16, 48, 50]), st.sampled_from([None, "int8", "int4"]))
-@settings(deadline=None, max_examples=40)
-def test_matvec_is_the_product_with_the_dequantised_weights(
-    words: bool, B: int, N: int, K: int, scheme: str | None
-) -> None:
+@given(
+    st.integers(1, 4),
+    st.integers(1, 33),
+    st.sampled_from([16, 48, 50]),
+    st.sampled_from(["fp32", "bf16", "int8", "int4"]),
+)
+@settings(deadline=None, max_examples=60)
+def test_matvec_is_the_product_with_the_dequantised_weights(words: bool, B: int, N: int, K: int, form: str) -> None:
     rng = torch.Generator().manual_seed(B * N + K)
     x, weight = torch.randn(B, K, generator=rng), torch.randn(N, K, generator=rng)
-    operands: list[Tensor] = [weight]
-    if scheme:
-        layer = QuantLinear(weight, scheme, torch.float32)
+    if form in SCHEMES:
+        layer = QuantLinear(weight, form, torch.float32)
         operands, weight = [layer.numbers, layer.scales], layer.weight
+    else:
+        operands = [weight.to(DTYPES[form])]
+        weight = operands[0].float()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "WORDS", words)  # as on processors without AVX-512
-        assert in_words(operands[0]) == (words and scheme == "int8" and K != 50)
+        assert in_words(operands[0]) == (words and (form == "bf16" or (form == "int8" and K != 50)))
         torch.testing.assert_close(matvec(x, operands), x @ weight.T, rtol=1e-4, atol=1e-4)
