@@ -14,7 +14,6 @@ import sentencepiece
 from nanollama.tokenizer import TokenizerError, open_tokenizer
 
 SENTENCE = "Once upon a time, there was 1 little สวัสดี 😀\n"
-CORRUPTIONS_PER_KIND = 40
 
 
 def rank_file() -> bytes:
@@ -145,11 +144,12 @@ def corrupt(data: bytes, draw: random.Random) -> bytes:
     )()
 
 
+@pytest.mark.parametrize("inputs", [40, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_corrupted_files_are_refused_in_one_line_or_work(kind: str, tmp_path: Path) -> None:
+def test_corrupted_files_are_refused_in_one_line_or_work(kind: str, inputs: int, tmp_path: Path) -> None:
     data, path = KINDS[kind](), tmp_path / "tokenizer"
     refused = 0
-    for seed in range(CORRUPTIONS_PER_KIND):
+    for seed in range(inputs):
         path.write_bytes(corrupt(data, random.Random(f"{kind} {seed}")))
         message, tokenizer = "", None
         try:
@@ -162,7 +162,7 @@ def test_corrupted_files_are_refused_in_one_line_or_work(kind: str, tmp_path: Pa
             ids = tokenizer.encode(SENTENCE, bos=True)
             assert isinstance(tokenizer.decode(ids), str)
             assert max(ids) < tokenizer.vocab_size
-    assert refused > CORRUPTIONS_PER_KIND / 3
+    assert refused > inputs / 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
