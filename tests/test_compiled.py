@@ -16,7 +16,8 @@ from nanollama.model import KVCache, Transformer
 from nanollama.quantize import SCHEMES, QuantLinear, dequantize, quantize_
 from test_generate import VOCAB, assert_same_answer, of_row, prompt_ids, small_model
 
-NOISE_RATIO = 8  # sums of 32 hardly average their noise; parity.check holds the real widths to 2
+NOISE_RATIO = 2  # as G3; more where so few sums hardly average the noise of integers up to 127, or 15 less 8
+INT8_RATIO, INT4_RATIO = 4, 8
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,21 +71,23 @@ def errors_of(steps: Sequence[Step], model: Transformer, rows: int) -> list[floa
 
 
 @pytest.mark.parametrize(
-    ("scheme", "dtype", "rows"),
+    ("scheme", "dtype", "rows", "bound"),
     [
-        ("int8", torch.float32, 1),
-        pytest.param("int4", torch.float32, 1, marks=pytest.mark.slow),
-        pytest.param(None, torch.bfloat16, 1, marks=pytest.mark.slow),
-        pytest.param("int8", torch.bfloat16, 1, marks=pytest.mark.slow),
-        pytest.param("int4", torch.bfloat16, 1, marks=pytest.mark.slow),
-        pytest.param(None, torch.float32, 8, marks=pytest.mark.slow),
-        pytest.param("int8", torch.float32, 4, marks=pytest.mark.slow),
+        ("int8", torch.float32, 1, INT8_RATIO),
+        pytest.param("int4", torch.float32, 1, INT4_RATIO, marks=pytest.mark.slow),
+        pytest.param(None, torch.bfloat16, 1, NOISE_RATIO, marks=pytest.mark.slow),
+        pytest.param("int8", torch.bfloat16, 1, NOISE_RATIO, marks=pytest.mark.slow),
+        pytest.param("int4", torch.bfloat16, 1, NOISE_RATIO, marks=pytest.mark.slow),
+        pytest.param(None, torch.float32, 8, NOISE_RATIO, marks=pytest.mark.slow),
+        pytest.param("int8", torch.float32, 4, INT8_RATIO, marks=pytest.mark.slow),
     ],
 )
-def test_compiled_steps_are_as_exact_as_eager_ones(scheme: str | None, dtype: torch.dtype, rows: int) -> None:
+def test_compiled_steps_are_as_exact_as_eager_ones(
+    scheme: str | None, dtype: torch.dtype, rows: int, bound: float
+) -> None:
     model = compiled_model(scheme, dtype)
     fast, slow = errors_of([compile_step(model, rows), eager_step(model)], model, rows)
-    assert fast <= NOISE_RATIO * slow
+    assert fast <= bound * slow
 
 
 def test_a_step_that_is_a_little_wrong_is_not_as_exact() -> None:
@@ -92,7 +95,7 @@ def test_a_step_that_is_a_little_wrong_is_not_as_exact() -> None:
     wrong = copy.deepcopy(model)
     wrong.layers[1].attention.wq.scales *= 1 + 2**-13  # type: ignore[operator]
     off, right = errors_of([eager_step(wrong), eager_step(model)], model, 1)
-    assert off > NOISE_RATIO * right
+    assert off > INT8_RATIO * right
 
 
 @settings(deadline=None, max_examples=10)
