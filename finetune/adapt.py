@@ -5,11 +5,12 @@ adapters go around them. All of it follows from the config and the checkpoint, s
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from finetune.config import LORA_METHODS, TrainConfig, lora_targets
-from finetune.lora import add_lora_, add_rows_, load_adapter_
+from finetune.lora import add_lora_, add_rows_, wear_
 from finetune.nf4 import quantize_base_
 from nanollama.adapter import Adapter, read_adapter
 from nanollama.model import Transformer
@@ -39,27 +40,33 @@ def adapt_(model: Transformer, config: TrainConfig, tokenizer: Tokenizer, say: C
 def _wrap_(model: Transformer, config: TrainConfig, adapter: Adapter | None, ids: tuple[int, ...]) -> None:
     if config.method == "qlora":
         quantize_base_(model)
-    rank, alpha, targets = config.lora_rank, config.lora_alpha, lora_targets(config)
+    generator = torch.Generator().manual_seed(config.seed)
     if adapter:
         _refuse_other_shape(config, adapter)
-        rank, alpha, targets, ids = adapter.rank, adapter.alpha, adapter.targets, adapter.row_ids or ids
-    generator = torch.Generator().manual_seed(config.seed)
-    add_lora_(model, rank, alpha, targets, config.lora_dropout, generator)
-    if ids:
+        wear_(model, adapter, config.lora_dropout, generator)
+    else:
+        rank, alpha, targets = config.lora_rank, config.lora_alpha, lora_targets(config)
+        add_lora_(model, rank, alpha, targets, config.lora_dropout, generator)
+    if ids and not (adapter and adapter.rows):
         add_rows_(model, ids)
-    if adapter:
-        load_adapter_(model, adapter)
 
 
 def _refuse_other_shape(config: TrainConfig, adapter: Adapter) -> None:
     """A flag that has its default value counts as not given; one that was given must be the adapter's."""
-    given = (config.lora_rank, config.lora_alpha, set(lora_targets(config)))
-    usual = (TrainConfig.lora_rank, TrainConfig.lora_alpha, set(lora_targets(TrainConfig())))
-    saved = (adapter.rank, adapter.alpha, set(adapter.targets))
-    for name, mine, default, theirs in zip(("rank", "alpha", "targets"), given, usual, saved, strict=True):
-        if mine not in (default, theirs):
-            shown = ",".join(adapter.targets) if name == "targets" else theirs
+    saved: dict[str, set[Any]] = {
+        "rank": set(adapter.ranks.values()),
+        "alpha": set(adapter.alphas.values()),
+        "targets": set(adapter.targets),
+    }
+    given, usual = _shape(config), _shape(TrainConfig())
+    for name, theirs in saved.items():
+        if given[name] not in (usual[name], theirs):
+            shown = ",".join(map(str, sorted(theirs)))
             raise ValueError(f"--adapter {config.adapter} has {name} {shown}: drop --lora_{name}, which says otherwise")
+
+
+def _shape(config: TrainConfig) -> dict[str, set[Any]]:
+    return {"rank": {config.lora_rank}, "alpha": {config.lora_alpha}, "targets": set(lora_targets(config))}
 
 
 def chat_rows(model: Transformer, tokenizer: Tokenizer, choice: str) -> tuple[int, ...]:

@@ -227,7 +227,7 @@ def finish(entry: Entry, setup: Setup, prepared: Prepared, outcome: Outcome, say
         if folder.name == "final" or config.export == "hf":
             write(folder, model.config, weights, tokenizer=prepared.tokenizer)
     if config.method in LORA_METHODS:
-        write_adapter(out / "adapter", adapter_of(model), model.config, base=str(config.ckpt or ""))
+        write_adapter(out / "adapter", adapter_of(model), model.config, base=base_name(config.ckpt or ""))
     base = bigram(prepared.train, outcome.held_out, prepared.vocabulary.size)
     write_atomically(out / "summary.json", json.dumps(summary(outcome, base), indent=2).encode())
     say(f"sample: {setup.sample(model)}")
@@ -248,6 +248,12 @@ def finish(entry: Entry, setup: Setup, prepared: Prepared, outcome: Outcome, say
     say(f"  python -m parity.check --ckpt {out / 'final'}")
     for flags in entry.larger:
         say(f"  {_command(entry)} {flags}")
+
+
+def base_name(ckpt: str) -> str:
+    """The checkpoint as an adapter names it, to be found from whatever folder: an absolute path, or a hub id."""
+    local = Path(ckpt).expanduser()
+    return str(local.resolve()) if ckpt and local.exists() else ckpt
 
 
 def summary(outcome: Outcome, base: Score) -> dict[str, float]:
