@@ -30,7 +30,7 @@ def adapt_(model: Transformer, config: TrainConfig, tokenizer: Tokenizer, say: C
                 f"--method {config.method} does not train the chat words, and their rows are untrained: choose "
                 "--method full or lora, or --chat_rows keep"
             )
-        reset_rows_(model, ids, min(tokenizer.special_ids.values()))
+        reset_rows_(model, ids, ordinary_words(tokenizer, model))
         words = ", ".join(name for name, i in sorted(tokenizer.special_ids.items()) if i in ids)
         say(f"chat: the rows of {words} start from the mean of the trained ones, and are trained")
     if config.method in LORA_METHODS:
@@ -74,14 +74,15 @@ def chat_rows(model: Transformer, tokenizer: Tokenizer, choice: str) -> tuple[in
 
     Untrained is a row of the embedding or head that is much shorter than the others, or equal to another chat word's.
     """
-    words = [tokenizer.special_ids[name] for name in CHAT_WORDS if name in tokenizer.special_ids]
+    words = [i for name, i in tokenizer.special_ids.items() if name in CHAT_WORDS and i < model.config.vocab_size]
     if choice == "keep" or not words:
         return ()
     if choice == "reinit":
         return tuple(sorted(words))
     found = set()
+    ordinary = ordinary_words(tokenizer, model)
     for matrix in _matrices(model):
-        sample = matrix[: min(tokenizer.special_ids.values())][::16].float()
+        sample = matrix[ordinary[::16]].float()
         least = UNTRAINED_NORM * sample.norm(dim=1).median()
         rows = {i: matrix[i].float() for i in words}
         for i, row in rows.items():
@@ -90,11 +91,17 @@ def chat_rows(model: Transformer, tokenizer: Tokenizer, choice: str) -> tuple[in
     return tuple(sorted(found))
 
 
+def ordinary_words(tokenizer: Tokenizer, model: Transformer) -> list[int]:
+    """Ids of the words that are no specials, and have rows."""
+    special = set(tokenizer.special_ids.values())
+    return [i for i in range(min(tokenizer.vocab_size, model.config.vocab_size)) if i not in special]
+
+
 @torch.no_grad()
-def reset_rows_(model: Transformer, ids: tuple[int, ...], ordinary: int) -> None:
-    """Rows `ids` of embedding and head become the mean of the first `ordinary` rows, the words that are no specials."""
+def reset_rows_(model: Transformer, ids: tuple[int, ...], ordinary: list[int]) -> None:
+    """Rows `ids` of embedding and head become the mean of the ordinary words' rows."""
     for matrix in _matrices(model):
-        matrix[list(ids)] = matrix[:ordinary].mean(dim=0)
+        matrix[list(ids)] = matrix[ordinary].mean(dim=0)
 
 
 def _matrices(model: Transformer) -> list[torch.Tensor]:

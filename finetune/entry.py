@@ -18,7 +18,7 @@ import torch
 
 from finetune.adapt import adapt_
 from finetune.config import LORA_METHODS, TrainConfig, from_json, merge_resumed, resolve, to_json
-from finetune.evaluate import Score, bigram
+from finetune.evaluate import Score, bigram, whole
 from finetune.lora import adapter_of, merged_weights
 from finetune.parallelize import World, default_device, open_world
 from finetune.prepare.cache import Prepared, Say, cache_folder, prepare
@@ -104,6 +104,7 @@ def _run(entry: Entry, config: TrainConfig, out: Path, world: World) -> int:
     prepared = _prepare(entry, config, start, world, say)
     tokenizer = open_tokenizer(prepared.tokenizer)
     model = build_model(start, config, tokenizer.vocab_size, world.device)
+    check_rows(prepared, tokenizer, model.config.vocab_size)
     describe(config, prepared, model, out, world, say)
     adapt_(model, config, tokenizer, say)
     setup = Setup(
@@ -201,6 +202,24 @@ def _prepare(entry: Entry, config: TrainConfig, start: Start, world: World, say:
     return opened(lambda text: None)
 
 
+def check_rows(prepared: Prepared, tokenizer: Tokenizer, rows: int) -> None:
+    """A tokenizer may have more tokens than the model has rows, as long as the data uses none of those.
+
+    Raises ValueError that names the first one that is used.
+    """
+    if tokenizer.vocab_size <= rows:
+        return
+    names = {i: name for name, i in tokenizer.special_ids.items()}
+    for documents in (prepared.train, prepared.val):
+        for i in range(len(documents.lengths)):
+            used = int(whole(documents, i).max())
+            if used >= rows:
+                what = f"token {used}, {names.get(used) or tokenizer.decode([used])!r}"
+                raise ValueError(
+                    f"the data uses {what}, and the model has rows for {rows:,} tokens only: name its own --tokenizer"
+                )
+
+
 def describe(config: TrainConfig, prepared: Prepared, model: Transformer, out: Path, world: World, say: Say) -> None:
     train, val = prepared.train.lengths, prepared.val.lengths
     say(f"data: {prepared.name}: {len(train):,} documents, {train.sum():,} tokens; held out: {len(val):,} documents")
@@ -271,10 +290,15 @@ def sample(model: Transformer, tokenizer: Tokenizer, prompt: str, *, talks: bool
     """The prompt and what the model makes of it; talks: as the answer to a user's message."""
     was_training = model.training
     model.eval()
-    message = [{"role": "user", "content": prompt}]
-    ids = encode_chat(message, tokenizer, add_generation_prompt=True).ids if talks else prompt
-    sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=0)
-    text = prompt + " -> " * talks + "".join(event.text for event in Llama(model, tokenizer).generate([ids], sampling))
+    text = prompt + " -> " * talks
+    try:
+        message = [{"role": "user", "content": prompt}]
+        ids = encode_chat(message, tokenizer, add_generation_prompt=True).ids if talks else prompt
+        sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=0)
+        for event in Llama(model, tokenizer).generate([ids], sampling):
+            text += event.text
+    except ValueError as error:  # a prompt that the model cannot read, a row without a token: the run goes on
+        text += f" [the sample ends here: {error}]"
     model.train(was_training)
     return text
 
