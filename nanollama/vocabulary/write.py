@@ -43,7 +43,7 @@ def fitting(vocabulary: Vocabulary, rows: int) -> Vocabulary:
     """
     if vocabulary.n_ordinary > rows:
         raise TokenizerError(
-            f"the tokenizer has {vocabulary.n_ordinary:,} tokens and the model {rows:,}: it is another model's; "
+            f"the tokenizer has {len(vocabulary.tokens):,} tokens and the model {rows:,}: it is another model's; "
             "give the right one with --tokenizer"
         )
     return vocabulary
