@@ -58,6 +58,7 @@ def encode_chat(
     add_generation_prompt: bool,
     date: str | None = None,
     require_assistant: bool = False,
+    tools: Sequence[Any] | None = None,
 ) -> ChatTokens:
     """The ids of a chat, in the style that the tokenizer's vocabulary calls for, and the mask for training.
 
@@ -66,6 +67,8 @@ def encode_chat(
     add_generation_prompt ends with the header of the assistant's next turn. date, such as "26 Jul 2024", adds Llama
     3.1's date lines. Raises ChatError; with require_assistant also where nothing could be trained on.
     """
+    if tools:
+        raise ChatError(f"{template_source(tokenizer)} shows no definitions of tools")
     if style_of(tokenizer) == "llama3":
         tokens = _encode_llama3(_llama3_segments(messages, add_generation_prompt, date), tokenizer)
     else:
@@ -90,6 +93,11 @@ def render_chat(
         raise ChatError(f'style {style!r}: expected "llama3" or "llama2"')
     turns = _llama2_turns(messages, add_generation_prompt, date)
     return "".join(f"<s>{prompt}" + ("" if answer is None else f"{answer}</s>") for prompt, answer in turns)
+
+
+def template_source(tokenizer: Tokenizer) -> str:
+    """Which chat format is used, for people."""
+    return "Llama 3's chat format" if style_of(tokenizer) == "llama3" else "Llama 2's chat format"
 
 
 def style_of(tokenizer: Tokenizer) -> Style:

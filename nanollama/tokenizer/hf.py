@@ -126,6 +126,8 @@ class HFTokenizer:
     """See base.Tokenizer."""
 
     kind = "hf"
+    add_bos: bool = True
+    chat_template: str | None = None
 
     def __init__(self, content: dict[str, Any], tokens: list[str], backend: tokenizers.Tokenizer):
         self.backend = backend

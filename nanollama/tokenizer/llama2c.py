@@ -79,6 +79,8 @@ class Llama2cTokenizer:
     """See base.Tokenizer. decode shows nothing for BOS and EOS, and takes away the space that encode put in front."""
 
     kind = "llama2c"
+    add_bos: bool = True
+    chat_template: str | None = None
 
     def __init__(self, tokens: list[str], scores: list[float]):
         self.tokens = tokens

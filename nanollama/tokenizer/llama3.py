@@ -113,6 +113,8 @@ class Llama3Tokenizer:
     """See base.Tokenizer. decode shows special tokens by their names, as Meta's does."""
 
     kind = "llama3"
+    add_bos: bool = True
+    chat_template: str | None = None
 
     def __init__(self, ranks: dict[bytes, int], name: str = "llama3"):
         self.special_ids = special_tokens(len(ranks))

@@ -188,6 +188,8 @@ class SentencePieceTokenizer:
     """See base.Tokenizer. decode shows nothing for control pieces, as sentencepiece's does."""
 
     kind = "llama2"
+    add_bos: bool = True
+    chat_template: str | None = None
 
     def __init__(self, processor: sentencepiece.SentencePieceProcessor, model: Model):
         self.processor = processor
