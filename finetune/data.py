@@ -30,7 +30,8 @@ WINDOW_ROWS = 64  # rows packed together: enough to fill them to about 99%, few 
 class Documents(Protocol):
     """Token sequences that each begin with BOS, if there is one."""
 
-    bos_id: int | None
+    @property
+    def bos_id(self) -> int | None: ...
 
     @property
     def lengths(self) -> Ints:
@@ -175,10 +176,9 @@ class Packer:
         """Tokens of one piece, BOS first. Without one a later piece begins with the token before it."""
         document, start, stop = (int(a[index]) for a in (self.pieces.document, self.pieces.start, self.pieces.stop))
         bos_id = self.documents.bos_id
-        if start and bos_id is None:
-            return self.documents.tokens(document, start - 1, stop)
-        tokens = self.documents.tokens(document, start, stop)
-        return np.concatenate(([bos_id], tokens)) if start else tokens
+        if not start or bos_id is None:
+            return self.documents.tokens(document, max(start - 1, 0), stop)
+        return np.concatenate(([bos_id], self.documents.tokens(document, start, stop)))
 
     def piece_mask(self, index: int) -> Bools:
         """Which tokens of one piece are labels; what was put before it is none."""

@@ -42,7 +42,7 @@ LEARNED = ("weight", "train", "training")  # of a message: 0 or false, and it is
 NOTES = frozenset(
     ("id", "uuid", "message_id", "parent_id", "turn", "turn_identifier", "timestamp", "create_time", "created", "date")
     + ("created_at", "lang", "language", "source", "country", "state", "hashed_ip", "header", "toxic", "redacted")
-    + ("metadata")
+    + ("metadata",)
 )
 MEANT = {  # beside a dialogue: what training on it would have to know
     "images": "pictures are not read",

@@ -27,8 +27,10 @@ SAMPLE_STORIES = 12_000  # 6 MB
 WHOLE_HASH_BYTES = 64 << 20  # larger files are known by name, size and time
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
 # What a tokenizer.json leaves to others: BOS, EOS, special tokens, the template.
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
-BESIDE += ("generation_config.json", "chat_template.jinja")
+BESIDE = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("config.json", "generation_config.json"),
+)
 
 
 class Store(Documents, Protocol):
