@@ -18,7 +18,7 @@ import numpy as np
 
 from finetune.data import Bools, Ints
 from finetune.prepare.corpus import HOLD_OUT_EACH
-from finetune.prepare.files import NAMED, Say, find_files, listed, silent
+from finetune.prepare.files import NAMED, Say, find_files, silent
 from finetune.prepare.rows import ROW_SUFFIXES, Row, hub_rows, read_rows
 from finetune.shapes import Dialogue, as_dialogue
 from nanollama.chat import encode_chat, template_source
@@ -78,7 +78,7 @@ def read_dialogs(
     _report(bad, len(encoded) + len(bad), on_bad, say)
     if unread:
         counted = [f"{key} ({count:,})" for key, count in unread.most_common()]
-        say(f"data: keys beside the dialogues that are left unread: {listed(counted)}")
+        say(f"data: keys beside the dialogues that are left unread: {", ".join(counted)}")
     if not encoded:
         raise ValueError(f"--data {path}: holds no dialogue: one JSON object with messages a line")
     small = len(encoded) < HOLD_OUT_EACH
