@@ -16,6 +16,7 @@ from nanollama.adapter import Adapter, read_adapter
 from nanollama.model import Transformer
 from nanollama.tokenizer import Tokenizer
 
+# Of Llama 3's format; where the checkpoint has a template of its own, the special tokens that it names.
 CHAT_WORDS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|python_tag|>")
 UNTRAINED_NORM = 0.1  # of the median row's: shorter rows were never pulled away from zero
 
@@ -74,7 +75,9 @@ def chat_rows(model: Transformer, tokenizer: Tokenizer, choice: str) -> tuple[in
 
     Untrained is a row of the embedding or head that is much shorter than the others, or equal to another chat word's.
     """
-    words = [i for name, i in tokenizer.special_ids.items() if name in CHAT_WORDS and i < model.config.vocab_size]
+    named, template = tokenizer.special_ids.items(), tokenizer.chat_template or ""
+    words = [i for name, i in named if name in CHAT_WORDS or (name in template and i != tokenizer.bos_id)]
+    words = [i for i in words if i < model.config.vocab_size]
     if choice == "keep" or not words:
         return ()
     if choice == "reinit":

@@ -37,6 +37,7 @@ from nanollama.cli import run_config
 from nanollama.generate import Llama, Sampling
 from nanollama.model import Transformer
 from nanollama.tokenizer import Tokenizer, open_tokenizer
+from nanollama.vocabulary.write import fitting
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SAMPLE_TOKENS = 120
@@ -102,7 +103,7 @@ def _run(entry: Entry, config: TrainConfig, out: Path, world: World) -> int:
     for notice in start.checkpoint.notices if start.checkpoint else ():
         say(notice)
     prepared = _prepare(entry, config, start, world, say)
-    tokenizer = open_tokenizer(prepared.tokenizer)
+    tokenizer = open_tokenizer(prepared.tokenizer, rows=start.rows)
     model = build_model(start, config, tokenizer.vocab_size, world.device)
     check_rows(prepared, tokenizer, model.config.vocab_size)
     describe(config, prepared, model, out, world, say)
@@ -183,6 +184,8 @@ def _prepare(entry: Entry, config: TrainConfig, start: Start, world: World, say:
     tokenizer = Path(config.tokenizer) if config.tokenizer else start.tokenizer
     if config.ckpt and tokenizer is None:
         raise ValueError(f"--ckpt {config.ckpt}: has no tokenizer beside it: name one with --tokenizer")
+    if start.rows and tokenizer:
+        fitting(open_tokenizer(tokenizer).vocabulary, start.rows)  # before an hour of tokenizing with another model's
     source = world.from_main(lambda: entry.find(config, cache, say))
     if entry.make is not None:
         assert tokenizer is not None, "an entry that makes its documents finds no data without a checkpoint"

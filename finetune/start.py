@@ -31,6 +31,11 @@ class Start:
     def tokenizer(self) -> Path | None:
         return self.checkpoint.tokenizer if self.checkpoint else None
 
+    @property
+    def rows(self) -> int:
+        """Of the checkpoint's embedding; 0 where there is none."""
+        return self.checkpoint.config.vocab_size if self.checkpoint else 0
+
 
 def open_start(config: TrainConfig) -> Start:
     """Opens what `--ckpt` names; reads no weights yet."""

@@ -15,7 +15,7 @@ from finetune.prepare.stories import stories
 from finetune.prepare.tokenizer import train_tokenizer
 from finetune.start import fresh_weights
 from finetune.text import ENTRY
-from nanollama.checkpoint import write_meta
+from nanollama.checkpoint import write_hf, write_meta
 from nanollama.model import ModelConfig, Transformer
 from nanollama.tokenizer import open_tokenizer
 
@@ -72,15 +72,49 @@ def test_a_prompt_that_cannot_be_continued_does_not_end_the_run(
         assert "[the sample ends here: prompt 0 has" in capsys.readouterr().out
 
 
-def test_text_that_needs_a_missing_row_names_the_token(
+def test_the_tokenizer_of_another_model_is_one_line(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(home, base(home, 280), tmp_path / "out") == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "error: the data uses token 2" in said
-    assert "and the model has rows for 280 tokens only: name its own --tokenizer" in said
+    assert said == (
+        "error: the tokenizer has 300 tokens and the model 280: it is another model's; give the right one with "
+        "--tokenizer\n"
+    )
     assert not (tmp_path / "out").exists()
+
+
+def with_words(home: Path, *words: str) -> Path:
+    """The tokenizer as a tokenizer.json with added words, one of them special."""
+    folder = home / f"{len(words)}-words"
+    write_hf(
+        folder,
+        ModelConfig(vocab_size=300, **SHAPE),
+        fresh_weights(ModelConfig(vocab_size=300, **SHAPE), torch.Generator()),
+        tokenizer=home / "t.model",
+    )
+    content = json.loads((folder / "tokenizer.json").read_text())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    for i, word in enumerate(words):
+        content["added_tokens"].append({"id": 300 + i, "content": word, "special": i == 0, **flags})
+    (home / f"{len(words)}.json").write_text(json.dumps(content))
+    return home / f"{len(words)}.json"
+
+
+def test_words_without_a_row_are_legal_until_the_text_uses_one(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = ("--tokenizer", str(with_words(home, "<pad>", "Lily")))
+    text = home / "plain.txt"
+    text.write_text("<|endoftext|>".join(f"The cat saw {n} red balls." for n in range(40)))
+    assert run(home, base(home, 300), tmp_path / "plain", *tokenizer, "--data", str(text)) == 0, capsys.readouterr().err
+    text.write_text(text.read_text().replace("cat", "Lily"))
+    assert run(home, base(home, 300), tmp_path / "lily", *tokenizer, "--data", str(text)) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(
+        "the data uses token 301, 'Lily', and the model has rows for 300 tokens only: name its own --tokenizer\n"
+    )
+    assert not (tmp_path / "lily").exists()
 
 
 def test_the_sample_shows_what_was_drawn_before_it_failed(home: Path) -> None:
@@ -118,7 +152,7 @@ def test_chat_words_that_come_before_the_ordinary_ones_are_filled_with_their_mea
     weights["tok_embeddings.weight"][2] = 0
     model = Transformer.from_weights(config, weights)
     special = {"<s>": 0, "<|eot_id|>": 1, "<|start_header_id|>": 2, "<|eom_id|>": 57}
-    words = SimpleNamespace(vocab_size=60, special_ids=special)
+    words = SimpleNamespace(vocab_size=60, special_ids=special, chat_template=None, bos_id=0)
     ids = chat_rows(model, words, "auto")  # type: ignore[arg-type]
     assert ids == (2,)
     reset_rows_(model, ids, ordinary_words(words, model))  # type: ignore[arg-type]
