@@ -39,8 +39,8 @@ from nanollama.checkpoint.weights import (
 from nanollama.model import ModelConfig, RopeScaling, rope_frequencies
 
 ROPE_FREQS, EMBEDDING, HEAD = "rope_freqs.weight", "tok_embeddings.weight", "output.weight"
-# Beginnings of the keys llama.* that may change the computation, and values with which they do not (else 0). What
-# nothing reads opens: tensor_data_layout, pooling_type, a vendor's note.
+# Beginnings of the keys llama.* that may change the computation, and the values besides 0 with which they do not.
+# What nothing reads opens: tensor_data_layout, pooling_type, a vendor's note.
 COMPUTES = ("attention.", "attn_", "rope.", "expert", "moe_", "interleave_moe_", "use_parallel_residual", "swin_norm")
 COMPUTES += ("embedding_scale", "residual_scale", "logit_scale", "final_logit_", "hidden_act", "activation", "swiglu_")
 NEUTRAL = {"rope.scaling.attn_factor": 1.0, "logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 1.0}
@@ -132,10 +132,8 @@ def _read_config(
         "head_dim": head_dim,
         "max_seq_len": fields.integer("context_length"),
     }
-    fields.finish(
-        frozenset(k for k, v in llama.items() if not k.startswith(COMPUTES) or v == NEUTRAL.get(k, 0))
-        | {"attention.layer_norm_epsilon"}
-    )
+    ignored = {k for k, v in llama.items() if not k.startswith(COMPUTES) or v in (0, NEUTRAL.get(k))}
+    fields.finish(frozenset(ignored | {"attention.layer_norm_epsilon"}))
     plain = make_config(path, **config)
     return plain if factors is None else _with_scaling(path, plain, keys, config, factors, notices)
 
