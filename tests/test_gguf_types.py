@@ -35,7 +35,7 @@ def test_weights_are_what_the_gguf_package_dequantizes(tmp_path: Path, kind: Any
     expected = write_random(tmp_path / "x.gguf", kind)
     opened = open_checkpoint(tmp_path / "x.gguf")
     assert len(DEQUANTIZED) >= 22  # of the types that people have; a newer package has more
-    assert any(f"quantized ({kind.name} 16, F32 5 tensors)" in notice for notice in opened.notices)
+    assert any(f"quantized (tensors: 16 {kind.name}, 5 F32)" in notice for notice in opened.notices)
     for name in opened.weights:
         assert same_bits(opened.weights[name], expected[gguf_name(name)]), name
         rows = opened.weights.rows(name, 3, 21)

@@ -41,8 +41,10 @@ from nanollama.model import ModelConfig, RopeScaling, rope_frequencies
 ROPE_FREQS, EMBEDDING, HEAD = "rope_freqs.weight", "tok_embeddings.weight", "output.weight"
 # Beginnings of the keys llama.* that may change the computation, and the values besides 0 with which they do not.
 # What nothing reads opens: tensor_data_layout, pooling_type, a vendor's note.
-COMPUTES = ("attention.", "attn_", "rope.", "expert", "moe_", "interleave_moe_", "use_parallel_residual", "swin_norm")
-COMPUTES += ("embedding_scale", "residual_scale", "logit_scale", "final_logit_", "hidden_act", "activation", "swiglu_")
+COMPUTES = tuple(
+    "attention. attn_ rope. expert moe_ interleave_moe_ use_parallel_residual swin_norm swiglu_ hidden_act activation "
+    "embedding_scale residual_scale logit_scale final_logit_".split()
+)
 NEUTRAL = {"rope.scaling.attn_factor": 1.0, "logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 1.0}
 
 
@@ -60,8 +62,8 @@ def open_gguf(path: Path) -> Checkpoint:
     entries = _one_dtype(check_weights(path, config, stored, "its header"))
     types = Counter(tensor.type for header in parts.values() for tensor in header.tensors.values())
     if any(kind.dtype is None for kind in types):
-        counted = ", ".join(f"{kind.name} {count}" for kind, count in types.most_common())
-        notices.append(f"the weights are quantized ({counted} tensors) and read as fp32")
+        counted = ", ".join(f"{count} {kind.name}" for kind, count in types.most_common())
+        notices.append(f"the weights are quantized (tensors: {counted}) and read as fp32")
     tokenizer = _extracted_tokenizer(path, keys, notices)
     return Checkpoint(config, Weights(entries), tokenizer, "gguf", path, notices)
 

@@ -40,8 +40,9 @@ EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 # Sizes of buffers and of the machine, not of the model.
 HARMLESS = frozenset(("max_batch_size", "max_seq_len", "model_parallel_size"))
 # Beginnings of keys that change the computation, in Llama 4's params.json and the like; what nothing reads opens.
-COMPUTES = ("attention", "attn_", "ffn_", "floor_", "head_dim", "lora_", "moe", "n_", "nope_", "norm", "qk_", "quant")
-COMPUTES += ("rope", "sliding", "tie", "use_", "vision")
+COMPUTES = tuple(
+    "attention attn_ ffn_ floor_ head_dim lora_ moe n_ nope_ norm qk_ quant rope sliding tie use_ vision".split()
+)
 # Llama 3.2 1B and 3B (dim, n_layers, n_heads, n_kv_heads): their params.json does not record the factor, 32.
 FACTOR_32_SHAPES = ((2048, 16, 32, 8), (3072, 28, 24, 8))
 
