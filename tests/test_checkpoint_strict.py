@@ -273,7 +273,7 @@ def test_folders_that_are_two_formats_or_none(tmp_path: Path, meta: Path, hf: Pa
     (meta / "params.json").unlink()
     refused(meta, "params.json", "is missing")
     refused(tmp_path / "nowhere", "does not exist")
-    (tmp_path / "notes.txt").touch()
+    (tmp_path / "notes.txt").write_text("x")
     refused(tmp_path / "notes.txt", "no known format")
 
 

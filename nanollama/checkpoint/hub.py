@@ -9,7 +9,7 @@ from pathlib import Path
 from nanollama.checkpoint.weights import CheckpointError
 
 # What a Hugging Face folder needs; Meta's own .pth copy under original/ would double the download.
-PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "original/tokenizer.model"]
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "original/tokenizer.model"]
 
 
 def fetch(hub_id: str) -> Path:
@@ -29,7 +29,12 @@ def fetch(hub_id: str) -> Path:
     except ImportError:
         raise CheckpointError(hub_id, "is no local path, and hub ids need: pip install huggingface_hub") from None
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=PATTERNS))
+        folder = Path(snapshot_download(hub_id, allow_patterns=PATTERNS))
+        if any(folder.glob("*.safetensors")) or any(folder.glob("*.gguf")):
+            return folder
+        problem = (
+            f"came without .safetensors: choose one of its other files, `hf download {hub_id} FILE`, and give that"
+        )
     except GatedRepoError:
         problem = f"is gated: accept its licence at https://huggingface.co/{hub_id}, then run `hf auth login`"
     except RepositoryNotFoundError:
