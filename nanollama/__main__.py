@@ -27,7 +27,7 @@ def generate(
     ckpt: str,  # Meta folder, Hugging Face folder or hub id, .gguf or .bin
     *,
     prompt: list[str] | None = None,  # text to continue, several are decoded together; default: none, from BOS
-    prompts: Path | None = None,  # a file of prompts, one a line (\n for a line end), or .jsonl of token id lists
+    prompts: Path | None = None,  # a file of prompts, one a line (\n for a line end); .jsonl: {"prompt": ...} or ids
     max_new_tokens: int = 128,  # per answer
     temperature: float = 0.0,  # 0 is greedy
     top_k: int = 0,  # draw from the k most probable tokens; 0 is off
@@ -66,6 +66,7 @@ def generate(
         stop=stop or (),
     )
     llama = _load(ckpt, tokenizer, adapter, dtype, device, quantize, compile, draft, lookup)
+    _remark_special(texts, llama)
     ids = [llama.encode(text) if isinstance(text, str) else text for text in texts]
     live = stream and not json and len(ids) * n == 1
     answers: dict[tuple[int, int], list[Event]] = {(i, a): [] for i in range(len(ids)) for a in range(n)}
@@ -171,9 +172,13 @@ def convert(
 def _read_prompts(texts: list[str] | None, file: Path | None) -> list[str | list[int]]:
     """The prompts of both flags; with neither, one that is empty: BOS alone. Raises ValueError for an empty file."""
     found: list[str | list[int]] = list(texts or ([] if file else [""]))
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file else [], start=1):
+    try:  # with universal line ends, and U+2028 is none
+        lines = file.read_text(encoding="utf-8-sig").split("\n") if file else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {file}: byte {error.start} is not UTF-8: save it as UTF-8") from None
+    for number, line in enumerate(lines, start=1):
         if file and file.suffix == ".jsonl":
-            found.append(_token_ids(line, f"{file} line {number}"))
+            found += [_json_prompt(line, f"--prompts {file} line {number}")] if line.strip() else []
         elif line:
             found.append(line.replace("\\n", "\n"))
     if not found:
@@ -181,14 +186,25 @@ def _read_prompts(texts: list[str] | None, file: Path | None) -> list[str | list
     return found
 
 
-def _token_ids(line: str, where: str) -> list[int]:
+def _json_prompt(line: str, where: str) -> str | list[int]:
     try:
-        ids = jsonlib.loads(line)
+        found = jsonlib.loads(line)
     except ValueError:
-        ids = None
-    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise ValueError(f"{where}: {line[:40]!r} is no list of token ids such as [128000, 9906]")
-    return ids
+        found = None
+    found = found.get("prompt") if isinstance(found, dict) else found
+    if not isinstance(found, str) and not (isinstance(found, list) and all(type(i) is int for i in found)):
+        raise ValueError(
+            f'{where}: {line[:40]!r} is no list of token ids such as [128000, 9906], no {{"prompt": "..."}}'
+        )
+    return found
+
+
+def _remark_special(texts: list[str | list[int]], llama: "Llama") -> None:
+    """A chat that was typed as text reads like one and is none: its special tokens are spelled out."""
+    names = [*(llama.tokenizer.special_ids if llama.tokenizer else ()), "<s>", "[INST]"]
+    found = [name for name in names if any(name in text for text in texts if isinstance(text, str))]
+    if found:
+        _say(f"{found[0]} in a prompt is text here, no special token: python -m nanollama chat sends a chat")
 
 
 def _load(
