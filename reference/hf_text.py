@@ -176,7 +176,7 @@ def _from_sentencepiece(path: Path) -> Any:
 
 
 def put_space_before(backend: Any) -> None:
-    """As sentencepiece and Meta's published tokenizer.json do; the class swallows a space at the beginning of a text."""
+    """As sentencepiece and Meta's tokenizer.json do; the class swallows a space at the beginning of a text."""
     from tokenizers import normalizers
 
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
