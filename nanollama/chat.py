@@ -1,7 +1,8 @@
-"""Chat messages -> token ids and loss mask: Llama 3's headers and Llama 2's [INST] form.
+"""Chat messages -> token ids and loss mask: by the checkpoint's own chat template, else Llama 3's headers or [INST].
 
-Ids equal those of Meta's llama_models.llama3.chat_format.ChatFormat (encode_dialog_prompt) for Llama 3, and of
-chat_completion in Meta's llama repository (llama/generation.py) for Llama 2. Content is never read for special tokens.
+With a template the ids are those of transformers' apply_chat_template; without one those of Meta's
+llama_models.llama3.chat_format.ChatFormat (encode_dialog_prompt) for Llama 3, and of chat_completion in Meta's llama
+repository (llama/generation.py) for Llama 2. Content is never read for special tokens, not even by a template.
 
     from nanollama.chat import encode_chat, render_chat
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -14,12 +15,16 @@ chat_completion in Meta's llama repository (llama/generation.py) for Llama 2. Co
     encode_chat(messages, tokenizer, add_generation_prompt=False).loss_mask  # True on Hello and its <|eot_id|>
 """
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from nanollama.template import TemplateProblem, render
 from nanollama.tokenizer import Tokenizer
+from nanollama.tokenizer.base import split_special
 
 Style = Literal["llama3", "llama2"]
 
@@ -58,15 +63,21 @@ def encode_chat(
     add_generation_prompt: bool,
     date: str | None = None,
     require_assistant: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> ChatTokens:
-    """The ids of a chat, in the style that the tokenizer's vocabulary calls for, and the mask for training.
+    """The ids of a chat, as the checkpoint's template or the vocabulary's style has it, and the mask for training.
 
     messages: {"role", "content", "tool_calls"?, "stop_reason"?}; content is a str or a list of {"type": "text",
     "text": str}; a tool call is {"tool_name", "arguments"} or OpenAI's {"function": {"name", "arguments"}}.
     add_generation_prompt ends with the header of the assistant's next turn. date, such as "26 Jul 2024", adds Llama
-    3.1's date lines. Raises ChatError; with require_assistant also where nothing could be trained on.
+    3.1's date lines. tools: definitions of functions, for templates that show them. Raises ChatError; with
+    require_assistant also where nothing could be trained on.
     """
-    if style_of(tokenizer) == "llama3":
+    if tools and "tools" not in (tokenizer.chat_template or ""):
+        raise ChatError(f"tools: {template_source(tokenizer)} has no place for them; leave them out")
+    if tokenizer.chat_template:
+        tokens = _encode_template(messages, tokenizer, add_generation_prompt, date, tools)
+    elif style_of(tokenizer) == "llama3":
         tokens = _encode_llama3(_llama3_segments(messages, add_generation_prompt, date), tokenizer)
     else:
         tokens = _encode_llama2(_llama2_turns(messages, add_generation_prompt, date), tokenizer)
@@ -94,6 +105,108 @@ def render_chat(
 
 def style_of(tokenizer: Tokenizer) -> Style:
     return "llama3" if "<|start_header_id|>" in tokenizer.special_ids else "llama2"
+
+
+def template_source(tokenizer: Tokenizer) -> str:
+    """Which chat format is used, for people."""
+    if tokenizer.chat_template:
+        return "the checkpoint's own chat template"
+    return {"llama3": "Llama 3's chat format", "llama2": "Llama 2's chat format"}[style_of(tokenizer)]
+
+
+# --- The checkpoint's template ---------------------------------------------------------------------------------------
+
+MARK = "\ufdd0"  # no character: put inside names of special tokens in contents, so that they stay text
+
+
+def _encode_template(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    add_generation_prompt: bool,
+    date: str | None,
+    tools: Sequence[Mapping[str, Any]] | None,
+) -> ChatTokens:
+    assert tokenizer.chat_template is not None
+    names = "|".join(map(re.escape, sorted(tokenizer.special_ids, key=len, reverse=True)))
+    given = [_for_template(message, i, tokenizer.chat_template, names) for i, message in enumerate(messages)]
+    texts = {f"{role}_token": _text_of(tokenizer, getattr(tokenizer, f"{role}_id")) for role in ("bos", "eos", "pad")}
+    values: dict[str, Any] = {**texts, "tools": list(tools) if tools else None}
+    values |= {"date_string": date} if date is not None else {}
+
+    def encode(part: Sequence[Mapping[str, Any]], prompt: bool) -> list[int]:
+        try:
+            text = render(str(tokenizer.chat_template), part, add_generation_prompt=prompt, **values)
+        except TemplateProblem as error:
+            raise ChatError(f"the checkpoint's chat template cannot render these messages: {error}") from None
+        return _encode_marked(text, tokenizer)
+
+    ids = encode(given, add_generation_prompt)
+    return ChatTokens(ids, _said(given, ids, encode, tokenizer.stop_ids))
+
+
+def _text_of(tokenizer: Tokenizer, token_id: int | None) -> str:
+    return "" if token_id is None else tokenizer.vocabulary.tokens[token_id].decode("utf-8", "replace")
+
+
+def _encode_marked(text: str, tokenizer: Tokenizer) -> list[int]:
+    if MARK not in text:
+        return tokenizer.encode(text, bos=False, allowed_special="all")
+    ids: list[int] = []
+    for part, is_special in split_special(text, tokenizer.special_ids.keys()):
+        ids += [tokenizer.special_ids[part]] if is_special else tokenizer.encode(part.replace(MARK, ""), bos=False)
+    return ids
+
+
+def _said(
+    messages: list[dict[str, Any]],
+    ids: list[int],
+    encode: Callable[[Sequence[Mapping[str, Any]], bool], list[int]],
+    stop_ids: frozenset[int],
+) -> list[bool]:
+    """Which ids the assistant says: from where its header ends to the id that ends its turn."""
+    mask = [False] * len(ids)
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = encode(messages[:i], False) if i else []
+        if _shared(before, ids) < len(before) - 1:  # the last one may merge with what follows
+            raise ChatError(f"message {i}: the chat template changes what comes before it, so what is said is unknown")
+        start = _shared(encode(messages[:i], True), ids) if i else 0
+        end = _shared(encode(messages[: i + 1], False), ids)
+        ends = [at for at in range(start, end) if ids[at] in stop_ids]
+        mask[start : ends[-1] + 1 if ends else end] = [True] * ((ends[-1] + 1 if ends else end) - start)
+    return mask
+
+
+def _shared(a: list[int], b: list[int]) -> int:
+    """The length of the longest beginning that both have."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+def _for_template(message: Any, index: int, template: str, names: str) -> dict[str, Any]:
+    """A message as templates expect it, special tokens in its texts marked. Raises ChatError."""
+    where = f"message {index}"
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ChatError(f"{where}: expected a dict with role and content, got {message!r:.60}")
+    found = {key: value for key, value in message.items() if value is not None and key != "stop_reason"}
+    for key in found.keys() - {"role", "content", "tool_calls"} - UNRENDERED_KEYS:
+        if key not in template:
+            raise ChatError(f"{where}: unknown key {key!r:.40}, which the checkpoint's chat template does not read")
+    calls = [_check_tool_call(call, f"{where}, tool call {i}") for i, call in enumerate(found.pop("tool_calls", []))]
+    if calls and "tool_calls" not in template:
+        raise ChatError(f"{where}: tool_calls, which the checkpoint's chat template does not show")
+    found["content"] = "".join(_texts(message.get("content"), where, optional=bool(calls)))
+    functions = [{"name": name, "arguments": arguments} for name, arguments in calls]
+    found |= {"tool_calls": [{"type": "function", "function": f} for f in functions]} if calls else {}
+    return _marked(found, names)
+
+
+def _marked(value: Any, names: str) -> Any:
+    if isinstance(value, str):
+        return re.sub(names, lambda match: match[0][0] + MARK + match[0][1:], value) if names else value
+    if isinstance(value, Mapping):
+        return {key: _marked(item, names) for key, item in value.items()}
+    return [_marked(item, names) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 # --- Llama 3 ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 
 from nanollama.checkpoint import Checkpoint
 from nanollama.model import ModelConfig
-from nanollama.tokenizer import open_tokenizer
+from nanollama.tokenizer import TokenizerError, open_tokenizer
 
 # (dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size, whether RoPE is scaled) -> name
 PUBLISHED = {
@@ -51,10 +51,13 @@ def describe(checkpoint: Checkpoint, verified: Sequence[str] = ()) -> dict[str, 
         name: {"shape": list(shape), "dtype": dtype_name(weights.dtypes[name])}
         for name, shape in weights.shapes.items()
     }
-    tokenizer = None
+    tokenizer, problems = None, []
     if checkpoint.tokenizer:
-        opened = open_tokenizer(checkpoint.tokenizer)
-        tokenizer = {"path": str(checkpoint.tokenizer), "kind": opened.kind, "vocab_size": opened.vocab_size}
+        try:
+            opened = open_tokenizer(checkpoint.tokenizer)
+            tokenizer = {"path": str(checkpoint.tokenizer), "kind": opened.kind, "vocab_size": opened.vocab_size}
+        except TokenizerError as error:
+            problems.append(f"its tokenizer cannot be used: {error}")
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.format,
@@ -65,7 +68,7 @@ def describe(checkpoint: Checkpoint, verified: Sequence[str] = ()) -> dict[str, 
         "tokenizer": tokenizer,
         "tensors": tensors,
         "verified": list(verified),
-        "notices": checkpoint.notices,
+        "notices": [*checkpoint.notices, *problems],
     }
 
 

@@ -10,6 +10,7 @@ rounding); a row that stops leaves the batch. Prompts are read in chunks, a prom
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +25,10 @@ from nanollama.compiled import CompileError, Step, compile_step, worth_compiling
 from nanollama.model import KVCache, ModelConfig, Transformer
 from nanollama.pages import settle_
 from nanollama.quantize import apply_head, load_quantized
-from nanollama.sample import Sampler, make_sampler, penalize_repetition, row_generator
+from nanollama.sample import Sampler, keep_tokens, make_sampler, penalize_repetition, row_generator
 from nanollama.static import static_step
 from nanollama.tokenizer import Stream, Tokenizer, open_tokenizer
+from nanollama.vocabulary.write import fitting
 
 if TYPE_CHECKING:
     from nanollama.speculative import Drafter
@@ -96,11 +98,8 @@ class Llama:
         self.model, self.tokenizer, self.compile, self.say, self.drafter = model, tokenizer, compile, say, drafter
         self._steps: dict[int, Step] = {}
         self._settled = False
-        if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model {model.config.vocab_size:,}: "
-                "name the model's own with --tokenizer"
-            )
+        if tokenizer is not None:
+            fitting(tokenizer.vocabulary, model.config.vocab_size)
 
     @classmethod
     def load(
@@ -130,7 +129,7 @@ class Llama:
             raise ValueError(f"device {device!r} is not available to this torch: use cpu")
         checkpoint = open_checkpoint(path)
         tokenizer = tokenizer or checkpoint.tokenizer
-        opened = open_tokenizer(tokenizer) if tokenizer else None
+        opened = open_tokenizer(tokenizer, rows=checkpoint.config.vocab_size) if tokenizer else None
         wanted, config, weights = DTYPES[dtype] if dtype else None, checkpoint.config, checkpoint.weights
         if adapter is not None:
             weights = merged(weights, read_adapter(adapter, config))
@@ -230,6 +229,7 @@ class Row:
         self.generator = row_generator(sampling.seed, answer)
         self.stop_ids = sampling.stop_ids if sampling.stop_ids is not None else _stop_ids(tokenizer)
         self.text = Text(tokenizer, ids, sampling.stop)
+        self.n_tokens = tokenizer.vocab_size if tokenizer else sys.maxsize  # rows beyond them are never drawn
 
     def add(self, token: int, logprob: float) -> Event:
         self.position += 1
@@ -314,7 +314,7 @@ def decode(model: Transformer, rows: list[Row], sampling: Sampling, step: Step |
     rows = list(rows)
     while rows:
         scores = logits if seen is None else penalize_repetition(logits, seen, penalty)
-        ids = sampler(scores, [row.generator for row in rows])  # (B,)
+        ids = sampler(keep_tokens(scores, rows[0].n_tokens), [row.generator for row in rows])  # (B,)
         logprobs = logits.log_softmax(-1).gather(1, ids.unsqueeze(1)).squeeze(1)  # (B,)
         if seen is not None:
             seen[torch.arange(len(rows)), ids] = True

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from nanollama.chat import encode_chat
+from nanollama.chat import encode_chat, template_source
 from nanollama.generate import Llama, Sampling
 
 COMMANDS = {
@@ -83,7 +83,7 @@ def run_repl(chat: Chat) -> None:
         raise ValueError("the checkpoint has no tokenizer beside it: name one with --tokenizer")
     with suppress(ImportError):  # editing and recall of lines, where the platform has it
         import readline  # noqa: F401
-    print("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.")
+    print(f"/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves. ({template_source(chat.llama.tokenizer)})")
     while True:
         try:
             line = input("> ").strip()

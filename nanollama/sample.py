@@ -83,6 +83,11 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(p), -math.inf)
 
 
+def keep_tokens(logits: Tensor, n: int) -> Tensor:
+    """Only the first n: rows beyond the tokens pad the head to a multiple, and say nothing."""
+    return logits if n >= logits.shape[-1] else torch.cat([logits[:, :n], torch.full_like(logits[:, n:], -math.inf)], 1)
+
+
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make the tokens in `seen` (B, V) bool less likely (penalty > 1): positive logits divided, negative multiplied."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)

@@ -30,7 +30,7 @@ from nanollama.generate import (
 )
 from nanollama.model import KVCache, Transformer
 from nanollama.quantize import apply_head
-from nanollama.sample import Filter, draw, make_filter, penalize_repetition
+from nanollama.sample import Filter, draw, keep_tokens, make_filter, penalize_repetition
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Judge:
     def decide(self, logits: Tensor, draft: Draft) -> Iterator[tuple[int, float]]:
         """(token, logprob) for each guess that stays, and for one token more; logits (1 + guesses, V)."""
         for i in range(len(draft.tokens) + 1):
-            scores = logits[i : i + 1]  # (1, V)
+            scores = keep_tokens(logits[i : i + 1], self.row.n_tokens)  # (1, V)
             if self.seen is not None:
                 scores = penalize_repetition(scores, self.seen, self.penalty)
             guess = draft.tokens[i] if i < len(draft.tokens) else None

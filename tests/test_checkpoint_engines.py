@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from checkpoint_cases import FAMILIES, LLAMA31, make_weights, write
-from nanollama.checkpoint import CheckpointError, open_checkpoint, vocab, vocab_files, write_hf
+from nanollama.checkpoint import gguf_header, open_checkpoint, write_hf
 from nanollama.checkpoint.gguf_header import shortest
 from nanollama.checkpoint.meta import FACTOR_32_SHAPES, ffn_hidden_dim, make_params
-from nanollama.checkpoint.staging import staged
 from nanollama.model import ModelConfig, RopeScaling, Transformer
-from nanollama.tokenizer import open_tokenizer
+from nanollama.tokenizer import TokenizerError, open_tokenizer
+from nanollama.vocabulary import read
+from nanollama.vocabulary import write as write_files
 
 TOKENS = torch.tensor([[1, 5, 60, 33, 2, 9, 40]])
 
@@ -91,15 +92,16 @@ def test_a_vocabulary_keeps_its_ids_in_every_file(tmp_path: Path, name: str, tes
     from transformers import AutoTokenizer
 
     source = llama3_tokenizer_path if name == "llama3" else test_data(name)
-    vocabulary = vocab.read(source)
-    with staged(tmp_path) as stage:
-        vocab_files.write_beside_hf(stage, vocabulary, source)
-    files = {"model": vocab_files.meta_bytes(vocabulary)}
-    if vocabulary.kind == "spm":
-        files["bin"] = vocab_files.llama2c(vocabulary)
+    vocabulary = read(source)
+    for file_name, data in write_files.hf_files(vocabulary).items():
+        (tmp_path / file_name).write_bytes(data)
+    is_bpe = vocabulary.kind == "bpe"
+    files = {"model": write_files.ranks(vocabulary) if is_bpe else write_files.sentencepiece(vocabulary)}
+    if not is_bpe:
+        files["bin"] = write_files.llama2c(vocabulary)
     for suffix, data in files.items():
         (tmp_path / f"rebuilt.{suffix}").write_bytes(data)
-        assert vocab.read(tmp_path / f"rebuilt.{suffix}").tokens == vocabulary.tokens
+        assert read(tmp_path / f"rebuilt.{suffix}").tokens == vocabulary.tokens
     assert (source.read_bytes() in files.values()) == (name != "llama2_tokenizer.model")  # its trainer's notes are lost
     reference, theirs = open_tokenizer(source), AutoTokenizer.from_pretrained(tmp_path)
     # A file equal to the source needs no second look.
@@ -117,10 +119,10 @@ def test_gguf_vocabulary_survives(tmp_path: Path, test_data, monkeypatch: pytest
     path = write(tmp_path, "gguf", config, make_weights(config), tokenizer=test_data("tok512.bin"))
     found = open_checkpoint(path).tokenizer
     assert found is not None
-    tokens = vocab.read(found).tokens
-    assert tokens[:512] == vocab.read(test_data("tok512.bin")).tokens
-    assert len(tokens) == 520  # the embedding's extra rows have names, as llama.cpp needs
-    with pytest.raises(CheckpointError, match="has 512 tokens, the model 96"):
+    named = gguf_header.read(path).keys["tokenizer.ggml.tokens"]
+    assert named[512:] == [f"[PAD{i}]" for i in range(512, 520)]  # rows without a token have names, as llama.cpp needs
+    assert read(found).tokens == read(test_data("tok512.bin")).tokens
+    with pytest.raises(TokenizerError, match="has 512 tokens and the model 96"):
         write_hf(tmp_path / "x", LLAMA31, make_weights(LLAMA31), tokenizer=test_data("tok512.bin"))
 
 
@@ -128,7 +130,7 @@ def test_chat_template_travels(tmp_path: Path, test_data) -> None:  # type: igno
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "tokenizer.model").write_bytes(test_data("llama2_tokenizer.model").read_bytes())
     (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages }}")
-    assert vocab.read(tmp_path / "a" / "tokenizer.model").chat_template == "{{ messages }}"
+    assert read(tmp_path / "a" / "tokenizer.model").chat_template == "{{ messages }}"
 
 
 def test_float32_keys_read_back_as_written() -> None:

@@ -62,9 +62,14 @@ def spm_file(
     return b"".join(pieces) + message(2, trainer) + message(3, normalizer)
 
 
+def rules(unit: int) -> bytes:
+    """A normalizer whose trie is one unit again and again."""
+    return message(2, struct.pack("<257I", 1024, *[unit] * 256) + b"a\0")
+
+
 def json_file() -> bytes:
-    from nanollama.tokenizer.hf import byte_alphabet
-    from nanollama.tokenizer.llama3 import PATTERN, special_tokens
+    from nanollama.vocabulary.spoken import LLAMA3
+    from nanollama.vocabulary.value import byte_alphabet, llama3_special_tokens
 
     vocab = {character: i for i, character in enumerate(byte_alphabet())} | {"on": 256}
     added = [
@@ -77,9 +82,9 @@ def json_file() -> bytes:
             "rstrip": False,
             "normalized": False,
         }
-        for name, i in special_tokens(257).items()
+        for i, name in enumerate(map(bytes.decode, llama3_special_tokens()), 257)
     ]
-    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     content = {
         "version": "1.0",
@@ -184,7 +189,8 @@ HEAD = struct.pack("<I", 7)
         (b" \n\n ", "empty"),
         (b"\x00" * 64, "neither"),
         (b"\x89PNG\r\n\x1a\n" + bytes(64), "neither"),
-        (b"GGUF\x03\x00\x00\x00" + bytes(64), "neither"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(64), "tokenizer.ggml.model"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
         (b"PK\x03\x04" + bytes(64), "neither"),
         (b"A text, and no tokenizer.\n", "neither"),
         (b"{}", "no \"model\""),
@@ -192,12 +198,14 @@ HEAD = struct.pack("<I", 7)
         (b'{"model": ', "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
         (b'{"dim": 4096, "n_layers": 32}', "no \"model\""),
-        (b'{"model": {"type": "Unigram", "vocab": []}}', "expected \"BPE\""),
+        (b'{"model": {"type": "WordPiece", "vocab": {}}}', "expected \"BPE\""),
+        (b'{"model": {"type": "Unigram", "vocab": []}}', "0 tokens"),
+        (b'{"model": {"type": "Unigram", "vocab": [["a"]]}}', "pieces with scores"),
         (b'{"model": {"type": "BPE", "merges": [], "vocab": {"a": "b"}}}', "no map"),
         (b'{"model": {"type": "BPE", "merges": [], "vocab": {"a": 99999999999}}}', "not 0..0"),
         (json_file().replace(b'"o n"', b'"o q!"'), "out of vocabulary"),
         (json_file().replace(b'"normalizer": null', b'"normalizer": {"type": "Precompiled"}'), "Precompiled"),
-        (json_file().replace(b'"<|begin_of_text|>"', b'"<|start|>"'), "begin_of_text"),
+        (json_file().replace(b'"normalizer": null', b'"normalizer": ' + b'{"a": ' * 40 + b"1" + b"}" * 40), "deep"),
         (json_file().replace(b'"id": 300', b'"id": 299'), "not 0.."),
         (json_file().replace(b'"id": 300', b'"id": -1'), "not 0.."),
         (RANKS + b"!!!! 262\n", "bad base64"),
@@ -211,29 +219,30 @@ HEAD = struct.pack("<I", 7)
         (HEAD + struct.pack("<fi", 0, 2**31 - 1), "the header allows"),
         (HEAD + struct.pack("<fi", 0, -1), "the header allows"),
         (HEAD + struct.pack("<fi", 0, 7) + b"abc", "3 are left"),
-        (HEAD + struct.pack("<fi", float("nan"), 1) + b"a", "score nan"),
-        (HEAD + struct.pack("<fi", 0, 2) + b"\xff\xfe", "not UTF-8"),
+        (BIN + struct.pack("<fi", float("nan"), 1) + b"z", "score nan"),
+        (BIN + struct.pack("<fi", 0, 2) + b"\xff\xfe", "utf-8"),
         (struct.pack("<I", 2**31) + BIN[4:], "neither"),
         (BIN[:4] + BIN[17:], "<0x00>"),
         (BIN + BIN[-10:], "twice"),
         (BIN + b"\0" * 5, "cut off"),
         (HEAD + bytes(8) * 2_000_000, "tokens"),
-        (b"\x0a\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80", "too long"),
-        (b"\x0a\xff\xff\xff\xff\x0f" + b"abc", "are left"),
-        (b"\x0a\x05\x0a\x05<unk>", "are left"),
+        (b"\x0a\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80", "a cut one"),
+        (b"\x0a\xff\xff\xff\xff\x0f" + b"abc", "a cut one"),
+        (b"\x0a\x05\x0a\x05<unk>", "a cut one"),
         (spm_file([piece("<unk>", 0, 2), piece("<s>", 0, 3), piece("</s>", 0, 3)]), "byte pieces are missing"),
         (spm_file() + piece("on", 0, 1), "twice"),
         (spm_file() + piece("", 0, 1), "empty"),
         (spm_file() + piece("a\0b", 0, 1), "NUL"),
         (spm_file() + piece("<unk2>", 0, 2), "exactly one unknown"),
-        (spm_file() + piece("x", 0, 9), "type 9"),
         (spm_file() + piece("x", float("inf"), 1), "score inf"),
         (spm_file() + piece("<0xZZ>", 0, 6), "none of"),
         (spm_file() + message(1, b"\x0a\x02\xff\xfe"), "utf-8"),
         (spm_file() + message(1, b"\x0d\x00\x00\x00\x00"), "."),
         (spm_file(trainer=b"\x18\x04"), "model type 4"),
         (spm_file(trainer=b"\x18\x02\xc0\x01\x01"), "treat_whitespace"),
-        (spm_file(normalizer=b"\x12\x04abcd"), "identity"),
+        (spm_file(normalizer=b"\x12\x04abcd"), "rules for rewriting"),
+        (spm_file(normalizer=rules(1 << 30)), "outside"),
+        (spm_file(normalizer=rules(1 << 31 | 2)), "outside"),
         (spm_file(normalizer=b"\x28\x00"), "escape_whitespaces"),
         (spm_file() + message(5, b"\x12\x01a"), "denormalizer"),
         (message(1, b"") * 2_000_000, "neither"),
@@ -260,13 +269,29 @@ def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000  # KiB
 
 
-def test_a_rewriting_model_is_refused(tmp_path: Path, test_data: Callable[[str], Path]) -> None:
-    """sentencepiece's default (nmt_nfkc) loses text; the message says how to train instead."""
+def own_model(folder: Path, text: Path, **options: object) -> Path:
     sentencepiece.SentencePieceTrainer.train(
-        input=str(test_data("tinystories_valid_excerpt.txt")),
-        model_prefix=str(tmp_path / "own"),
-        vocab_size=100,
-        minloglevel=2,
+        input=str(text), model_prefix=str(folder / "own"), vocab_size=100, minloglevel=2, **options
     )
-    with pytest.raises(TokenizerError, match="normalization_rule_name=identity"):
-        open_tokenizer(tmp_path / "own.model")
+    return folder / "own.model"
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+def test_a_model_trained_by_sentencepieces_defaults_opens(
+    model_type: str, tmp_path: Path, test_data: Callable[[str], Path]
+) -> None:
+    """Its rules (nmt_nfkc) change the text; the ids are the package's own all the same."""
+    path = own_model(tmp_path, test_data("tinystories_valid_excerpt.txt"), model_type=model_type)
+    package, ours = sentencepiece.SentencePieceProcessor(model_file=str(path)), open_tokenizer(path)
+    for text in ["Once upon a time", "  two   spaces ", "ﬁne Ｗide ①", "", "ภาษา"]:
+        ids = ours.encode(text, bos=True)
+        assert ids == package.encode(text, add_bos=True)
+        assert ours.decode(ids) == package.decode(ids)
+
+
+def test_rules_that_lead_outside_are_refused(tmp_path: Path, test_data: Callable[[str], Path]) -> None:
+    data = own_model(tmp_path, test_data("tinystories_valid_excerpt.txt")).read_bytes()
+    at = data.index(b"nmt_nfkc") + 40
+    for unit in (b"\xff\xff\xff\x7f", b"\x00\x00\x00\xc0"):
+        reason = refusal(tmp_path / "x.model", data[:at] + unit * 200 + data[at + 800 :])
+        assert "rules for rewriting text" in reason

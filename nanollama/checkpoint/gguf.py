@@ -9,8 +9,6 @@ Meta's. Llama 3.1's RoPE scaling is the tensor rope_freqs.weight, without which 
 Sources: ggml's docs/gguf.md, llama.cpp's convert_hf_to_gguf.py (LlamaModel) and llama-model.cpp for keys and names.
 """
 
-import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanollama.checkpoint import gguf_header, vocab, vocab_files
+from nanollama.checkpoint import gguf_header
 from nanollama.checkpoint.fields import Fields
 from nanollama.checkpoint.names import gguf_name, meta_from_gguf
 from nanollama.checkpoint.staging import staged
@@ -33,6 +31,8 @@ from nanollama.checkpoint.weights import (
     to_write,
 )
 from nanollama.model import ModelConfig, RopeScaling, rope_frequencies
+from nanollama.vocabulary import read
+from nanollama.vocabulary.write import gguf_keys
 
 FILE_TYPES = {"fp32": 0, "fp16": 1, "q8_0": 7, "bf16": 32}  # general.file_type (llama.cpp's LlamaFileType)
 TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -57,7 +57,7 @@ def open_gguf(path: Path) -> Checkpoint:
     notices: list[str] = []
     config = _read_config(path, header.keys, stored, factors, notices)
     entries = _narrow_norms(check_weights(path, config, stored, "its header"))
-    tokenizer = _extracted_tokenizer(path, header.keys, notices)
+    tokenizer = path if isinstance(header.keys.get("tokenizer.ggml.tokens"), list) else None  # opened from the header
     return Checkpoint(config, Weights(entries), tokenizer, "gguf", path, notices)
 
 
@@ -168,48 +168,6 @@ def scaling_factors(config: ModelConfig) -> Tensor:
     return rope_frequencies(plain) / rope_frequencies(config)
 
 
-def _extracted_tokenizer(path: Path, keys: dict[str, Any], notices: list[str]) -> Path | None:
-    """The vocabulary inside the file as a tokenizer.model in the user's cache, made once."""
-    if not isinstance(keys.get("tokenizer.ggml.tokens"), list):
-        return None
-    try:
-        data = vocab_files.meta_bytes(read_vocabulary(path, keys))
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanollama" / "vocabularies"
-        name = f"{hashlib.sha256(data).hexdigest()[:32]}.model"
-        if not (cache / name).exists():
-            with staged(cache) as stage, stage.open(name) as file:
-                file.write(data)
-    except CheckpointError as error:
-        notices.append(f"the vocabulary in the file cannot be used: {error}")
-        return None
-    return cache / name
-
-
-def read_vocabulary(path: Path, keys: dict[str, Any]) -> vocab.Vocabulary:
-    """The vocabulary in a header's keys; raises CheckpointError."""
-    part = {k[15:]: v for k, v in keys.items() if k.startswith("tokenizer.ggml.")}
-    try:
-        kind = {"gpt2": "bpe", "llama": "spm"}[part["model"]]
-        texts, types = part["tokens"], part["token_type"]
-        alphabet = vocab.byte_alphabet()
-        tokens = [
-            bytes(alphabet[c] for c in text) if kind == "bpe" and token_type == vocab.NORMAL else text.encode()
-            for text, token_type in zip(texts, types, strict=True)
-        ]
-        scores = part.get("scores", [0.0] * len(tokens)) if kind == "spm" else [0.0] * len(tokens)
-        if len(scores) != len(tokens) or not all(isinstance(t, int) and 1 <= t <= 6 for t in types):
-            raise ValueError("scores or types do not fit the tokens")
-        bos, eos, pad = (part.get(f"{name}_token_id") for name in ("bos", "eos", "padding"))
-        for name, token in (("bos", bos), ("eos", eos), ("padding", pad)):
-            if not (isinstance(token, int) and 0 <= token < len(tokens)) and not (name == "padding" and token is None):
-                raise ValueError(f"{name} id {token}")
-        prefix, template = bool(part.get("add_space_prefix", True)), keys.get("tokenizer.chat_template")
-        template = template if isinstance(template, str) else None
-        return vocab.Vocabulary(kind, tokens, scores, types, bos, eos, pad, prefix, chat_template=template)  # type: ignore[arg-type]
-    except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(path, f"has a vocabulary that is not Llama's ({error!r})") from None
-
-
 def write_gguf(
     path: str | Path,
     config: ModelConfig,
@@ -232,10 +190,10 @@ def write_gguf(
         raise CheckpointError(path, f"dtype {dtype!r} is unknown: choose fp32, fp16, bf16 or q8_0")
     entries = to_write(path, config, weights, target[dtype])
     types = {n: _stored_type(entry, quantized) for n, entry in entries.items()}
-    vocabulary = None
+    keys: dict[str, Any] = {"tokenizer.ggml.model": "none"}
     if tokenizer is not None:
-        vocabulary = vocab_files.padded(vocab_files.read_fitting(tokenizer, config.vocab_size), config.vocab_size)
-    package, writer = _new_writer(config, vocabulary, name)
+        keys = gguf_keys(read(tokenizer), config.vocab_size)
+    package, writer = _new_writer(config, keys, name)
     writer.add_file_type(
         FILE_TYPES[dtype or {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}[types["tok_embeddings.weight"]]]
     )
@@ -293,7 +251,7 @@ def _write_header(writer: Any, file: Any) -> None:
     file.write(b"\0" * (-file.tell() % writer.data_alignment))
 
 
-def _new_writer(config: ModelConfig, vocabulary: vocab.Vocabulary | None, name: str) -> tuple[Any, Any]:
+def _new_writer(config: ModelConfig, vocabulary: dict[str, Any], name: str) -> tuple[Any, Any]:
     try:
         import gguf as package
     except ImportError:
@@ -316,31 +274,11 @@ def _new_writer(config: ModelConfig, vocabulary: vocab.Vocabulary | None, name: 
         for key, value in vars(config.rope_scaling).items():
             add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
             add(f"nanollama.rope_scaling.{key}", value)
-    _add_vocabulary(writer, vocabulary)
+    for key, value in vocabulary.items():
+        item = value[0] if isinstance(value, list) else value
+        kind = {bool: "BOOL", int: "INT32" if isinstance(value, list) else "UINT32", float: "FLOAT32", str: "STRING"}[
+            type(item)
+        ]
+        types = [getattr(package.GGUFValueType, name) for name in (["ARRAY", kind] if item is not value else [kind])]
+        writer.add_key_value(key, value, *types)
     return package, writer
-
-
-def _add_vocabulary(writer: Any, vocabulary: vocab.Vocabulary | None) -> None:
-    if vocabulary is None:
-        writer.add_tokenizer_model("none")
-        return
-    writer.add_token_list(vocab_files.printable(vocabulary))
-    writer.add_token_types(vocabulary.types)
-    if vocabulary.kind == "spm":
-        writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
-        writer.add_token_scores(vocabulary.scores)
-        writer.add_add_space_prefix(vocabulary.add_dummy_prefix)
-        writer.add_unk_token_id(vocabulary.types.index(vocab.UNKNOWN))
-    else:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("llama-bpe")
-        writer.add_token_merges([f"{left} {right}" for left, right in vocab_files.merges(vocabulary)])
-    writer.add_bos_token_id(vocabulary.bos_id)
-    writer.add_eos_token_id(vocabulary.eos_id)
-    if vocabulary.pad_id is not None:
-        writer.add_pad_token_id(vocabulary.pad_id)
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
-    if template := vocab_files.chat_template(vocabulary):
-        writer.add_chat_template(template)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanollama.checkpoint import vocab_files
 from nanollama.checkpoint.fields import Fields, is_close, read_json
 from nanollama.checkpoint.names import hf_name, hf_rows, is_rotary, meta_from_hf, meta_rows
 from nanollama.checkpoint.staging import refuse_occupied, staged
@@ -34,6 +33,8 @@ from nanollama.checkpoint.weights import (
     to_write,
 )
 from nanollama.model import ModelConfig, RopeScaling
+from nanollama.vocabulary import read
+from nanollama.vocabulary.write import fitting, hf_files, token_ids
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -270,8 +271,7 @@ def write_hf(
         entries[hf_name(name)] = _reordered(entry, config.head_dim, meta_rows) if is_rotary(name) else entry
     files = _split_by_size(entries, max_shard_bytes)
     stored_dtype = FLOATS[entries["model.embed_tokens.weight"].dtype]
-    vocabulary = None if tokenizer is None else vocab_files.read_fitting(tokenizer, config.vocab_size)
-    ids: dict[str, Any] = {}
+    vocabulary = None if tokenizer is None else fitting(read(tokenizer), config.vocab_size)
     with staged(folder) as stage:
         for file_name, names in files.items():
             with stage.open(file_name) as file:
@@ -280,10 +280,9 @@ def write_hf(
             weight_map = {name: file_name for file_name, names in files.items() for name in names}
             total_bytes = sum(_size(entry) for entry in entries.values())
             stage.text(INDEX, _json({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}))
-        if tokenizer is not None and vocabulary is not None:
-            ids = {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.stop_ids}
-            vocab_files.write_beside_hf(stage, vocabulary, tokenizer)
-            stage.text("generation_config.json", _json({"_from_model_config": True, **ids}))
+        for file_name, data in hf_files(vocabulary).items() if vocabulary else ():
+            stage.bytes(file_name, data)
+        ids = token_ids(vocabulary) if vocabulary else {}
         stage.text("config.json", _json(make_hf_config(config, stored_dtype) | ids))
 
 

@@ -18,11 +18,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from nanollama.checkpoint import pth, vocab_files
+from nanollama.checkpoint import pth
 from nanollama.checkpoint.fields import Fields
 from nanollama.checkpoint.names import layer_shapes, weight_shapes
 from nanollama.checkpoint.staging import Stage, staged
-from nanollama.checkpoint.vocab import Vocabulary
 from nanollama.checkpoint.weights import (
     Checkpoint,
     CheckpointError,
@@ -35,6 +34,8 @@ from nanollama.checkpoint.weights import (
     to_write,
 )
 from nanollama.model import ModelConfig
+from nanollama.vocabulary import read
+from nanollama.vocabulary.write import llama2c_files
 
 MAGIC = 0x616B3432  # "ak42"
 HEADER_BYTES = {0: 28, 1: 256, 2: 256}
@@ -189,21 +190,19 @@ def write_bin(
     entries = to_write(path, config, weights, torch.float32)
     while config.dim % group_size or config.hidden_dim % group_size:
         group_size //= 2
-    vocabulary = None if tokenizer is None else vocab_files.read_fitting(tokenizer, config.vocab_size)
+    files = llama2c_files(read(tokenizer), config.vocab_size) if tokenizer else {}
     with staged(path.parent) as stage:
-        if vocabulary is not None:
-            _write_tokenizer(stage, vocab_files.padded(vocabulary, config.vocab_size))
+        for name, data in files.items():
+            _write_tokenizer(stage, name, data)
         with stage.open(path.name) as file:
             _write_weights(file, config, entries, version, group_size)
 
 
-def _write_tokenizer(stage: Stage, vocabulary: Vocabulary) -> None:
-    data = vocab_files.llama2c(vocabulary)
-    there = stage.folder / "tokenizer.bin"
+def _write_tokenizer(stage: Stage, name: str, data: bytes) -> None:
+    there = stage.folder / name
     if there.exists() and there.read_bytes() != data:
         raise CheckpointError(there, "is another model's tokenizer: choose another folder")
-    with stage.open("tokenizer.bin") as file:
-        file.write(data)
+    stage.bytes(name, data)
 
 
 def _write_weights(

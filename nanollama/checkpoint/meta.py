@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanollama.checkpoint import pth, vocab_files
+from nanollama.checkpoint import pth
 from nanollama.checkpoint.fields import Fields, read_json
 from nanollama.checkpoint.names import weight_shapes
 from nanollama.checkpoint.staging import refuse_occupied, staged
@@ -34,6 +34,8 @@ from nanollama.checkpoint.weights import (
     to_write,
 )
 from nanollama.model import ModelConfig, RopeScaling
+from nanollama.vocabulary import read
+from nanollama.vocabulary.write import fitting, meta_files
 
 MAX_SHARDS = 16
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
@@ -271,7 +273,7 @@ def write_meta(
     refuse_occupied(folder)
     params = make_params(folder, config, shards)
     entries = to_write(folder, config, weights, dtype)
-    vocabulary = None if tokenizer is None else vocab_files.read_fitting(tokenizer, config.vocab_size)
+    vocabulary = None if tokenizer is None else fitting(read(tokenizer), config.vocab_size)
     with staged(folder) as stage:
         for s in range(shards):
             parts = {
@@ -282,8 +284,8 @@ def write_meta(
                 parts[HEAD], aliases = _shard(folder, HEAD, entries[EMBEDDING], s, shards, config, "rows"), {}
             with stage.open(f"consolidated.{s:02d}.pth") as file:
                 write_pth(file, *streamed(parts), aliases)
-        if tokenizer is not None and vocabulary is not None:
-            vocab_files.write_model(stage, "tokenizer.model", vocabulary, tokenizer)
+        for file_name, data in meta_files(vocabulary).items() if vocabulary else ():
+            stage.bytes(file_name, data)
         stage.text("params.json", json.dumps(params, indent=2) + "\n")
 
 

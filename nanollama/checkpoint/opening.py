@@ -3,6 +3,7 @@
 python -c "from nanollama.checkpoint.opening import sniff; from pathlib import Path; print(sniff(Path('x.gguf')))"
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from nanollama.checkpoint.hf import open_hf
 from nanollama.checkpoint.llama2c import open_bin, open_pt
 from nanollama.checkpoint.meta import open_meta
 from nanollama.checkpoint.weights import Checkpoint, CheckpointError
+from nanollama.vocabulary import read
 
 READERS: dict[str, Callable[[Path], Checkpoint]] = {
     "meta": open_meta,
@@ -73,7 +75,16 @@ def _sniff_folder(folder: Path) -> str:
 
 
 def find_tokenizer(path: Path) -> Path | None:
-    """The tokenizer file that lies in the folder (or beside the file), if any."""
+    """The tokenizer file that lies in the folder (or beside the file), if any.
+
+    Where tokenizer.json has tokens that tokenizer.model lacks, the json is the model's.
+    """
     folder = path if path.is_dir() else path.parent
     names = ("tokenizer.bin", *TOKENIZERS) if path.suffix == ".bin" else TOKENIZERS
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    found = [folder / name for name in names if (folder / name).is_file()]
+    whole = folder / "tokenizer.json"
+    if found[1:] and whole in found and found[0].name == "tokenizer.model":
+        with contextlib.suppress(ValueError):  # who opens it says what is wrong with it
+            if len(read(whole).tokens) > len(read(found[0]).tokens):
+                return whole
+    return found[0] if found else None

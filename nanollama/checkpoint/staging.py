@@ -36,8 +36,11 @@ class Stage:
             os.fsync(file.fileno())
 
     def text(self, name: str, text: str) -> None:
+        self.bytes(name, text.encode())
+
+    def bytes(self, name: str, data: bytes) -> None:
         with self.open(name) as file:
-            file.write(text.encode())
+            file.write(data)
 
     def copy(self, source: Path, name: str) -> None:
         with self.open(name) as file, open(source, "rb") as original:

@@ -1,11 +1,10 @@
-"""Text <-> token ids for every Llama: one interface, one module per kind of file.
+"""Text <-> token ids for every Llama: one class, one encoder for each kind of file, which is run as it stands.
 
-| kind    | file                                                     | module      |
-| ------- | -------------------------------------------------------- | ----------- |
-| llama3  | Meta's tokenizer.model of Llama 3, 3.1, 3.2, 3.3         | llama3.py   |
-| llama2  | sentencepiece's .model: Llama 2 and own vocabularies     | spm.py      |
-| llama2c | llama2.c's tokenizer.bin                                 | llama2c.py  |
-| hf      | Hugging Face's tokenizer.json, where it is all there is  | hf.py       |
+| file                                                      | encoder                 | module    |
+| --------------------------------------------------------- | ----------------------- | --------- |
+| Meta's tokenizer.model of Llama 3, 3.1, 3.2, 3.3          | tiktoken                | llama3.py |
+| sentencepiece's .model (Llama 2, own), llama2.c's .bin    | sentencepiece           | spm.py    |
+| Hugging Face's tokenizer.json; byte-level BPE in a .gguf  | tokenizers              | hf.py     |
 
     from nanollama.tokenizer import open_tokenizer
     tokenizer = open_tokenizer("Meta-Llama-3.1-8B/tokenizer.model")
@@ -14,38 +13,31 @@
 
 from pathlib import Path
 
-from nanollama.tokenizer.base import AllowedSpecial, Stream, Tokenizer, TokenizerError, read_bytes
+from nanollama.tokenizer.base import AllowedSpecial, Stream, Tokenizer
+from nanollama.vocabulary import TokenizerError, Vocabulary, read
 
-__all__ = ["AllowedSpecial", "Stream", "Tokenizer", "TokenizerError", "open_tokenizer"]
+__all__ = ["AllowedSpecial", "Stream", "Tokenizer", "TokenizerError", "from_vocabulary", "open_tokenizer"]
 
 
-def open_tokenizer(path: str | Path) -> Tokenizer:
-    """Opens a tokenizer file of any kind by what is in it, whatever its name; raises TokenizerError."""
-    # The kinds' modules import their libraries (tiktoken, sentencepiece, tokenizers): each only where it is needed.
-    path = Path(path)
-    data = read_bytes(path)
-    if not data.strip():
-        raise TokenizerError(f"tokenizer {path}: the file is empty")
-    from nanollama.tokenizer.llama2c import load as load_bin
-    from nanollama.tokenizer.llama2c import looks_like_bin
+def open_tokenizer(path: str | Path, rows: int = 0) -> Tokenizer:
+    """Opens a tokenizer file of any kind (a .gguf, too) by what is in it; raises TokenizerError.
 
-    if looks_like_bin(data):  # first: a longest token of 123 bytes makes the file start with "{"
-        return load_bin(data, path)
-    if data.lstrip()[:1] in (b"{", b"["):
-        from nanollama.tokenizer.hf import load as load_json
+    rows: of the model's embedding, where it has more than the file has tokens: those ids decode to nothing.
+    """
+    try:
+        return from_vocabulary(read(path), rows)
+    except TokenizerError as error:
+        where = f"tokenizer {path}: "
+        raise TokenizerError(where + str(error).removeprefix(where)) from None
 
-        return load_json(data, path)
-    from nanollama.tokenizer.llama3 import load as load_ranks
-    from nanollama.tokenizer.llama3 import looks_like_ranks
 
-    if looks_like_ranks(data):
-        return load_ranks(data, path)
-    from nanollama.tokenizer.spm import load as load_model
-    from nanollama.tokenizer.spm import looks_like_model
-
-    if looks_like_model(data):
-        return load_model(data, path)
-    raise TokenizerError(
-        f"tokenizer {path}: starts with {data[:8]!r}, which is neither a Llama 3 rank file, a sentencepiece model, "
-        "a llama2.c tokenizer.bin nor a tokenizer.json; a cut or a wrong file?"
-    )
+def from_vocabulary(vocabulary: Vocabulary, rows: int = 0) -> Tokenizer:
+    """The tokenizer of a vocabulary; raises TokenizerError where the library that encodes refuses it."""
+    # The encoders import their libraries: each only where it is needed.
+    if vocabulary.content is not None or (vocabulary.kind == "bpe" and vocabulary.merges is not None):
+        from nanollama.tokenizer.hf import encoder
+    elif vocabulary.kind == "bpe":
+        from nanollama.tokenizer.llama3 import encoder
+    else:
+        from nanollama.tokenizer.spm import encoder
+    return Tokenizer(vocabulary, encoder(vocabulary), rows)

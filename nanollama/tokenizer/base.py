@@ -1,23 +1,18 @@
-"""What every tokenizer kind shares: the Protocol, the error, and how text is prepared.
+"""The Tokenizer that every kind of file makes, and how text is prepared for its encoder.
 
 python -c "from nanollama.tokenizer import open_tokenizer; print(open_tokenizer('tokenizer.model').kind)"
 """
 
 import re
-from collections.abc import Collection, Iterator, Sequence, Set
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from typing import Literal, Protocol
 
+from nanollama.tokenizer.stream import ByteStream, Pieces, PieceStream, decode_all, pieces_of
+from nanollama.vocabulary import TokenizerError, Vocabulary
+
 AllowedSpecial = Literal["all"] | Collection[str]
-
-# The largest published file is a tokenizer.json of 128,256 tokens, 17 MB. The limits keep the memory that a broken or
-# hostile file can ask for below 1 GiB.
-MAX_FILE_BYTES = 32 * 2**20
-MAX_TOKENS = 2**20
-
-
-class TokenizerError(ValueError):
-    """A file that is no tokenizer, or an id or a special token that it does not have. The message is one line."""
+Encoder = Callable[[str, Set[str]], list[int]]  # (text, special tokens that may be read out of it) -> ids, no BOS
+KINDS = {"ranks": "llama3", "sentencepiece": "llama2", "llama2c": "llama2c", "json": "hf", "gguf": "gguf"}
 
 
 class Stream(Protocol):
@@ -32,47 +27,41 @@ class Stream(Protocol):
         ...
 
 
-class Tokenizer(Protocol):
+class Tokenizer:
     """A text <-> token ids map. Text that looks like a special token is text, unless allowed_special names it.
 
-    kind is "llama3", "llama2", "llama2c" or "hf"; pad_id is None where the vocabulary has no padding token, and never
-    the eos id; stop_ids are the ids that end generation.
+    kind is "llama3", "llama2", "llama2c", "hf" or "gguf"; bos_id, eos_id and pad_id are None where the vocabulary has
+    no such token, and pad_id is never the eos id; stop_ids are the ids that end generation, from all files that name
+    any. add_bos: whether a text begins with BOS. rows: ids from vocab_size up to it decode to nothing.
     """
 
-    @property
-    def kind(self) -> str: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def bos_id(self) -> int: ...
-    @property
-    def eos_id(self) -> int: ...
-    @property
-    def pad_id(self) -> int | None: ...
-    @property
-    def stop_ids(self) -> frozenset[int]: ...
-    @property
-    def special_ids(self) -> dict[str, int]: ...
+    def __init__(self, vocabulary: Vocabulary, encoder: Encoder, rows: int = 0) -> None:
+        self.vocabulary, self._encoder = vocabulary, encoder
+        self.kind = KINDS[vocabulary.format]
+        self.vocab_size = len(vocabulary.tokens)
+        self.rows = max(rows, self.vocab_size)
+        self.bos_id, self.eos_id, self.pad_id = vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id
+        self.stop_ids = frozenset(vocabulary.stop_ids)
+        self.special_ids = vocabulary.special_ids
+        self.add_bos, self.chat_template = vocabulary.add_bos, vocabulary.chat_template
+        self.pieces: Pieces | None = None if vocabulary.kind == "bpe" else pieces_of(vocabulary, self.rows)
 
-    def encode(self, text: str, *, bos: bool, eos: bool = False, allowed_special: AllowedSpecial = ()) -> list[int]: ...
+    def encode(self, text: str, *, bos: bool, eos: bool = False, allowed_special: AllowedSpecial = ()) -> list[int]:
+        """bos: begin as this tokenizer begins a text, with BOS unless add_bos is false; eos: end with EOS, if any."""
+        ids = self._encoder(well_formed(text), allowed_names(self.special_ids, allowed_special))
+        begin = [self.bos_id] if bos and self.add_bos and self.bos_id is not None else []
+        return [*begin, *ids, *([self.eos_id] if eos and self.eos_id is not None else [])]
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        return decode_all(self.stream(), ids)
 
-    def stream(self) -> Stream: ...
+    def stream(self) -> ByteStream | PieceStream:
+        return ByteStream(self.token_bytes) if self.pieces is None else PieceStream(self.pieces)
 
-
-def read_bytes(path: Path) -> bytes:
-    """The file's content; raises TokenizerError where there is none or far too much of it."""
-    try:
-        if not path.is_file():
-            what = "is a folder, name the file in it" if path.is_dir() else "does not exist or is no regular file"
-            raise TokenizerError(f"tokenizer {path}: {what}")
-        size_bytes = path.stat().st_size
-        if size_bytes > MAX_FILE_BYTES:
-            raise TokenizerError(f"tokenizer {path}: {size_bytes:,} bytes, no tokenizer is above {MAX_FILE_BYTES:,}")
-        return path.read_bytes()
-    except OSError as error:
-        raise TokenizerError(f"tokenizer {path}: cannot be read: {error.strerror}") from None
+    def token_bytes(self, token_id: int) -> bytes:
+        if not 0 <= token_id < self.rows:
+            raise TokenizerError(f"token id {token_id} is outside of the tokenizer's 0..{self.rows - 1}")
+        return self.vocabulary.tokens[token_id] if token_id < self.vocab_size else b""
 
 
 def well_formed(text: str) -> str:
@@ -109,11 +98,13 @@ def split_special(text: str, names: Set[str]) -> Iterator[tuple[str, bool]]:
             yield part, i % 2 == 1
 
 
-def check_id(token_id: int, vocab_size: int) -> None:
-    if not 0 <= token_id < vocab_size:
-        raise TokenizerError(f"token id {token_id} is outside of the tokenizer's 0..{vocab_size - 1}")
+def by_parts(encode: Callable[[str], list[int]], special_ids: dict[str, int]) -> Encoder:
+    """An encoder for a library that reads no special tokens: the text between them, part by part."""
 
+    def encoder(text: str, allowed: Set[str]) -> list[int]:
+        ids: list[int] = []
+        for part, is_special in split_special(text, allowed):
+            ids += [special_ids[part]] if is_special else encode(part)
+        return ids
 
-def check_count(count: int) -> None:
-    if count > MAX_TOKENS:
-        raise TokenizerError(f"more than {MAX_TOKENS:,} tokens")
+    return encoder

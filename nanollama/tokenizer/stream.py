@@ -14,7 +14,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from nanollama.tokenizer.base import check_id
+from nanollama.vocabulary import TokenizerError, Vocabulary
+from nanollama.vocabulary.value import BYTE, CONTROL, SPACE, UNKNOWN
 
 
 class ByteStream:
@@ -48,6 +49,20 @@ class Pieces:
     unknown_id: int | None = None
 
 
+def pieces_of(vocabulary: Vocabulary, rows: int) -> Pieces:
+    """The vocabulary as decode sees it; control pieces and rows without a token show nothing."""
+    hidden = {CONTROL: "", UNKNOWN: " \u2047 "}  # sentencepiece's default unk_surface
+    kinds = dict(enumerate(vocabulary.types))
+    texts = [hidden.get(kinds[i], token.decode().replace(SPACE, " ")) for i, token in enumerate(vocabulary.tokens)]
+    return Pieces(
+        texts=texts + [""] * (rows - len(texts)),
+        bytes_={i: bytes([int(vocabulary.tokens[i][3:5], 16)]) for i, kind in kinds.items() if kind == BYTE},
+        strip_leading_space=vocabulary.add_dummy_prefix,
+        strip_all_leading_spaces=vocabulary.remove_extra_whitespaces,
+        unknown_id=next((i for i, kind in kinds.items() if kind == UNKNOWN), None),
+    )
+
+
 class PieceStream:
     """Follows sentencepiece's own decoder (SentencePieceProcessor::Decode): every byte that is part of no character
     becomes one U+FFFD, and a character's bytes must be neighbours."""
@@ -62,7 +77,8 @@ class PieceStream:
         self.at_start = self.pieces.strip_leading_space or self.pieces.strip_all_leading_spaces
 
     def push(self, token_id: int) -> str:
-        check_id(token_id, len(self.pieces.texts))
+        if not 0 <= token_id < len(self.pieces.texts):
+            raise TokenizerError(f"token id {token_id} is outside of the tokenizer's 0..{len(self.pieces.texts) - 1}")
         byte = self.pieces.bytes_.get(token_id)
         if byte is not None:
             self.at_start = False  # even while its character is incomplete: it will show something

@@ -1,0 +1,102 @@
+"""What the files beside a tokenizer say of it: which tokens begin and end a text, the chat template.
+
+    tokenizer_config.json, special_tokens_map.json    bos_token, eos_token, pad_token; add_bos_token; chat_template
+    config.json, generation_config.json               bos_token_id, eos_token_id (one or a list), pad_token_id
+    chat_template.jinja, chat_template.json           the template
+
+A file that is missing or broken says nothing here: who opens the model says what is wrong with it.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nanollama.vocabulary.value import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
+
+MAX_FILE_BYTES = 2**22
+NAMED = ("tokenizer_config.json", "special_tokens_map.json")
+BY_ID = ("generation_config.json", "config.json")
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+ROLES = ("bos", "eos", "pad")
+# What Llama's own names are, for files that stand alone; turns end by these whatever else is declared.
+USUAL = {
+    "bos": ("<|begin_of_text|>", "<s>"),
+    "eos": ("<|end_of_text|>", "</s>", "<|endoftext|>"),
+    "pad": ("<|finetune_right_pad_id|>", "<pad>"),
+    "turn": ("<|eom_id|>", "<|eot_id|>", "<|im_end|>"),
+}
+
+
+def with_declared(vocabulary: Vocabulary, folders: list[Path]) -> Vocabulary:
+    """The vocabulary with what the files of these folders declare; without folders, its own word and usual names."""
+    files = {
+        name: data
+        for folder in reversed(folders)
+        for name in (*NAMED, *BY_ID, *TEMPLATES)
+        if (data := _read(folder / name))
+    }
+    named, by_id = [json_object(files.get(name)) for name in NAMED], [json_object(files.get(name)) for name in BY_ID]
+    added = {CONTROL, UNKNOWN, USER_DEFINED}
+    names = {vocabulary.tokens[i]: i for i, kind in enumerate(vocabulary.types) if kind in added}
+    found = {role: _ids(role, named, by_id, names, len(vocabulary.tokens)) for role in ROLES}
+    own = {"bos": vocabulary.bos_id, "eos": vocabulary.eos_id, "pad": vocabulary.pad_id}
+    chosen = {role: found[role][0] if found[role] else own[role] for role in ROLES}
+    usual = {role: [names[n.encode()] for n in USUAL[role] if n.encode() in names] for role in USUAL}
+    chosen = {role: i if i is not None or not usual[role] else usual[role][0] for role, i in chosen.items()}
+    ends = tuple(dict.fromkeys([*found["eos"], *vocabulary.stop_ids, *usual["turn"]]))
+    says = next((c["add_bos_token"] for c in named if isinstance(c.get("add_bos_token"), bool)), vocabulary.add_bos)
+    # A tokenizer.json that stands alone cannot say that Llama's texts begin with BOS.
+    alone = vocabulary.format == "json" and not any(named) and vocabulary.bos_id is None
+    return replace(
+        vocabulary,
+        bos_id=chosen["bos"],
+        eos_id=chosen["eos"],
+        pad_id=None if chosen["pad"] in (chosen["eos"], *ends) else chosen["pad"],  # a pad must not teach to go on
+        ends=ends,
+        add_bos=(says or alone) and chosen["bos"] is not None,
+        chat_template=vocabulary.chat_template or _template(files),
+        beside={name: data for name, data in files.items() if name != "config.json"},
+    )
+
+
+def _ids(
+    role: str, named: list[dict[str, Any]], by_id: list[dict[str, Any]], names: dict[bytes, int], n: int
+) -> list[int]:
+    """Every id that is declared for the role, by name first."""
+    found = [names[name.encode()] for c in named if (name := _name(c.get(f"{role}_token"))) and name.encode() in names]
+    for content in by_id:
+        ids = content.get(f"{role}_token_id")
+        found += [i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < n]
+    return found
+
+
+def _name(value: Any) -> str | None:
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
+def _template(files: dict[str, bytes]) -> str | None:
+    alone = files.get("chat_template.jinja")
+    texts: list[Any] = [alone.decode("utf-8", "replace")] if alone else []
+    for text in (*texts, *(json_object(files.get(name)).get("chat_template") for name in TEMPLATES[1:] + NAMED[:1])):
+        if isinstance(text, list):  # several, by name
+            text = next((t.get("template") for t in text if isinstance(t, dict) and t.get("name") == "default"), None)
+        if isinstance(text, str) and text:
+            return text
+    return None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes() if path.is_file() and path.stat().st_size <= MAX_FILE_BYTES else b""
+    except OSError:
+        return b""
+
+
+def json_object(data: bytes | None) -> dict[str, Any]:
+    try:
+        content = json.loads(data or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
