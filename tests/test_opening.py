@@ -73,6 +73,8 @@ def test_a_training_checkpoint_opens_whatever_its_name(tmp_path: Path) -> None:
         (PAGE.encode(), ["web page", "download it again"]),
         (b"\xef\xbb\xbf\n  <HTML>", ["web page"]),
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", ["web page"]),
+        (b"Entry not found", ["server's refusal", "download it again"]),
+        (b'{"error":"Invalid credentials"}', ["server's refusal"]),
         (b"", ["is empty", "download it again"]),
         (b"lmgg" + bytes(100), ["before GGUF", "get a GGUF"]),
         (b"tjgg\3\0\0\0" + bytes(100), ["before GGUF"]),

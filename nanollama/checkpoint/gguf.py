@@ -9,6 +9,7 @@ Meta's. Llama 3.1's RoPE scaling is the tensor rope_freqs.weight, without which 
 Sources: ggml's docs/gguf.md, llama.cpp's convert_hf_to_gguf.py (LlamaModel) and llama-model.cpp for keys and names.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,8 +42,10 @@ from nanollama.vocabulary.write import gguf_keys
 ROPE_FREQS, EMBEDDING, HEAD = "rope_freqs.weight", "tok_embeddings.weight", "output.weight"
 # Beginnings of the keys llama.* that may change the computation, and the values besides 0 with which they do not.
 # What nothing reads opens: tensor_data_layout, pooling_type, a vendor's note.
-COMPUTES = ("attention.", "attn_", "rope.", "expert", "moe_", "interleave_moe_", "use_parallel_residual", "swin_norm")
-COMPUTES += ("swiglu_", "hidden_act", "activation", "embedding_scale", "residual_scale", "logit_scale", "final_logit_")
+COMPUTES = re.compile(
+    "attention\\.|attn_|rope\\.|expert|moe_|interleave_moe_|use_parallel_residual|swin_norm|swiglu_|hidden_act|activation|"
+    "embedding_scale|residual_scale|logit_scale|final_logit_"
+)
 NEUTRAL = {"rope.scaling.attn_factor": 1.0, "logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 1.0}
 
 
@@ -133,7 +136,7 @@ def _read_config(
         "head_dim": head_dim,
         "max_seq_len": fields.integer("context_length"),
     }
-    ignored = {k for k, v in llama.items() if not k.startswith(COMPUTES) or v in (0, NEUTRAL.get(k))}
+    ignored = {k for k, v in llama.items() if not COMPUTES.match(k) or v in (0, NEUTRAL.get(k))}
     fields.finish(frozenset(ignored | {"attention.layer_norm_epsilon"}))
     plain = make_config(path, **config)
     return plain if factors is None else _with_scaling(path, plain, keys, config, factors, notices)

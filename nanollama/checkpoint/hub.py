@@ -14,6 +14,7 @@ PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "original/tokeni
 
 def fetch(hub_id: str) -> Path:
     """Download a model (or find it in the cache) and return its folder. Raises CheckpointError, one line."""
+    hub_id = re.sub(r"^https?://(huggingface|hf)\.co/", "", hub_id)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
         raise CheckpointError(
             hub_id, "does not exist: give a folder, a file, or a hub id such as meta-llama/Llama-3.2-1B"

@@ -3,6 +3,7 @@
 python -c "from nanollama.checkpoint.kinds import kind_of; from pathlib import Path; print(kind_of(Path('x.gguf')))"
 """
 
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -13,6 +14,8 @@ UNFINISHED = (".part", ".partial", ".incomplete", ".crdownload", ".download", ".
 LLAMA2C = struct.pack("<I", 0x616B3432)  # "ak42"
 PICKLES = (b"PK\x03\x04", b"\x80\x02")  # torch's zip, and its pickle of before 1.6
 GGML = (b"lmgg", b"fmgg", b"tjgg")  # ggml, ggmf and ggjt as little-endian numbers
+# In lower case: pages, and the words with which the hub refuses a file.
+PAGES = re.compile(rb'<!doctype|<html|<head|<\?xml|{"error|entry not found|invalid |access to |not found')
 ARCHIVES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd", b"Rar!")
 
 
@@ -60,8 +63,8 @@ def _strange(path: Path, head: bytes) -> str | None:
     if head.startswith(b"version https://git-lfs.github.com/spec"):
         return "is a git-lfs pointer in place of the file: run `git lfs pull` in its folder, or download it again"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        return "is a web page in place of the file: download it again, by the link that says download (.../resolve/...)"
+    if PAGES.match(text):
+        return "is a web page or a server's refusal in place of the file: download it again, by the link that downloads"
     if head.startswith(GGML):
         return "is of GGML's time, before GGUF (August 2023): get a GGUF of this model"
     if head.startswith(ARCHIVES) or head[257:262] == b"ustar" or (head[:2] == b"PK" and not _is_pickle(path)):
