@@ -59,7 +59,8 @@ def _compared(check: str, mine: dict[str, Any], theirs: dict[str, Any]) -> list[
     return [
         (key, i, a, b)
         for key in KEYS[check]
-        for i, (a, b) in enumerate(zip(mine.get(key) or [], theirs.get(key) or [], strict=False))
+        if mine.get(key) and theirs.get(key)
+        for i, (a, b) in enumerate(zip(mine[key], theirs[key], strict=True))
         if a is not None and b is not None
     ]
 
