@@ -1,9 +1,10 @@
-"""Teach a checkpoint to chat: JSONL of messages, loss on what the assistant says and on its end of turn.
+"""Teach a checkpoint to chat: dialogues of any usual shape, loss on what the assistant says and on its end of turn.
 
 python -m finetune.chat --data dialogs.jsonl --ckpt Llama-3.2-1B --method lora
 python -m nanollama chat Llama-3.2-1B --adapter out/RUN/adapter
 
-The format is Llama 3's, or Llama 2's [INST] where the tokenizer is Llama 2's.
+The format is the checkpoint's own chat template; without one Llama 3's, or Llama 2's [INST] where the tokenizer is
+Llama 2's. The run says which.
 """
 
 from pathlib import Path
@@ -11,17 +12,22 @@ from pathlib import Path
 from finetune.config import TrainConfig
 from finetune.dialogs import read_dialogs
 from finetune.entry import Entry, run_entry
-from finetune.prepare.cache import Prepared, Say
+from finetune.prepare.cache import Prepared
+from finetune.prepare.files import Say
+from finetune.prepare.rows import is_hub_id
 from finetune.prepare.shards import Vocabulary
+from nanollama.chat import template_source
 from nanollama.tokenizer import open_tokenizer
+
+KINDS = "a .jsonl, .json or .parquet file of dialogues, a folder of them, or a data set of the hub (owner/name)"
 
 
 def find(config: TrainConfig, cache: Path, say: Say) -> Path:
-    """The file that `--data` names, which has to be given."""
+    """What `--data` names, which has to be given."""
     if config.data == "auto":
-        raise ValueError("--data is missing: name a .jsonl file of dialogues")
-    if not Path(config.data).is_file():
-        raise ValueError(f"--data {config.data}: no such file: name a .jsonl file of dialogues")
+        raise ValueError(f"--data is missing: name {KINDS}")
+    if not Path(config.data).exists() and not is_hub_id(config.data):
+        raise ValueError(f"--data {config.data}: no such file or folder: name {KINDS}")
     if not config.ckpt:
         raise ValueError("--ckpt is missing: name the checkpoint that learns to chat")
     return Path(config.data)
@@ -30,7 +36,9 @@ def find(config: TrainConfig, cache: Path, say: Say) -> Path:
 def make(config: TrainConfig, tokenizer: Path, say: Say) -> Prepared:
     """The dialogues as documents. Raises ValueError that names the line."""
     path, vocabulary = Path(config.data), Vocabulary.of(tokenizer)
-    train, val = read_dialogs(path, open_tokenizer(tokenizer), config.seq_len)
+    opened = open_tokenizer(tokenizer)
+    say(f"chat format: {template_source(opened)}")
+    train, val = read_dialogs(path, opened, config.seq_len, on_bad=config.on_bad, say=say)
     if len(val.lengths) == len(train.lengths):
         say(f"data: only {len(train.lengths)} dialogues: none is held out, validation is on the same")
     return Prepared(path.stem, tokenizer, vocabulary, train, val)

@@ -25,11 +25,10 @@ class TrainConfig:
     """Train a Llama on text: from scratch (--init) or from a checkpoint (--ckpt); packed rows, document mask."""
 
     # Data
-    data: str = (
-        "auto"  # auto, tinystories, sample, or the path of a .txt, a .jsonl, a folder of them or of token shards
-    )
+    data: str = "auto"  # auto, tinystories, sample, or a .txt, .jsonl, .parquet, a folder of them or of token shards
     field: str = "text"  # the field of each .jsonl line that holds the document
     separator: str = "<|endoftext|>"  # between the documents of a .txt file; \n: one document a line
+    on_bad: Literal["stop", "skip"] = "stop"  # finetune.chat: what becomes of dialogues that cannot be used
     tokenizer: str | None = None  # a tokenizer file; else the checkpoint's, else one is trained on the data
     vocab_size: int = 0  # words of the tokenizer that is trained on the data; 0: the preset's
     cache: str | None = None  # folder of downloads and token shards; else $NANOLLAMA_CACHE or ~/.cache/nanollama

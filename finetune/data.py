@@ -1,7 +1,8 @@
 """Documents -> packed rows: every row begins with a document's BOS, positions restart with each document, and the
 label at a document's last token is ignored, so a packed row trains exactly like its documents one by one.
 
-A document longer than a row is cut into pieces, each with a BOS of its own. Pieces are shuffled by (seed, epoch) and
+A document longer than a row is cut into pieces, each with a BOS of its own, or, where the tokenizer has none, with the
+last token of the piece before. Pieces are shuffled by (seed, epoch) and
 packed window by window, best fit first, without splitting any. The order depends on nothing else, so a cursor of three
 integers is the whole state of the loader, and a resumed run continues at the same row.
 
@@ -27,9 +28,10 @@ WINDOW_ROWS = 64  # rows packed together: enough to fill them to about 99%, few 
 
 
 class Documents(Protocol):
-    """Token sequences that each begin with BOS."""
+    """Token sequences that each begin with BOS, if there is one."""
 
-    bos_id: int
+    @property
+    def bos_id(self) -> int | None: ...
 
     @property
     def lengths(self) -> Ints:
@@ -48,15 +50,15 @@ class MaskedDocuments(Documents, Protocol):
 
 
 def mask_of(documents: Documents, document: int, start: int, stop: int) -> Bools:
-    """Which tokens of a part are labels; all, where the documents have no mask."""
+    """Which tokens of a part are labels; all, where the documents have no mask, but for a first one without BOS."""
     if isinstance(documents, MaskedDocuments):
         return documents.mask(document, start, stop)
-    return np.ones(stop - start, dtype=np.bool_)
+    return np.arange(start, stop) >= (documents.bos_id is None)
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """Documents cut to fit a row: piece i is tokens start..stop of its document, after a BOS where start > 0."""
+    """Documents cut to fit a row: piece i is tokens start..stop of its document, after one more where start > 0."""
 
     document: Ints
     start: Ints
@@ -101,7 +103,7 @@ class Batch:
 
 def cut(lengths: Ints, seq_len: int) -> Pieces:
     """Cut documents of the given lengths into pieces of at most `seq_len` tokens."""
-    # The first piece has its BOS already; each later one gives a place to a BOS of its own.
+    # The first piece has its BOS already; each later one gives a place to the token that leads it.
     counts = 1 + np.maximum(0, -(-(lengths - seq_len) // (seq_len - 1)))
     document = np.repeat(np.arange(len(lengths)), counts)
     nth = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -171,13 +173,15 @@ class Packer:
         return pack(self.lengths[:count], self.seq_len)
 
     def piece(self, index: int) -> Ints:
-        """Tokens of one piece, BOS first."""
+        """Tokens of one piece, BOS first. Without one a later piece begins with the token before it."""
         document, start, stop = (int(a[index]) for a in (self.pieces.document, self.pieces.start, self.pieces.stop))
-        tokens = self.documents.tokens(document, start, stop)
-        return np.concatenate(([self.documents.bos_id], tokens)) if start else tokens
+        bos_id = self.documents.bos_id
+        if not start or bos_id is None:
+            return self.documents.tokens(document, max(start - 1, 0), stop)
+        return np.concatenate(([bos_id], self.documents.tokens(document, start, stop)))
 
     def piece_mask(self, index: int) -> Bools:
-        """Which tokens of one piece are labels; a BOS that was put before it is none."""
+        """Which tokens of one piece are labels; what was put before it is none."""
         document, start, stop = (int(a[index]) for a in (self.pieces.document, self.pieces.start, self.pieces.stop))
         mask = mask_of(self.documents, document, start, stop)
         return np.concatenate(([False], mask)) if start else mask

@@ -18,7 +18,7 @@ import torch
 
 from finetune.adapt import adapt_
 from finetune.config import LORA_METHODS, TrainConfig, from_json, merge_resumed, resolve, to_json
-from finetune.evaluate import Score, bigram
+from finetune.evaluate import Score, bigram, whole
 from finetune.lora import adapter_of, merged_weights
 from finetune.parallelize import World, default_device, open_world
 from finetune.prepare.cache import Prepared, Say, cache_folder, prepare
@@ -37,6 +37,7 @@ from nanollama.cli import run_config
 from nanollama.generate import Llama, Sampling
 from nanollama.model import Transformer
 from nanollama.tokenizer import Tokenizer, open_tokenizer
+from nanollama.vocabulary.write import fitting
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SAMPLE_TOKENS = 120
@@ -102,8 +103,9 @@ def _run(entry: Entry, config: TrainConfig, out: Path, world: World) -> int:
     for notice in start.checkpoint.notices if start.checkpoint else ():
         say(notice)
     prepared = _prepare(entry, config, start, world, say)
-    tokenizer = open_tokenizer(prepared.tokenizer)
+    tokenizer = open_tokenizer(prepared.tokenizer, rows=start.rows)
     model = build_model(start, config, tokenizer.vocab_size, world.device)
+    check_rows(prepared, tokenizer, model.config.vocab_size)
     describe(config, prepared, model, out, world, say)
     adapt_(model, config, tokenizer, say)
     setup = Setup(
@@ -182,6 +184,8 @@ def _prepare(entry: Entry, config: TrainConfig, start: Start, world: World, say:
     tokenizer = Path(config.tokenizer) if config.tokenizer else start.tokenizer
     if config.ckpt and tokenizer is None:
         raise ValueError(f"--ckpt {config.ckpt}: has no tokenizer beside it: name one with --tokenizer")
+    if start.rows and tokenizer:
+        fitting(open_tokenizer(tokenizer).vocabulary, start.rows)  # before an hour of tokenizing with another model's
     source = world.from_main(lambda: entry.find(config, cache, say))
     if entry.make is not None:
         assert tokenizer is not None, "an entry that makes its documents finds no data without a checkpoint"
@@ -199,6 +203,24 @@ def _prepare(entry: Entry, config: TrainConfig, start: Start, world: World, say:
 
     world.from_main(lambda: opened(say).name)
     return opened(lambda text: None)
+
+
+def check_rows(prepared: Prepared, tokenizer: Tokenizer, rows: int) -> None:
+    """A tokenizer may have more tokens than the model has rows, as long as the data uses none of those.
+
+    Raises ValueError that names the first one that is used.
+    """
+    if tokenizer.vocab_size <= rows:
+        return
+    names = {i: name for name, i in tokenizer.special_ids.items()}
+    for documents in (prepared.train, prepared.val):
+        for i in range(len(documents.lengths)):
+            used = int(whole(documents, i).max())
+            if used >= rows:
+                what = f"token {used}, {names.get(used) or tokenizer.decode([used])!r}"
+                raise ValueError(
+                    f"the data uses {what}, and the model has rows for {rows:,} tokens only: name its own --tokenizer"
+                )
 
 
 def describe(config: TrainConfig, prepared: Prepared, model: Transformer, out: Path, world: World, say: Say) -> None:
@@ -227,7 +249,7 @@ def finish(entry: Entry, setup: Setup, prepared: Prepared, outcome: Outcome, say
         if folder.name == "final" or config.export == "hf":
             write(folder, model.config, weights, tokenizer=prepared.tokenizer)
     if config.method in LORA_METHODS:
-        write_adapter(out / "adapter", adapter_of(model), model.config, base=str(config.ckpt or ""))
+        write_adapter(out / "adapter", adapter_of(model), model.config, base=base_name(config.ckpt or ""))
     base = bigram(prepared.train, outcome.held_out, prepared.vocabulary.size)
     write_atomically(out / "summary.json", json.dumps(summary(outcome, base), indent=2).encode())
     say(f"sample: {setup.sample(model)}")
@@ -250,6 +272,12 @@ def finish(entry: Entry, setup: Setup, prepared: Prepared, outcome: Outcome, say
         say(f"  {_command(entry)} {flags}")
 
 
+def base_name(ckpt: str) -> str:
+    """The checkpoint as an adapter names it, to be found from whatever folder: an absolute path, or a hub id."""
+    local = Path(ckpt).expanduser()
+    return str(local.resolve()) if ckpt and local.exists() else ckpt
+
+
 def summary(outcome: Outcome, base: Score) -> dict[str, float]:
     return {
         "steps": outcome.progress.step,
@@ -265,10 +293,15 @@ def sample(model: Transformer, tokenizer: Tokenizer, prompt: str, *, talks: bool
     """The prompt and what the model makes of it; talks: as the answer to a user's message."""
     was_training = model.training
     model.eval()
-    message = [{"role": "user", "content": prompt}]
-    ids = encode_chat(message, tokenizer, add_generation_prompt=True).ids if talks else prompt
-    sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=0)
-    text = prompt + " -> " * talks + "".join(event.text for event in Llama(model, tokenizer).generate([ids], sampling))
+    text = prompt + " -> " * talks
+    try:
+        message = [{"role": "user", "content": prompt}]
+        ids = encode_chat(message, tokenizer, add_generation_prompt=True).ids if talks else prompt
+        sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=0)
+        for event in Llama(model, tokenizer).generate([ids], sampling):
+            text += event.text
+    except ValueError as error:  # a prompt that the model cannot read, a row without a token: the run goes on
+        text += f" [the sample ends here: {error}]"
     model.train(was_training)
     return text
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanollama.adapter import ROW_MATRICES, Adapter, delta, target_names
+from nanollama.adapter import EMBEDDING, ROW_MATRICES, Adapter, delta, target_names
 from nanollama.model import Transformer
 
 LORA_SUFFIXES = (".lora_A", ".lora_B", ".token_rows")  # of the parameters that --method lora trains
@@ -92,19 +92,28 @@ def add_lora_(
 
     Raises ValueError for an unknown target, a tied head, or a layer that has an adapter already.
     """
-    modules = [name.removesuffix(".weight") for name in target_names(model.config, targets)]
+    weights = target_names(model.config, targets)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for name in modules:
-        base = model.get_submodule(name)
-        if isinstance(base, (LoraLinear, TokenRows)):
-            raise ValueError(f"{name} is wrapped already: leave {name.rpartition('.')[2]} out of the lora targets")
-        _replace_(model, name, LoraLinear(base, rank, alpha, dropout, generator))
+    for weight in weights:
+        _wrap_(model, weight, rank, alpha, dropout, generator)
 
 
-def add_rows_(model: Transformer, ids: tuple[int, ...]) -> None:
+def _wrap_(
+    model: Transformer, weight: str, rank: int, alpha: float, dropout: float, generator: torch.Generator
+) -> LoraLinear:
+    name = weight.removesuffix(".weight")
+    base = model.get_submodule(name)
+    if isinstance(base, (LoraLinear, TokenRows)):
+        raise ValueError(f"{name} is wrapped already: leave {name.rpartition('.')[2]} out of the lora targets")
+    layer = LoraLinear(base, rank, alpha, dropout, generator)
+    _replace_(model, name, layer)
+    return layer
+
+
+def add_rows_(model: Transformer, ids: tuple[int, ...], matrices: tuple[str, ...] = ROW_MATRICES) -> None:
     """Let the rows `ids` of the embedding, and of a head of its own, be trained apart. Call it after `add_lora_`."""
-    for name in [name.removesuffix(".weight") for name in ROW_MATRICES]:
+    for name in [name.removesuffix(".weight") for name in matrices]:
         base = getattr(model, name)
         if isinstance(base, LoraLinear):
             raise ValueError("lora target output together with chat rows in the head: leave output out of the targets")
@@ -151,25 +160,34 @@ def adapter_of(model: Transformer) -> Adapter:
     loras = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
     tables = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, TokenRows)}
     assert loras, "the model has no adapter"
-    first = next(iter(loras.values()))
-    ids = tuple(next(iter(tables.values())).ids.tolist()) if tables else ()
-    pairs = {name: (m.lora_A.detach(), m.lora_B.detach()) for name, m in loras.items()}
-    rows = {name: m.token_rows.detach() for name, m in tables.items()}
-    return Adapter(first.rank, first.alpha, pairs, ids, rows, first.dropout)
+    return Adapter(
+        pairs={name: (m.lora_A.detach(), m.lora_B.detach()) for name, m in loras.items()},
+        alphas={name: m.alpha for name, m in loras.items()},
+        rows={name: (tuple(m.ids.tolist()), m.token_rows.detach()) for name, m in tables.items()},
+        dropout=next(iter(loras.values())).dropout,
+    )
 
 
 @torch.no_grad()
-def load_adapter_(model: Transformer, adapter: Adapter) -> None:
-    """Go on from a saved adapter: its numbers into the wrapped layers, which are those that it has."""
+def wear_(model: Transformer, adapter: Adapter, dropout: float, generator: torch.Generator) -> None:
+    """Go on from a saved adapter: the layers that it changes are wrapped and get its numbers; all else is frozen.
+
+    Raises ValueError for an adapter that changes more than the linear layers and rows that are trained here.
+    """
+    if adapter.whole or EMBEDDING in adapter.pairs:
+        name = min(adapter.whole, default=EMBEDDING)
+        raise ValueError(
+            f"the adapter changes {name} as a whole: convert --adapter merges it into a base to go on from"
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
     for name, (a, b) in adapter.pairs.items():
-        layer = model.get_submodule(name.removesuffix(".weight"))
-        assert isinstance(layer, LoraLinear)
+        layer = _wrap_(model, name, len(a), adapter.alphas[name], dropout, generator)
         layer.lora_A.copy_(a)
         layer.lora_B.copy_(b)
-    for name, rows in adapter.rows.items():
-        table = model.get_submodule(name.removesuffix(".weight"))
-        assert isinstance(table, TokenRows)
-        table.token_rows.copy_(rows)
+    for name, (ids, rows) in adapter.rows.items():
+        add_rows_(model, ids, (name,))
+        model.get_submodule(name.removesuffix(".weight")).token_rows.copy_(rows)  # type: ignore[operator]
 
 
 def _replace_(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -31,6 +31,11 @@ class Start:
     def tokenizer(self) -> Path | None:
         return self.checkpoint.tokenizer if self.checkpoint else None
 
+    @property
+    def rows(self) -> int:
+        """Of the checkpoint's embedding; 0 where there is none."""
+        return self.checkpoint.config.vocab_size if self.checkpoint else 0
+
 
 def open_start(config: TrainConfig) -> Start:
     """Opens what `--ckpt` names; reads no weights yet."""
@@ -38,19 +43,15 @@ def open_start(config: TrainConfig) -> Start:
 
 
 def build_model(start: Start, config: TrainConfig, vocab_size: int, device: torch.device) -> Transformer:
-    """The model on the device, weights as `--weights` says, in memory of its own.
+    """The model on the device, weights as `--weights` says, in memory of its own. vocab_size: of one from scratch.
 
-    Raises ValueError when the tokenizer does not fit.
+    Raises ValueError for rows that are longer than the checkpoint's context.
     """
     if start.checkpoint is None:
         shape = init_shape(config, vocab_size)
         weights = fresh_weights(shape, torch.Generator().manual_seed(config.seed))
         return _own(shape, weights, device, WEIGHTS[config.weights])
     shape = start.checkpoint.config
-    if vocab_size > shape.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {vocab_size:,} words, {config.ckpt} only {shape.vocab_size:,}: name its --tokenizer"
-        )
     if config.seq_len > shape.max_seq_len:
         raise ValueError(f"--seq_len {config.seq_len}: {config.ckpt} was made for at most {shape.max_seq_len} tokens")
     stored = {name: start.checkpoint.weights[name] for name in start.checkpoint.weights}

@@ -15,7 +15,9 @@ def find(config: TrainConfig, cache: Path, say: Say) -> Source | Path:
     """What `--data` names, which has to be given."""
     if config.data == "auto":
         raise ValueError("--data is missing: name a .txt or .jsonl file, a folder of them, or a folder of token shards")
-    return path_source(Path(config.data), Format.typed(config.separator, config.field))
+    if config.on_bad != "stop":
+        raise ValueError("--on_bad is finetune.chat's: a text that cannot be read always stops the run")
+    return path_source(Path(config.data), Format.typed(config.separator, config.field), say)
 
 
 ENTRY = Entry("text", find, {})

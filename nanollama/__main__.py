@@ -8,10 +8,14 @@ import json as jsonlib
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nanollama.cli import run
+
+# Of --dtype: floats, and what the gguf package quantizes to.
+DTypes = Literal["fp32", "bf16", "fp16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4", "tq2_0", "tq1_0"]
 
 # `--help` and usage errors answer at once: torch and what needs it is imported inside the commands.
 if TYPE_CHECKING:
@@ -23,7 +27,7 @@ def generate(
     ckpt: str,  # Meta folder, Hugging Face folder or hub id, .gguf or .bin
     *,
     prompt: list[str] | None = None,  # text to continue, several are decoded together; default: none, from BOS
-    prompts: Path | None = None,  # a file of prompts, one a line (\n for a line end), or .jsonl of token id lists
+    prompts: Path | None = None,  # a file of prompts, one a line (\n for a line end); .jsonl: {"prompt": ...} or ids
     max_new_tokens: int = 128,  # per answer
     temperature: float = 0.0,  # 0 is greedy
     top_k: int = 0,  # draw from the k most probable tokens; 0 is off
@@ -62,6 +66,7 @@ def generate(
         stop=stop or (),
     )
     llama = _load(ckpt, tokenizer, adapter, dtype, device, quantize, compile, draft, lookup)
+    _remark_special(texts, llama)
     ids = [llama.encode(text) if isinstance(text, str) else text for text in texts]
     live = stream and not json and len(ids) * n == 1
     answers: dict[tuple[int, int], list[Event]] = {(i, a): [] for i in range(len(ids)) for a in range(n)}
@@ -143,25 +148,37 @@ def convert(
     dst: Path,  # folder to make, or .bin or .gguf file
     *,
     format: Literal["meta", "hf", "llama2c", "gguf"],  # of dst
-    dtype: Literal["fp32", "bf16", "fp16", "q8_0"] | None = None,  # default: as stored; q8_0 in gguf only
+    dtype: DTypes | None = None,  # default: as stored; the quantized ones in gguf only
     shards: int = 1,  # model-parallel files of a Meta folder, 1 to 16
     version: int = 0,  # of llama2c: 0 and 1 are fp32, 2 is int8
     tokenizer: Path | None = None,  # a tokenizer file, where there is none beside src
+    adapter: Path | None = None,  # folder of a LoRA adapter (PEFT's format) to merge into the weights
 ) -> None:
     """Write a checkpoint in another format. Weights stream from file to file."""
+    from nanollama.checkpoint import Checkpoint
     from nanollama.checkpoint import convert as write
     from nanollama.describe import describe, summary
 
-    made = write(src, dst, format, dtype=dtype, shards=shards, version=version, tokenizer=tokenizer)
+    def merge(base: Checkpoint) -> Checkpoint:
+        from nanollama.adapter import merged, read_adapter
+
+        return replace(base, weights=merged(base.weights, read_adapter(str(adapter), base.config)))
+
+    change = merge if adapter else None
+    made = write(src, dst, format, dtype=dtype, shards=shards, version=version, tokenizer=tokenizer, change=change)
     print(summary(describe(made)))
 
 
 def _read_prompts(texts: list[str] | None, file: Path | None) -> list[str | list[int]]:
     """The prompts of both flags; with neither, one that is empty: BOS alone. Raises ValueError for an empty file."""
     found: list[str | list[int]] = list(texts or ([] if file else [""]))
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file else [], start=1):
+    try:  # with universal line ends, and U+2028 is none
+        lines = file.read_text(encoding="utf-8-sig").split("\n") if file else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {file}: byte {error.start} is not UTF-8: save it as UTF-8") from None
+    for number, line in enumerate(lines, start=1):
         if file and file.suffix == ".jsonl":
-            found.append(_token_ids(line, f"{file} line {number}"))
+            found += [_json_prompt(line, f"--prompts {file} line {number}")] if line.strip() else []
         elif line:
             found.append(line.replace("\\n", "\n"))
     if not found:
@@ -169,14 +186,25 @@ def _read_prompts(texts: list[str] | None, file: Path | None) -> list[str | list
     return found
 
 
-def _token_ids(line: str, where: str) -> list[int]:
+def _json_prompt(line: str, where: str) -> str | list[int]:
     try:
-        ids = jsonlib.loads(line)
+        found = jsonlib.loads(line)
     except ValueError:
-        ids = None
-    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise ValueError(f"{where}: {line[:40]!r} is no list of token ids such as [128000, 9906]")
-    return ids
+        found = None
+    found = found.get("prompt") if isinstance(found, dict) else found
+    if not isinstance(found, str) and not (isinstance(found, list) and all(type(i) is int for i in found)):
+        raise ValueError(
+            f'{where}: {line[:40]!r} is no list of token ids such as [128000, 9906], no {{"prompt": "..."}}'
+        )
+    return found
+
+
+def _remark_special(texts: list[str | list[int]], llama: "Llama") -> None:
+    """A chat that was typed as text reads like one and is none: its special tokens are spelled out."""
+    names = [*(llama.tokenizer.special_ids if llama.tokenizer else ()), "<s>", "[INST]"]
+    found = [name for name in names if any(name in text for text in texts if isinstance(text, str))]
+    if found:
+        _say(f"{found[0]} in a prompt is text here, no special token: python -m nanollama chat sends a chat")
 
 
 def _load(

@@ -92,6 +92,14 @@ def build(
     return runner.run_references()
 
 
+def of_checkpoint(checkpoint: Path, tokens: list[list[int]], folder: Path, progress: bool = False) -> Evidence:
+    """A trained checkpoint (Meta or Hugging Face folder) in a member's place, in fp32 and bf16."""
+    case = Case(str(checkpoint), ["fp32", "bf16"], rope_positions=list(ROPE_POSITIONS), weights=True, max_new_tokens=8)
+    (folder / "trained").mkdir()
+    case = replace(case, prompts=tokens)
+    return Runner(case, ["meta", "hf"], "", folder / "trained", progress).run_references()
+
+
 def scale_queries(path: Path, factor: float) -> None:
     """By a power of two, so that the stored numbers stay as random as they were."""
     weights = torch.load(path, weights_only=True)

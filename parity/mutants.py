@@ -3,6 +3,7 @@
     python -m parity.mutants                                    # the kill matrix, under 5 minutes on 2 cores
     python -m parity.mutants --json matrix.json --markdown docs/kill-matrix.md
     python -m parity.mutants --only 14,15                       # some mutants alone
+    python -m parity.mutants --only 1,10 --ckpt DIR             # the same edits on a checkpoint of yours
 
 Exit codes: 0 all killed and no false alarm; 1 a survivor, a false alarm, or a fault in the harness that went unnoticed.
 """
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from nanollama.checkpoint import open_checkpoint
+from nanollama.tokenizer import open_tokenizer
 from parity import family, usual
 from parity.candidates.mutants import MUTANTS, VARIANTS, Mutant
 from parity.checks import CHECKS
@@ -29,7 +32,7 @@ from parity.cli import Parser
 from parity.contract import Result, Status, UsageError
 from parity.evidence import Evidence
 from parity.localise import first_divergence
-from parity.prompts import warn
+from parity.prompts import LONG, seeded, warn
 from parity.record import record, record_identity
 from parity.report import summary
 from parity.runner import Clock, cores, workspace
@@ -125,9 +128,8 @@ def _base(name: str) -> Evidence:
     return _BASES[name]
 
 
-def _mutant(index: int) -> Row:
-    mutant = MUTANTS[index]
-    return row_of(*evaluate(_base(mutant.member), mutant.load, _FOLDER))
+def _mutant(index: int, base: str) -> Row:
+    return row_of(*evaluate(_base(base), MUTANTS[index].load, _FOLDER))
 
 
 def _variant(index: int) -> tuple[Row, list[str]]:
@@ -141,19 +143,22 @@ def _variant(index: int) -> tuple[Row, list[str]]:
 # --- The whole run ---------------------------------------------------------------------------------------------------
 
 
-def run_all(folder: Path, chosen: list[int], variants: list[int], progress: bool) -> dict[str, Any]:
-    """The kill matrix as one JSON-ready dict."""
+def run_all(
+    folder: Path, chosen: list[int], variants: list[int], progress: bool, ckpt: Path | None = None
+) -> dict[str, Any]:
+    """The kill matrix as one JSON-ready dict. ckpt: run the chosen mutants on it, not on the family."""
     clock = Clock()
-    needed = {MUTANTS[i].member for i in chosen} | ({"gqa"} if variants else set())
-    for name in family.FAMILY:
-        if name in needed:
-            (folder / f"{name}.pickle").write_bytes(pickle.dumps(family.build(name, folder, progress)))
+    bases = {i: "trained" if ckpt else MUTANTS[i].member for i in chosen}
+    for name in (*family.FAMILY, "trained"):
+        if name in bases.values() or (variants and name == "gqa"):
+            made = family.of_checkpoint(ckpt, tokens_for(ckpt), folder, progress) if ckpt else None
+            (folder / f"{name}.pickle").write_bytes(pickle.dumps(made or family.build(name, folder, progress)))
     with ProcessPoolExecutor(cores(), get_context("spawn"), _start, (folder,)) as pool:
-        rows = [pool.submit(_mutant, i) for i in chosen]
+        rows = [pool.submit(_mutant, i, bases[i]) for i in chosen]
         benign = [pool.submit(_variant, i) for i in variants]
         for future in tqdm([*rows, *benign], disable=not progress, leave=False, desc="mutants and variants"):
             future.result()
-    found = [describe(MUTANTS[i], future.result()) for i, future in zip(chosen, rows, strict=True)]
+    found = [describe(MUTANTS[i], bases[i], future.result()) for i, future in zip(chosen, rows, strict=True)]
     good = [describe_variant(i, *future.result()) for i, future in zip(variants, benign, strict=True)]
     faults = [LINT, *({"number": f.number, "what": f.what, "noticed": noticed(f)} for f in FAULTS)] if variants else []
     own = problems()
@@ -169,12 +174,25 @@ def run_all(folder: Path, chosen: list[int], variants: list[int], progress: bool
     }
 
 
-def describe(mutant: Mutant, row: Row) -> dict[str, Any]:
-    survived = [d for d in mutant.dtypes if not row.gates.get(d)]
+def changes_forward(mutant: Mutant) -> bool:
+    member = family.FAMILY.get(mutant.member)
+    return member is not None and member.tokenizer is None and not member.trained
+
+
+def tokens_for(ckpt: Path) -> list[list[int]]:
+    """One prompt of text, or of seeded ids where no tokenizer lies beside the checkpoint."""
+    opened = open_checkpoint(ckpt)
+    if opened.tokenizer is None:
+        return [(seeded(opened.config.vocab_size).tokens or [])[-1]]
+    return [open_tokenizer(opened.tokenizer).encode(LONG, bos=True)]
+
+
+def describe(mutant: Mutant, base: str, row: Row) -> dict[str, Any]:
+    survived = [d for d in mutant.dtypes if d in row.gates and not row.gates[d]]
     return {
         "number": mutant.number,
         "what": mutant.what,
-        "member": mutant.member,
+        "member": base,
         "killed": not survived,
         "survived_in": survived,
         "killed_by": row.killed_by,
@@ -220,11 +238,13 @@ def run(args: argparse.Namespace) -> int:
     from parity.report import matrix
 
     chosen, variants = choose(args.only)
+    if args.ckpt and not (args.only and all(changes_forward(MUTANTS[i]) for i in chosen)):
+        raise UsageError("--ckpt goes with --only and mutants of the forward pass: --list says which there are")
     if args.list:
         print("\n".join(f"{m.number:4} {m.what} ({m.killed_by}, {m.tap})" for m in MUTANTS))
         return 0
     with workspace() as folder:
-        report = run_all(folder, chosen, variants, sys.stderr.isatty())
+        report = run_all(folder, chosen, variants, sys.stderr.isatty(), args.ckpt)
     print(matrix.text(report))
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -236,6 +256,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m parity.mutants", __doc__)
     parser.add_argument("--only", metavar="LIST", help="comma list of mutant numbers; no variants then")
+    parser.add_argument("--ckpt", type=Path, metavar="DIR", help="with --only: a Meta or Hugging Face folder to run on")
     parser.add_argument("--list", action="store_true", help="print the registry and stop")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the matrix as JSON")
     parser.add_argument("--markdown", type=Path, metavar="PATH", help="write the matrix as Markdown")

@@ -83,9 +83,10 @@ def seeded(vocab_size: int, seed: int = 0) -> Prompts:
 
 
 def from_file(path: Path) -> Prompts:
-    r"""A text file, one prompt a line (\n, \t and \\ escapes), or a .jsonl of token lists. Raises UsageError."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+    r"""A text file, one prompt a line (\n, \t and \\ escapes), or a .jsonl, all lines token lists or all with a text
+    under "prompt". Raises UsageError."""
+    try:  # with universal line ends, and U+2028 is none
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UsageError(f"--prompts {path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -93,20 +94,34 @@ def from_file(path: Path) -> Prompts:
     numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UsageError(f"--prompts {path}: holds no prompt; write one a line")
-    if path.suffix == ".jsonl":
-        return Prompts(None, [_tokens(path, i, line) for i, line in numbered], [])
-    texts = [unescape(line) for _, line in numbered]
-    return Prompts(texts, None, [lint for (i, _), text in zip(numbered, texts, strict=True) for lint in warn(i, text)])
+    if path.suffix != ".jsonl":
+        return _of_texts([(i, unescape(line)) for i, line in numbered])
+    prompts = [(i, _json_prompt(path, i, line)) for i, line in numbered]
+    texts = [(i, prompt) for i, prompt in prompts if isinstance(prompt, str)]
+    tokens = [prompt for _, prompt in prompts if not isinstance(prompt, str)]
+    if texts and tokens:
+        raise UsageError(f"--prompts {path}: token lists and texts together; put them in two files")
+    return _of_texts(texts) if texts else Prompts(None, tokens, [])
 
 
-def _tokens(path: Path, number: int, line: str) -> list[int]:
+def _of_texts(numbered: list[tuple[int, str]]) -> Prompts:
+    return Prompts([text for _, text in numbered], None, [lint for i, text in numbered for lint in warn(i, text)])
+
+
+def _json_prompt(path: Path, number: int, line: str) -> str | list[int]:
     try:
-        ids = json.loads(line)
+        found = json.loads(line)
     except ValueError:
-        ids = None
-    if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
-        raise UsageError(f"--prompts {path}, line {number}: expected a list of token ids such as [128000, 9906]")
-    return ids
+        found = None
+    found = found.get("prompt") if isinstance(found, dict) else found
+    if isinstance(found, str) and found:
+        return found
+    if not isinstance(found, list) or not found or not all(type(i) is int and i >= 0 for i in found):
+        raise UsageError(
+            f"--prompts {path}, line {number}: expected a list of token ids such as [128000, 9906], or "
+            '{"prompt": "..."}'
+        )
+    return found
 
 
 def unescape(line: str) -> str:

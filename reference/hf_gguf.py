@@ -10,7 +10,17 @@ from reference.weights import Unusable
 
 # Values of tokenizer.ggml.pre (llama.cpp's names) for which a split of text is the right one.
 GPT2_SPLIT = ("gpt-2", "gpt2", "phi-2")
-THREE_DIGITS = ("llama-bpe", "llama3", "llama-v3", "llama4", "dbrx", "smaug-bpe", "falcon3", "falcon-h1", "pixtral")
+THREE_DIGITS: tuple[str, ...] = (
+    "llama-bpe",
+    "llama3",
+    "llama-v3",
+    "llama4",
+    "dbrx",
+    "smaug-bpe",
+    "falcon3",
+    "falcon-h1",
+    "pixtral",
+)
 THREE_DIGITS += ("gpt-4o", "lfm2", "midm-2.0", "jina-v5-nano", "kanana2", "talkie", "minimax-m2", "tekken")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoint_cases import FAMILIES, LLAMA31, LLAMA32
 from finetune.config import TrainConfig, lora_targets
-from finetune.lora import adapter_of, add_lora_, add_rows_, load_adapter_, lora_parameters, merge_, merged_weights
+from finetune.lora import adapter_of, add_lora_, add_rows_, lora_parameters, merge_, merged_weights, wear_
 from finetune.nf4 import quantize_base_
 from finetune.optim import make_optimizer, select_trained_
 from finetune.start import fresh_weights
@@ -103,16 +103,20 @@ def test_an_adapter_comes_back_as_it_was_written(tmp_path: Path, config: ModelCo
     model = tuned(config, targets=("wq", "wk", "w2"), rows=ROWS)
     write_adapter(tmp_path / "a", adapter_of(model), config, base="base")
     adapter = read_adapter(tmp_path / "a", config)
-    assert (adapter.targets, adapter.row_ids, adapter.rank, adapter.alpha) == (("wq", "wk", "w2"), ROWS, 4, 8.0)
+    assert (adapter.targets, set(adapter.ranks.values()), set(adapter.alphas.values())) == (
+        ("wq", "wk", "w2"),
+        {4},
+        {8},
+    )
+    assert {ids for ids, _ in adapter.rows.values()} == {ROWS}
     weights = merged(weights_of(config), adapter)
     for name, weight in merged_weights(model).items():
         assert torch.equal(weights[name], weight), name
         assert torch.allclose(weights.rows(name, 3, 7), weight[3:7], atol=1e-6)
-    other = tuned(config, targets=adapter.targets, rows=adapter.row_ids)
-    for parameter in lora_parameters(other).values():
-        parameter.data.zero_()
-    load_adapter_(other, adapter)
+    other = Transformer.from_weights(config, weights_of(config))
+    wear_(other, adapter, 0.0, torch.Generator().manual_seed(0))
     assert torch.equal(logits(other), logits(model))
+    assert {name for name, p in other.named_parameters() if p.requires_grad} == set(lora_parameters(other))
 
 
 def test_gradients_flow_through_an_adapted_head() -> None:
@@ -176,8 +180,8 @@ def drop_tensor(folder: Path, part: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / CONFIG).unlink(), "expected the folder of an adapter in PEFT's format"),
-        (lambda f: shutil.rmtree(f), "expected the folder of an adapter"),
+        (lambda f: (f / CONFIG).unlink(), "holds no adapter_config.json beside its tensors: copy that file too"),
+        (lambda f: shutil.rmtree(f), "does not exist: expected the folder of an adapter"),
         (lambda f: (f / CONFIG).write_text("{"), "is not JSON"),
         (lambda f: (f / TENSORS).write_bytes(b"no"), "cannot be read"),
         (lambda f: edit_config(f, peft_type="IA3"), "peft_type is 'IA3'"),
@@ -186,11 +190,17 @@ def drop_tensor(folder: Path, part: str) -> None:
         (lambda f: edit_config(f, r=5), "lora_A.weight has shape"),
         (lambda f: edit_config(f, r="4"), "r is '4'"),
         (lambda f: edit_config(f, trainable_token_indices=None), "token_adapter"),
-        (lambda f: edit_config(f, trainable_token_indices=[5, 96]), "expected ids below 96"),
-        (lambda f: drop_tensor(f, "layers.1.self_attn.q_proj"), "model.layers.1.self_attn.q_proj.weight is missing"),
+        (
+            lambda f: edit_config(f, trainable_token_indices={"embed_tokens": [5, 96], "lm_head": [5, 9]}),
+            "ids below 96",
+        ),
+        (
+            lambda f: drop_tensor(f, "layers.1.self_attn.q_proj"),
+            "model.layers.1.self_attn.q_proj.lora_A.weight is missing",
+        ),
         (lambda f: drop_tensor(f, "layers.1.self_attn.q_proj.lora_B"), "lora_B.weight is missing"),
-        (lambda f: drop_tensor(f, "lora"), "every lora_A is missing"),
-        (lambda f: drop_tensor(f, "lm_head"), "the rows of trainable_token_indices are missing"),
+        (lambda f: drop_tensor(f, "lora"), "lora_A.weight is missing: the adapter is incomplete"),
+        (lambda f: drop_tensor(f, "lm_head"), "lm_head.token_adapter.trainable_tokens_delta is missing"),
     ],
 )
 def test_a_wrong_adapter_is_one_line(saved: Path, damage: object, message: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from finetune.entry import run_entry
+from finetune.entry import base_name, run_entry
 from finetune.metrics import read_metrics
 from finetune.prepare.stories import stories
 from finetune.prepare.tokenizer import train_tokenizer
@@ -19,7 +19,7 @@ from finetune.start import fresh_weights
 from finetune.text import ENTRY
 from finetune.train import Loop
 from nanollama.__main__ import COMMANDS
-from nanollama.adapter import TENSORS
+from nanollama.adapter import CONFIG, TENSORS
 from nanollama.checkpoint import open_checkpoint, write_meta
 from nanollama.cli import run as run_command
 from nanollama.model import ModelConfig
@@ -96,6 +96,16 @@ def test_an_adapter_is_picked_up_again(home: Path, straight: Path, tmp_path: Pat
     assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
 
 
+def test_an_adapter_names_its_base_by_a_path_that_holds_from_anywhere(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    assert run(Path("."), tmp_path / "out", "--max_steps", "1") == 0
+    said = json.loads((tmp_path / "out" / "adapter" / CONFIG).read_text())
+    assert said["base_model_name_or_path"] == str((home / "base").resolve())
+    assert base_name("meta-llama/Llama-3.2-1B") == "meta-llama/Llama-3.2-1B"
+
+
 def generated(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int | str | None, str, str]:
     with pytest.raises(SystemExit) as caught:
         run_command(COMMANDS, ["generate", "--prompt", "Once", "--max_new_tokens", "12", "--json", *flags])
@@ -119,7 +129,15 @@ def test_a_folder_that_is_no_adapter_is_one_line(home: Path, capsys: pytest.Capt
     code, _, err = generated(capsys, "--ckpt", str(home / "base"), "--adapter", str(home / "base"))
     assert code == 2
     assert err.count("\n") == 1
-    assert "expected the folder of an adapter in PEFT's format" in err
+    assert "is a whole checkpoint (it holds no adapter_config.json): open it with --ckpt" in err
+
+
+def test_the_folder_of_a_run_names_the_adapter_in_it(
+    home: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = generated(capsys, "--ckpt", str(home / "base"), "--adapter", str(straight))
+    assert code == 2
+    assert err == f"error: {straight}: is no adapter, but {straight / 'adapter'} is: give that folder\n"
 
 
 @pytest.mark.parametrize(
@@ -130,7 +148,7 @@ def test_a_folder_that_is_no_adapter_is_one_line(home: Path, capsys: pytest.Capt
         ("--lora_targets ,", "--lora_targets names no matrix"),
         ("--lora_rank 0", "--lora_rank 0: expected at least 1"),
         ("--lora_dropout 1", "--lora_dropout 1.0: expected at least 0 and less than 1"),
-        ("--adapter nowhere", "nowhere: holds no adapter_config.json"),
+        ("--adapter nowhere", "nowhere: does not exist: expected the folder of an adapter"),
         ("--method full --adapter nowhere", "--adapter goes with --method lora or qlora, not full"),
         ("--adapter ADAPTER --lora_rank 4", "--adapter ADAPTER has rank 8"),
     ],

@@ -26,12 +26,14 @@ def main(
     """Tokenize text into shards for `--data`."""
     if out.exists():
         raise ValueError(f"--out {out}: exists already: choose another name")
-    source = path_source(data, Format.typed(separator, field))
+    source = path_source(data, Format.typed(separator, field), print)
     if isinstance(source, Path):
         raise ValueError(f"--data {data}: holds shards already")
     tokenizer = prepare_tokenizer(source, tokenizer, vocab_size, cache_folder(None) / "tokenizers", print)
     write_folder(source, tokenizer, out, workers or os.cpu_count() or 1)
     prepared = open_prepared(source.name, out, tokenizer)
+    if source.title != source.name:
+        print(f"data: {source.title}")
     stores = (("train", prepared.train.lengths), ("val", prepared.val.lengths))
     print(f"{out}: " + "; ".join(f"{name} {len(n):,} documents, {n.sum():,} tokens" for name, n in stores))
 

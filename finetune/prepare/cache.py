@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from finetune.data import Documents
 from finetune.prepare import corpus, download
 from finetune.prepare.corpus import Format, Source
 from finetune.prepare.download import Offline, write_atomically
+from finetune.prepare.files import Say, silent
 from finetune.prepare.shards import VERSION, TokenStore, Vocabulary, write_shards
 from finetune.prepare.stories import GRAMMAR, stories
 from finetune.prepare.tokenizer import train_tokenizer
@@ -25,8 +26,11 @@ from nanollama.tokenizer import open_tokenizer
 SAMPLE_STORIES = 12_000  # 6 MB
 WHOLE_HASH_BYTES = 64 << 20  # larger files are known by name, size and time
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
-
-Say = Callable[[str], None]
+# What a tokenizer.json leaves to others: BOS, EOS, special tokens, the template.
+BESIDE = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("config.json", "generation_config.json"),
+)
 
 
 class Store(Documents, Protocol):
@@ -69,11 +73,12 @@ def prepare(
     if isinstance(source, Path):
         return open_prepared(f"the shards in {source}", source, tokenizer or _tokenizer_of_shards(source))
     tokenizer = prepare_tokenizer(source, tokenizer, vocab_size, cache / "tokenizers", say)
-    key = _key(source, tokenizer=hashlib.sha256(tokenizer.read_bytes()).hexdigest(), version=VERSION)
+    words = Vocabulary.of(tokenizer)
+    key = _key(source, tokenizer=[words.digest.hex(), words.mark, words.eos_id], version=VERSION)
     folder = cache / "shards" / f"{source.name}-{key}"
     if not folder.exists():
         write_folder(source, tokenizer, folder, workers)
-    return open_prepared(source.name, folder, tokenizer)
+    return open_prepared(source.title or source.name, folder, tokenizer)
 
 
 def prepare_tokenizer(source: Source, given: Path | None, vocab_size: int, folder: Path, say: Say) -> Path:
@@ -117,11 +122,10 @@ def _trained(source: Source, vocab_size: int, folder: Path) -> Path:
 
 
 def _training_texts(source: Source, small: bool) -> Iterator[str]:
-    for path in source.train:
-        for chunk in corpus.chunks(path, source.format):
-            for side, text, _ in corpus.split(chunk, source.format, "train" if source.val else None, small):
-                if side == "train":
-                    yield text
+    for chunk in corpus.all_chunks(source.train, source.format):
+        for side, text, _ in corpus.split(chunk, source.format, "train" if source.val else None, small):
+            if side == "train":
+                yield text
 
 
 def write_folder(source: Source, tokenizer: Path, folder: Path, workers: int) -> None:
@@ -130,18 +134,29 @@ def write_folder(source: Source, tokenizer: Path, folder: Path, workers: int) ->
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         write_shards(source, tokenizer, temporary, workers)
-        name = tokenizer.name if tokenizer.name in TOKENIZERS else "tokenizer.model"
-        shutil.copyfile(tokenizer, temporary / name)
+        _copy_tokenizer(tokenizer, temporary)
         if not folder.exists():  # another run may have been faster
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+    """With the files beside it that say more of it. A .gguf brings its weights as well: it stays where it is."""
+    with tokenizer.open("rb") as file:
+        if file.read(4) == b"GGUF":
+            return
+    shutil.copyfile(tokenizer, folder / (tokenizer.name if tokenizer.name in TOKENIZERS else "tokenizer.model"))
+    for name in BESIDE if tokenizer.name == "tokenizer.json" else ():
+        if (tokenizer.parent / name).is_file():
+            shutil.copyfile(tokenizer.parent / name, folder / name)
+
+
 def _key(source: Source, **more: Any) -> str:
     """A name for what is made of this source with these settings."""
     files = [[_identity(path) for path in paths] for paths in (source.train, source.val)]
-    content = {"files": files, "format": [source.format.separator, source.format.field], **more}
+    form = [corpus.READING, source.format.separator, source.format.field]
+    content = {"files": files, "format": form, **more}
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -183,8 +198,10 @@ def auto_source(cache: Path, *, small: bool, say: Say) -> Source:
         return sample_source(cache)
 
 
-def path_source(path: Path, form: Format) -> Source | Path:
+def path_source(path: Path, form: Format, say: Say = silent) -> Source | Path:
     """A file, a folder of files, or a folder of shards (which stays a Path). Raises ValueError."""
     if is_shards(path):
         return path
-    return Source(path.stem, corpus.text_files(path), format=form)
+    files, title = corpus.named_files(path, say)
+    corpus.check_separator(files, form, say)
+    return Source(path.stem, files, format=form, title=title)

@@ -1,5 +1,5 @@
-"""Text files -> documents: .txt with a separator, .jsonl with a field, folders of them; cut in chunks for parallel
-work.
+"""Text files -> documents: .txt with a separator, .jsonl, .json or .parquet with a field, folders of them; cut in
+chunks for parallel work. Line ends are \n, \r\n or \r, in the separator as well; a text has \n in their place.
 
 Which documents are held out depends on their place in the corpus alone: each 20th of them, or, in a corpus of fewer
 than 20 documents, the last tenth of each.
@@ -8,17 +8,32 @@ than 20 documents, the last tenth of each.
     ['One story.', 'Another story.']
 """
 
-import json
 import mmap
-from collections.abc import Iterator
+import re
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from finetune.prepare.files import Say, check_text, find_files, listed, silent
+from finetune.prepare.rows import (
+    ROW_SUFFIXES,
+    Row,
+    is_array,
+    is_parquet,
+    parquet_groups,
+    parquet_rows,
+    parse_line,
+    read_rows,
+)
+
+READING = 2  # changes whenever the same files are read as other documents, or held out otherwise
 CHUNK_BYTES = 16 << 20
 MAX_DOCUMENT_BYTES = 1 << 20  # a longer document is cut at a line end: tokenizers slow down on endless strings
 HOLD_OUT_EACH = 20
-SUFFIXES = (".txt", ".jsonl")
+SUFFIXES = (".txt", *ROW_SUFFIXES)
+LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
 
 Split = Literal["train", "val"]
 
@@ -28,14 +43,21 @@ class Format:
     """How documents lie in the files."""
 
     separator: str = "<|endoftext|>"  # of .txt files
-    field: str = "text"  # of .jsonl lines
+    field: str = "text"  # of rows
 
     @classmethod
     def typed(cls, separator: str, field: str) -> "Format":
         r"""As typed in a shell, where \n stands for the end of a line and \t for a tab. Raises ValueError."""
         if not separator:
             raise ValueError(r"--separator is empty: expected the text between two documents, or \n for one a line")
-        return cls(separator.replace(r"\n", "\n").replace(r"\t", "\t"), field)
+        for typed, meant in ((r"\r", "\r"), (r"\n", "\n"), (r"\t", "\t")):
+            separator = separator.replace(typed, meant)
+        return cls(_plain_lines(separator), field)
+
+    @cached_property
+    def mark(self) -> re.Pattern[bytes]:
+        """The separator in bytes, with any kind of line ends."""
+        return re.compile(LINE_END.join(re.escape(part.encode()) for part in self.separator.split("\n")))
 
 
 @dataclass(frozen=True)
@@ -43,9 +65,10 @@ class Chunk:
     """A range of bytes that begins and ends between documents (in an endless document: between lines)."""
 
     path: Path
-    start: int
+    start: int  # of a .parquet file: the part
     stop: int
     first: int  # number of its first document (in a .jsonl: line) in the file
+    before: int = 0  # documents (lines, rows) in the files before
 
 
 @dataclass(frozen=True)
@@ -56,77 +79,140 @@ class Source:
     train: tuple[Path, ...]
     val: tuple[Path, ...] = ()  # empty: held out of the training files
     format: Format = Format()
+    title: str = ""  # for messages: the name, and what was left out
 
 
 def text_files(path: Path) -> tuple[Path, ...]:
-    """The file, or the .txt and .jsonl files below the folder, sorted. Raises ValueError."""
+    """The file, or the files of text below the folder, sorted. Raises ValueError."""
+    return named_files(path, silent)[0]
+
+
+def named_files(path: Path, say: Say) -> tuple[tuple[Path, ...], str]:
+    """`text_files`, and a name for them that lists what else lies in the folder. Raises ValueError."""
     if not path.exists():
         raise ValueError(f"--data {path}: no such file or folder")
-    if path.is_file() and path.suffix not in SUFFIXES:
-        raise ValueError(
-            f"--data {path}: expected a .txt or .jsonl file, a folder of them, or a folder of token shards"
-        )
-    files = (path,) if path.is_file() else tuple(sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES))
+    # Beside texts in a folder, a .json that is no array is somebody's settings.
+    files, title = find_files(path, SUFFIXES, say, lambda p: p.suffix.lower() != ".json" or is_array(p))
     if not files:
-        raise ValueError(f"--data {path}: the folder holds no .txt or .jsonl file")
+        raise ValueError(f"--data {path}: the folder holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
     for file in files:
+        if file.suffix.lower() not in SUFFIXES:
+            raise ValueError(
+                f"--data {path}: expected a .txt or .jsonl file, a .json array, a .parquet file, a folder of them, or "
+                "a folder of token shards"
+            )
         if not file.stat().st_size:
             raise ValueError(f"--data {file}: the file is empty")
-    return files
+    return files, title
 
 
-def chunks(path: Path, form: Format) -> Iterator[Chunk]:
-    """Cut one file. Reads it once, to number its documents."""
-    separator = b"\n" if path.suffix == ".jsonl" else form.separator.encode()
+def check_separator(files: Sequence[Path], form: Format, say: Say) -> None:
+    """Says, or where one was chosen refuses, a separator that never occurs: all of a file would be one document."""
+    texts = [path for path in files if path.suffix.lower() == ".txt"]
+    if not texts or any(_occurs(form.mark, path) for path in texts):
+        return
+    names = listed([path.name for path in texts])
+    if form.separator != Format.separator:
+        raise ValueError(
+            f"--separator {form.separator!r}: occurs nowhere in {names}: name the text that stands between two "
+            "documents, or leave the flag out where a file is one document"
+        )
+    one = f"{names} is one document" if len(texts) == 1 else f"each of {names} is one document"
+    say(rf"data: no {form.separator} in it: {one} (--separator names another mark, such as \n\n)")
+
+
+def _occurs(mark: re.Pattern[bytes], path: Path) -> bool:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return mark.search(data) is not None
+
+
+def all_chunks(files: Sequence[Path], form: Format) -> Iterator[Chunk]:
+    """Those of all files, whose documents are numbered through."""
+    before = 0
+    for path in files:
+        before += yield from chunks(path, form, before)
+
+
+def chunks(path: Path, form: Format, before: int = 0) -> Generator[Chunk, None, int]:
+    """Cut one file. Reads it once, to number its documents, and returns how many it has, empty ones included."""
+    if is_parquet(path):
+        rows = parquet_groups(path)
+        for group in range(len(rows)):
+            yield Chunk(path, group, group + 1, sum(rows[:group]), before)
+        return sum(rows)
+    check_text(path)
+    if _has_rows(path) and is_array(path):
+        yield Chunk(path, 0, path.stat().st_size, 0, before)
+        return sum(1 for _ in read_rows(path))
+    mark = re.compile(LINE_END) if _has_rows(path) else form.mark
     start, first = 0, 0
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         while start < len(data):
-            stop = _boundary(data, start + CHUNK_BYTES, separator)
-            yield Chunk(path, start, stop, first)
-            first += data[start:stop].count(separator)
+            stop = _boundary(data, start + CHUNK_BYTES, mark)
+            yield Chunk(path, start, stop, first, before)
+            first += sum(1 for _ in mark.finditer(data, start, stop))
             start = stop
+    return first + 1
 
 
-def _boundary(data: mmap.mmap, target: int, separator: bytes) -> int:
+def _has_rows(path: Path) -> bool:
+    return path.suffix.lower() in ROW_SUFFIXES
+
+
+def _boundary(data: mmap.mmap, target: int, mark: re.Pattern[bytes]) -> int:
     """The first place at or behind `target` that ends a document, or, where none ends soon, a line."""
     if target >= len(data):
         return len(data)
-    for mark in (separator, b"\n"):
-        place = data.find(mark, target, target + CHUNK_BYTES)
-        if place >= 0:
-            return place + len(mark)
+    for pattern in (mark, re.compile(LINE_END)):
+        found = pattern.search(data, target, target + CHUNK_BYTES)
+        if found:
+            place = found.end()
+            return place + (data[place - 1 : place + 1] == b"\r\n")  # the range that was searched may end in one
     return len(data)
 
 
 def documents(chunk: Chunk, form: Format) -> Iterator[tuple[int, str]]:
     """(number in the file, text) of each document that is not empty. Raises ValueError that names the place."""
+    for number, text in enumerate(_texts(chunk, form), start=chunk.first):
+        if text.strip():
+            yield number, text.strip()
+
+
+def _texts(chunk: Chunk, form: Format) -> Iterator[str]:
+    """Empty ones included, since they count in the numbers."""
+    path = chunk.path
+    if is_parquet(path):
+        return (_text_of(row, form.field) for row in parquet_rows(path, chunk.start))
+    if not _has_rows(path):
+        return iter(_plain_lines(_decoded(chunk)).split(form.separator))
+    if is_array(path):
+        return (_text_of(row, form.field) for row in read_rows(path))
+    lines = enumerate(_plain_lines(_decoded(chunk)).split("\n"), start=chunk.first + 1)
+    where = f"--data {path} line"
+    return (_text_of(parse_line(f"{where} {n}", line), form.field) if line.strip() else "" for n, line in lines)
+
+
+def _decoded(chunk: Chunk) -> str:
     with chunk.path.open("rb") as file:
         file.seek(chunk.start)
         raw = file.read(chunk.stop - chunk.start)
     try:
-        text = raw.decode("utf-8-sig" if chunk.start == 0 else "utf-8")
+        return raw.decode("utf-8-sig" if chunk.start == 0 else "utf-8")
     except UnicodeDecodeError as error:
         where = chunk.start + error.start
         raise ValueError(f"--data {chunk.path}: not UTF-8 at byte {where}: convert the file to UTF-8") from None
-    is_json = chunk.path.suffix == ".jsonl"
-    for number, part in enumerate(text.split("\n" if is_json else form.separator), start=chunk.first):
-        document = (_json_text(chunk.path, number + 1, part, form.field) if is_json else part).strip()
-        if document:
-            yield number, document
 
 
-def _json_text(path: Path, line_number: int, line: str, field: str) -> str:
-    """The text of one line of a .jsonl file."""
-    if not line.strip():
-        return ""
-    where = f"--data {path} line {line_number}"
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
-    if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
-        raise ValueError(f'{where}: expected an object with a text under "{field}" (--field names another)')
-    return entry[field]
+def _plain_lines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def _text_of(row: Row, field: str) -> str:
+    if row.trouble:
+        raise ValueError(f"{row.where}: {row.trouble}")
+    if not isinstance(row.value, dict) or not isinstance(row.value.get(field), str):
+        raise ValueError(f'{row.where}: expected an object with a text under "{field}" (--field names another)')
+    return row.value[field]
 
 
 def is_small(files: tuple[Path, ...], form: Format) -> bool:
@@ -147,7 +233,7 @@ def split(chunk: Chunk, form: Format, only: Split | None, small: bool) -> Iterat
     only: all documents belong to this split. small: the last tenth of each document is held out, else each 20th.
     """
     for number, text in documents(chunk, form):
-        pieces: list[tuple[Split, str, bool]] = [(only or _side(number), text, True)]
+        pieces: list[tuple[Split, str, bool]] = [(only or _side(chunk.before + number), text, True)]
         if small and only is None:
             at = _line_end(text, len(text) * 9 // 10)
             pieces = [("train", text[:at], False), ("val", text[at:], True)]

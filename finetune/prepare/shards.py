@@ -1,9 +1,11 @@
 """Token shards: memory-mapped files of uint16 or uint32 token ids behind a header of 64 bytes; documents begin with
-BOS.
+a mark.
 
-Header, little-endian: magic "NLTOKENS", version u32, bytes per token u32, tokens u64, vocabulary u32, BOS id u32,
-SHA-256 of the tokenizer file. Shards are named SPLIT_NNNNN.bin and sorted by name. Each chunk of text becomes one
-shard of each split, whatever process does it, so the files are the same on every machine.
+Header, little-endian: magic "NLTOKENS", version u32, bytes per token u32, tokens u64, vocabulary u32, mark u32,
+SHA-256 of the tokenizer file. The mark is BOS, a part of its document; for a tokenizer that puts no BOS before a text,
+or ends one with the same token, it is the first number behind the vocabulary, and no part of it. Shards are named
+SPLIT_NNNNN.bin and sorted by name. Each chunk of text becomes one shard of each split, whatever process does it, so the
+files are the same on every machine.
 
     python -m finetune.prepare --data stories.txt --vocab_size 512 --out DIR
 """
@@ -26,6 +28,7 @@ from nanollama.tokenizer import open_tokenizer
 
 MAGIC, VERSION = b"NLTOKENS", 1
 HEADER = struct.Struct("<8sIIQII32s")
+TOKENIZER_BYTES = 64 << 20  # all of a tokenizer file; of a .gguf at least its header, where the vocabulary is
 SPLITS: tuple[Split, ...] = ("train", "val")
 
 Ints = NDArray[np.int64]
@@ -36,22 +39,34 @@ class Vocabulary:
     """What ties a shard to its tokenizer."""
 
     size: int
-    bos_id: int
+    bos_id: int | None  # with which documents begin
     digest: bytes  # SHA-256 of the tokenizer file
+    eos_id: int | None = None  # with which they end
 
     @classmethod
     def of(cls, tokenizer: Path) -> "Vocabulary":
+        """Raises ValueError for a tokenizer that neither begins nor ends a text."""
         opened = open_tokenizer(tokenizer)
-        return cls(opened.vocab_size, opened.bos_id, hashlib.sha256(tokenizer.read_bytes()).digest())
+        bos_id = opened.bos_id if opened.add_bos else None
+        if bos_id is None and opened.eos_id is None:
+            raise ValueError(f"tokenizer {tokenizer}: has no BOS that it puts before a text and no EOS: expected one")
+        with tokenizer.open("rb") as file:
+            digest = hashlib.sha256(file.read(TOKENIZER_BYTES)).digest()
+        return cls(opened.vocab_size, bos_id, digest, opened.eos_id)
+
+    @property
+    def mark(self) -> int:
+        """What stands before each document in a shard."""
+        return self.size if self.bos_id is None or self.bos_id == self.eos_id else self.bos_id
 
     @property
     def dtype(self) -> type[np.uint16] | type[np.uint32]:
-        return np.uint16 if self.size <= 1 << 16 else np.uint32
+        return np.uint16 if max(self.size, self.mark + 1) <= 1 << 16 else np.uint32
 
 
 def write_shard(path: Path, tokens: list[int], vocabulary: Vocabulary) -> None:
     data = np.array(tokens, dtype=vocabulary.dtype)
-    header = (MAGIC, VERSION, data.itemsize, len(data), vocabulary.size, vocabulary.bos_id, vocabulary.digest)
+    header = (MAGIC, VERSION, data.itemsize, len(data), vocabulary.size, vocabulary.mark, vocabulary.digest)
     with path.open("wb") as file:
         file.write(HEADER.pack(*header))
         data.astype(data.dtype.newbyteorder("<")).tofile(file)
@@ -62,12 +77,12 @@ def read_shard(path: Path, vocabulary: Vocabulary) -> NDArray[np.unsignedinteger
     header = _header(path)
     if len(header) < HEADER.size or not header.startswith(MAGIC):
         raise ValueError(f"{path}: not a token shard: write it with python -m finetune.prepare")
-    _, version, itemsize, count, size, bos_id, digest = HEADER.unpack(header)
+    _, version, itemsize, count, size, mark, digest = HEADER.unpack(header)
     if version != VERSION or itemsize not in (2, 4):
         raise ValueError(f"{path}: a shard of version {version}, {itemsize} bytes a token: expected version {VERSION}")
     if path.stat().st_size != HEADER.size + count * itemsize:
         raise ValueError(f"{path}: cut short or damaged: it should hold {count} tokens; write it again")
-    if (size, bos_id, digest) != (vocabulary.size, vocabulary.bos_id, vocabulary.digest):
+    if (size, mark, digest) != (vocabulary.size, vocabulary.mark, vocabulary.digest):
         raise ValueError(
             f"{path}: written with another tokenizer ({size} words; this run's has {vocabulary.size}): "
             "give the --tokenizer it was written with, or write it again"
@@ -86,12 +101,13 @@ class TokenStore:
             raise ValueError(f"{folder}: holds no shard {split}_*.bin")
         self.bos_id = vocabulary.bos_id
         self.shards = [read_shard(path, vocabulary) for path in self.paths]
-        starts = [np.flatnonzero(shard == self.bos_id) for shard in self.shards]
+        starts = [np.flatnonzero(shard == vocabulary.mark) for shard in self.shards]
         for path, shard, found in zip(self.paths, self.shards, starts, strict=True):
             if len(shard) and (not len(found) or found[0] != 0):
-                raise ValueError(f"{path}: does not begin with BOS ({self.bos_id}): write it again")
+                raise ValueError(f"{path}: does not begin with {vocabulary.mark}, as documents do: write it again")
         self.shard_of = np.repeat(np.arange(len(starts)), [len(s) for s in starts])
-        self.starts: Ints = np.concatenate(starts).astype(np.int64)
+        skipped = int(vocabulary.mark != vocabulary.bos_id)
+        self.starts: Ints = np.concatenate(starts).astype(np.int64) + skipped
         ends = [np.append(s[1:], len(shard)) for s, shard in zip(starts, self.shards, strict=True) if len(s)]
         self._ends: Ints = np.concatenate(ends).astype(np.int64) if ends else np.zeros(0, dtype=np.int64)
 
@@ -133,8 +149,9 @@ def tokenize(job: Job) -> int:
     """Write the shards of one chunk; returns the chunk's size in bytes."""
     tokenizer, vocabulary = open_tokenizer(job.tokenizer), Vocabulary.of(job.tokenizer)
     tokens: dict[Split, list[int]] = {"train": [], "val": []}
+    mark = [vocabulary.mark] if vocabulary.mark != vocabulary.bos_id else []
     for side, text, ends in corpus.split(job.chunk, job.form, job.only, job.small):
-        tokens[side] += tokenizer.encode(text, bos=True, eos=ends)
+        tokens[side] += mark + tokenizer.encode(text, bos=True, eos=ends and vocabulary.eos_id is not None)
     for side, ids in tokens.items():
         if ids:
             write_shard(job.folder / f"{side}_{job.number:05d}.bin", ids, vocabulary)
@@ -145,10 +162,9 @@ def jobs(source: Source, tokenizer: Path, folder: Path) -> Iterator[Job]:
     small = not source.val and corpus.is_small(source.train, source.format)
     number = 0
     for only, files in ((None if not source.val else "train", source.train), ("val", source.val)):
-        for path in files:
-            for chunk in corpus.chunks(path, source.format):
-                yield Job(number, chunk, source.format, only, small, tokenizer, folder)  # type: ignore[arg-type]
-                number += 1
+        for chunk in corpus.all_chunks(files, source.format):
+            yield Job(number, chunk, source.format, only, small, tokenizer, folder)  # type: ignore[arg-type]
+            number += 1
 
 
 def write_shards(source: Source, tokenizer: Path, folder: Path, workers: int) -> None:

@@ -1,0 +1,209 @@
+"""Dialogues in the shapes that people keep them in -> messages, as `nanollama.chat` reads them.
+
+| shape         | keys                                                                                  |
+| ------------- | ------------------------------------------------------------------------------------- |
+| OpenAI        | messages: role, content, tool_calls, weight; beside them tools, functions              |
+| ShareGPT      | conversations: from (human, gpt, system, function_call, observation, tool), value      |
+| alpaca        | instruction, input, output; history: pairs that came before                            |
+| pairs         | prompt and completion or response; question and answer or response                     |
+
+    as_dialogue({"instruction": "Translate.", "input": "Hallo", "output": "Hello"}).messages[0]["content"]
+    # 'Translate.\n\nHallo'
+
+What could change training is done or refused by name; other keys beside the dialogue are left unread, and returned.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue")
+PAIRS = (
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("question", "response"),
+)
+INPUTS = ("input", "context")  # of an instruction
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "developer": "system",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+}
+LEARNED = ("weight", "train", "training")  # of a message: 0 or false, and it is read but not learned
+# Of messages; no chat format shows them.
+NOTES = frozenset(
+    ("id", "uuid", "message_id", "parent_id", "turn", "turn_identifier", "timestamp", "create_time", "created", "date")
+    + ("created_at", "lang", "language", "source", "country", "state", "hashed_ip", "header", "toxic", "redacted")
+    + ("metadata",)
+)
+MEANT = {  # beside a dialogue: what training on it would have to know
+    "images": "pictures are not read",
+    "image": "pictures are not read",
+    "videos": "films are not read",
+    "audios": "sounds are not read",
+    "documents": "documents for the template are not rendered",
+    "chat_template_kwargs": "settings of a template are not read",
+    "chosen": "preference pairs are not what this trains on: write the better answer into messages",
+    "rejected": "preference pairs are not what this trains on: write the better answer into messages",
+}
+EXPECTED = (
+    'expected an object with a list of "messages" (or conversations, instruction and output, prompt and completion)'
+)
+
+
+class Dialogue(NamedTuple):
+    """What one row says."""
+
+    messages: list[Any]
+    learned: list[bool]  # of each message: whether it is learned, where it is the assistant's
+    tools: list[Any]
+    unread: list[str]  # keys beside the dialogue
+
+
+def as_dialogue(row: Any) -> Dialogue:
+    """A row of any shape. Raises ValueError, or ChatError, without the place."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{EXPECTED}, got a {'list' if isinstance(row, list) else type(row).__name__}, not an object")
+    rest = {key: value for key, value in row.items() if value is not None}
+    tools = _tools(rest)
+    _refuse_meant(rest)
+    system = rest.pop("system" if "system" in rest else "system_prompt", "")
+    turns = _turns(rest)
+    read = [_message(turn, index) for index, turn in enumerate(turns)]
+    messages, learned = [message for message, _ in read], [is_learned for _, is_learned in read]
+    _expect_text("system", system)
+    if system and not _says_system(messages, system):
+        messages, learned = [{"role": "system", "content": system}, *messages], [False, *learned]
+    notes = {f"{key} of messages" for turn in turns if isinstance(turn, Mapping) for key in NOTES & turn.keys()}
+    return Dialogue(messages, learned, tools, sorted({*map(str, rest), *notes}))
+
+
+def _turns(rest: dict[str, Any]) -> list[Any]:
+    """Takes the messages out of the row's keys."""
+    for name in LISTS:
+        if name in rest:
+            turns = rest.pop(name)
+            if not isinstance(turns, list) or not turns:
+                raise ValueError(f"{EXPECTED}; {name!r} is {'empty' if turns == [] else 'no list'}")
+            return turns
+    for asked, answered in PAIRS:
+        if asked in rest and answered in rest:
+            return _pair(rest, asked, answered)
+    raise ValueError(f"{EXPECTED}, got {', '.join(map(repr, sorted(map(str, rest)))) or 'none'}"[:300])
+
+
+def _pair(rest: dict[str, Any], asked: str, answered: str) -> list[Any]:
+    """One question and its answer; what came before them stands in alpaca's `history`."""
+    question, answer = rest.pop(asked), rest.pop(answered)
+    if isinstance(question, list) and isinstance(
+        answer, list
+    ):  # trl's: lists of messages, of which the second is learned
+        return [_with_weight(turn, 0) for turn in question] + answer
+    name = next((name for name in INPUTS if name in rest), "") if asked == "instruction" else ""
+    parts = [question, rest.pop(name)] if name else [question]
+    for key, text in zip((asked, name), parts, strict=False):
+        _expect_text(key, text)
+    _expect_text(answered, answer)
+    turns: list[Any] = []
+    for before in rest.pop("history", []):
+        if not isinstance(before, list) or len(before) != 2:
+            raise ValueError('"history": expected pairs of a question and its answer')
+        turns += [{"role": "user", "content": before[0]}, {"role": "assistant", "content": before[1]}]
+    content = "\n\n".join(part for part in parts if part.strip())
+    if not content:
+        raise ValueError(f'"{asked}" is empty')
+    return [*turns, {"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+
+
+def _with_weight(turn: Any, weight: int) -> Any:
+    return {**turn, "weight": weight} if isinstance(turn, Mapping) and turn.get("role") == "assistant" else turn
+
+
+def _expect_text(key: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f'"{key}" is {type(text).__name__}: expected a text')
+
+
+def _tools(rest: dict[str, Any]) -> list[Any]:
+    """Definitions of tools: a list, or JSON in a text; `functions` are OpenAI's older ones."""
+    found: list[Any] = []
+    for key in ("tools", "functions"):
+        given = rest.pop(key, None) or []
+        if isinstance(given, str):
+            given = _from_json(given, f'"{key}"') or []
+        if not isinstance(given, list):
+            raise ValueError(f'"{key}" is {type(given).__name__}: expected a list of definitions')
+        found += [{"type": "function", "function": f} for f in given] if key == "functions" else given
+    return found
+
+
+def _from_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text) if text.strip() else None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{where}: not JSON: {text!r:.60}") from None
+
+
+def _says_system(messages: Sequence[Any], system: str) -> bool:
+    """Whether the first message is this system message. Raises ValueError where it is another one."""
+    first = messages[0]
+    if not isinstance(first, dict) or first.get("role") != "system":
+        return False
+    if first.get("content") != system:
+        raise ValueError('"system" and a system message in the dialogue differ: keep one of them')
+    return True
+
+
+def _refuse_meant(rest: Mapping[str, Any]) -> None:
+    for key, why in MEANT.items():
+        if rest.get(key):
+            raise ValueError(f'"{key}": {why}')
+    if rest.get("weight", 1) != 1:
+        raise ValueError('"weight": a whole dialogue cannot be weighted: give weight 0 or 1 to its messages')
+    if isinstance(rest.get("label"), bool):
+        raise ValueError('"label": answers that are right or wrong are not what this trains on: keep the right ones')
+
+
+def _message(turn: Any, index: int) -> tuple[Any, bool]:
+    """(message, whether it is learned); what is no message is left to `encode_chat` to refuse."""
+    if not isinstance(turn, Mapping):
+        return turn, True
+    where = f"message {index}"
+    message = {key: value for key, value in turn.items() if value is not None and key not in NOTES}
+    for old, new in (("from", "role"), ("value", "content")):
+        if old in message and new not in message:
+            message[new] = message.pop(old)
+    if message.get("role") == "function_call":  # ShareGPT's
+        call = message.pop("content", "")
+        call = _from_json(call, f"{where}: function_call") if isinstance(call, str) else call
+        message |= {"role": "assistant", "function_call": call}
+    if "function_call" in message and "tool_calls" not in message:
+        calls = message.pop("function_call")
+        calls = calls if isinstance(calls, list) else [calls]
+        message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+    role = message.get("role")
+    message["role"] = ROLES.get(role, role) if isinstance(role, str) else role
+    return message, _is_learned(message, where)
+
+
+def _is_learned(message: dict[str, Any], where: str) -> bool:
+    """Takes `weight`, `train` out of the message. Raises ValueError for what they cannot say here."""
+    given = {key: message.pop(key) for key in LEARNED if key in message}
+    for key, value in given.items():
+        if value not in (0, 1):
+            raise ValueError(f"{where}: {key} {value!r:.40}: expected 0 or 1")
+        if value and message["role"] != "assistant":
+            raise ValueError(
+                f"{where}: {key} {value!r}: only what the assistant says is learned, this is {message['role']}"
+            )
+    if "train_detail" in message:
+        raise ValueError(f"{where}: train_detail: parts of a message cannot be chosen; weight takes all of it")
+    return all(given.values())
