@@ -154,9 +154,10 @@ def run_case(case: Case, engine: Engine, out: Path) -> None:
     if case.record == "text":
         write_json(out / "trace.json", known | {"seconds_forward": 0.0, "notices": []})
         return
-    prompts = next(
-        (ids for ids in (case.prompts, text.found["token_ids"], case.spare_prompts) if ids is not None), None
-    )
+    prompts, notices = case.prompts or text.found["token_ids"], list(engine.checkpoint.notices)
+    if prompts is None and case.spare_prompts is not None:
+        prompts = case.spare_prompts
+        notices.append(f"the prompts' ids are nanollama's own: {text.found['untexted']}")
     if prompts is None:
         raise Unusable(f"{case.checkpoint}: {text.found['untexted'] or 'neither prompts nor texts'}; give token ids")
     check_sequences(prompts, engine.checkpoint.config["vocab_size"])
@@ -186,7 +187,7 @@ def run_case(case: Case, engine: Engine, out: Path) -> None:
             "generated_by": generated_by,
             "seconds_forward": run.seconds,
             "errata": list(engine.errata),
-            "notices": list(engine.checkpoint.notices),
+            "notices": notices,
             "weights": weight_hashes(engine.checkpoint) if case.weights else None,
             "training": training,
         },

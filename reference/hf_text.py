@@ -8,10 +8,11 @@ HfText(checkpoint, None).encode("Hello", bos=True)    # [128000, 9906]
 """
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+import importlib.util
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from reference.files import Checkpoint, read_json
 from reference.hf_gguf import is_gguf, open_gguf
@@ -30,6 +31,7 @@ LLAMA3_SPECIAL += ["<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_i
 LLAMA3_SPECIAL += ["<|eot_id|>", "<|python_tag|>", "<|image|>"]
 LLAMA3_SPECIAL += [f"<|reserved_special_token_{i}|>" for i in range(2, 246)]
 LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+MARK = "\ufdd1"  # no character: put inside names of special tokens in messages
 FOLDERS = ("tokenizer.json", "vocab.json")  # what AutoTokenizer opens a folder by
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -52,8 +54,8 @@ class HfText:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
             raise Unusable(f"transformers cannot read {path.name} ({reason})") from None
         self.model.chat_template = self.model.chat_template or chat_template(path.parent)
-        converted = path.name not in FOLDERS and path.suffix != ".json" and not is_gguf(path)
-        self.before = [self.model.bos_token_id] if converted else begins_with(self.model)  # Meta's files say nothing
+        self.before = begins_with(self.model) if path.suffix != ".model" else bos_of_model(self.model, path.parent)
+        self.specials = {str(t): i for i, t in self.model.added_tokens_decoder.items() if t.special}
         self.stop_ids = stop_ids(self.model, checkpoint.folder)
         self.sources = {
             "tokens": f"{path.name} (transformers)",
@@ -68,18 +70,22 @@ class HfText:
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids, clean_up_tokenization_spaces=False)
 
+    def plain(self, text: str) -> list[int]:
+        return self.encode(text, bos=False)
+
     def dialog(self, messages: Dialog) -> list[int] | None:
         """By the chat template that the checkpoint brings; None where it brings none, or refuses the dialog."""
         rendered = self.render(messages)
-        return None if rendered is None else self.encode_special(rendered)
+        return None if rendered is None else self.model.encode(rendered, add_special_tokens=False)
 
-    def encode_special(self, text: str) -> list[int]:
-        return self.model.encode(text, add_special_tokens=False)
-
-    def render(self, messages: Dialog) -> str | None:
+    def render(self, messages: Dialog, specials: Iterable[str] = ()) -> str | None:
+        """`specials`: names that are marked in the messages, so that they can be told from the template's own."""
         if not self.model.chat_template:
             return None
         template = [_openai_message(message) for message in messages]
+        for message in template:
+            for name in specials:
+                message["content"] = message["content"].replace(name, name[0] + MARK + name[1:])
         try:
             return self.model.apply_chat_template(template, add_generation_prompt=True, tokenize=False)
         except Exception:  # what a template raises is its own business: it may know no system message
@@ -87,36 +93,41 @@ class HfText:
 
     def readings(self) -> Iterator["Reading"]:
         """The same texts by the checkpoint's files as they stand, which a class of transformers need not follow."""
-        template = "the checkpoint's chat template in the ids of"
+        yield Reading(self, self, self.sources["tokens"])
         if self.path.name == "tokenizer.json":
-            plain = Stored(self.path, self.before)
-            yield Reading(
-                self, plain, {"tokens": "tokenizer.json (as it stands)", "chat": f"{template} tokenizer.json"}
-            )
-        if is_gguf(self.path) and (spaced := sentencepiece_like(self.model)) is not None:
-            name = f"{self.path.name} (as sentencepiece reads it)"
-            yield Reading(self, spaced, {"tokens": name, "chat": f"{template} {name}"})
+            yield Reading(self, Stored(self.path, self.before), "tokenizer.json (as it stands)")
+        if is_gguf(self.path) and (spaced := sentencepiece_like(self.model, self.before)) is not None:
+            yield Reading(self, spaced, f"{self.path.name} (as sentencepiece reads it)")
         model = self.checkpoint.find("tokenizer.model") if self.own else None
         if model is not None and model != self.path:
             with contextlib.suppress(Unusable):  # Meta's reference will say it
                 metas = open_text(None, str(model))
-                yield Reading(self, metas, {"tokens": metas.sources["tokens"], "chat": f"{template} tokenizer.model"})
+                yield Reading(self, metas, metas.sources["tokens"])
 
 
-@dataclass
+class Ids(Protocol):
+    specials: dict[str, int]
+
+    def encode(self, text: str, *, bos: bool) -> list[int]: ...
+    def plain(self, text: str) -> list[int]: ...
+
+
 class Reading:
-    """Another tokenizer of the checkpoint, and what transformers' chat template is in its ids."""
+    """A tokenizer of the checkpoint, and the checkpoint's chat template in its ids; messages are text alone there."""
 
-    by: HfText
-    text: Any  # encode(text, bos=), encode_special(text)
-    sources: dict[str, str]
-
-    def encode(self, text: str, *, bos: bool) -> list[int]:
-        return self.text.encode(text, bos=bos)
+    def __init__(self, by: HfText, text: Ids, name: str):
+        self.by, self.text, self.encode = by, text, text.encode
+        self.sources = {"tokens": name, "chat": f"the checkpoint's chat template, messages as text, by {name}"}
 
     def dialog(self, messages: Dialog) -> list[int] | None:
-        rendered = self.by.render(messages)
-        return None if rendered is None else self.text.encode_special(rendered)
+        specials = self.text.specials
+        rendered = self.by.render(messages, specials)
+        if rendered is None:
+            return None
+        names = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
+        parts = [part for part in re.split(f"({names})", rendered) if part] if names else [rendered]
+        ids = [[specials[p]] if p in specials else self.text.plain(p.replace(MARK, "")) for p in parts]
+        return [token for part in ids for token in part]
 
 
 class Stored:
@@ -128,14 +139,14 @@ class Stored:
         self.backend = Tokenizer.from_file(str(path)) if isinstance(path, Path) else path
         self.backend.no_truncation()
         self.backend.no_padding()
+        self.backend.encode_special_tokens = True
         self.before = before
+        self.specials = {t.content: i for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
-        self.backend.encode_special_tokens = True
-        return self.before * bos + self.backend.encode(text, add_special_tokens=False).ids
+        return self.before * bos + self.plain(text)
 
-    def encode_special(self, text: str) -> list[int]:
-        self.backend.encode_special_tokens = False
+    def plain(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
 
 
@@ -151,6 +162,12 @@ def open_tokenizer(path: Path) -> Any:
         return PreTrainedTokenizerFast(tokenizer_file=str(path))
     with path.open("rb") as file:
         start = file.read(4096)
+    if (
+        not is_tiktoken(start)
+        and (path.parent / "config.json").is_file()
+        and importlib.util.find_spec("google.protobuf")
+    ):
+        return AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, local_files_only=True)
     if not is_tiktoken(start):
         return _from_sentencepiece(path)
     converted = TikTokenConverter(str(path), extra_special_tokens=LLAMA3_SPECIAL).converted()
@@ -159,7 +176,7 @@ def open_tokenizer(path: Path) -> Any:
 
 
 def _from_sentencepiece(path: Path) -> Any:
-    """transformers' tokenizer of the same vocabulary: its own reader of .model files needs one more package."""
+    """transformers' tokenizer of the same vocabulary, where no Hugging Face folder is around it."""
     from sentencepiece import SentencePieceProcessor
     from transformers import LlamaTokenizer
     from transformers.tokenization_utils_base import generate_merges
@@ -183,7 +200,7 @@ def put_space_before(backend: Any) -> None:
     backend.pre_tokenizer = None
 
 
-def sentencepiece_like(model: Any) -> Stored | None:
+def sentencepiece_like(model: Any, before: list[int]) -> Stored | None:
     """The tokenizer with a space put before every text, where it has sentencepiece's kind of pieces."""
     from tokenizers import Tokenizer
     from tokenizers.pre_tokenizers import Metaspace
@@ -192,7 +209,7 @@ def sentencepiece_like(model: Any) -> Stored | None:
         return None
     backend = Tokenizer.from_str(model.backend_tokenizer.to_str())
     put_space_before(backend)
-    return Stored(backend, begins_with(model))
+    return Stored(backend, before)
 
 
 def begins_with(model: Any) -> list[int]:
@@ -200,6 +217,13 @@ def begins_with(model: Any) -> list[int]:
     whole, bare = model.encode("a"), model.encode("a", add_special_tokens=False)
     starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
     return whole[: starts[0]] if starts else []
+
+
+def bos_of_model(model: Any, folder: Path) -> list[int]:
+    """A .model file does not say whether it begins a text with BOS: Meta's code does, unless the folder says no."""
+    config = folder / "tokenizer_config.json"
+    refused = config.is_file() and read_json(config).get("add_bos_token") is False
+    return [] if refused or model.bos_token_id is None else [model.bos_token_id]
 
 
 def stop_ids(model: Any, folder: Path) -> frozenset[int]:

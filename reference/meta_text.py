@@ -4,7 +4,6 @@ from reference.meta_text import open_text
 open_text(checkpoint, None).encode("Hello", bos=True)    # [128000, 9906]
 """
 
-import re
 import uuid
 from pathlib import Path
 from typing import Any
@@ -46,13 +45,13 @@ class Llama3Text:
         self.model = Tokenizer(path)
         self.stop_ids = frozenset(self.model.stop_tokens)
         self.sources = {"tokens": f"{path.name} (Meta's code)", "chat": "Meta's chat format"}
+        self.specials = dict(self.model.special_tokens)
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
         return self.model.encode(text, bos=bos, eos=False)
 
-    def encode_special(self, text: str) -> list[int]:
-        """Names of special tokens in the text are these tokens."""
-        return self.model.encode(text, bos=False, eos=False, allowed_special="all")
+    def plain(self, text: str) -> list[int]:
+        return self.encode(text, bos=False)
 
     def decode(self, ids: list[int]) -> str:
         """Ids that the tokenizer lacks (a padded vocabulary) are left out."""
@@ -87,15 +86,13 @@ class Llama2Text:
         self.model = SentencePieceProcessor(model_file=str(path))
         self.stop_ids = frozenset({self.model.eos_id()})
         self.sources = {"tokens": f"{path.name} (Meta's code)", "chat": "Meta's chat format"}
+        self.specials = {self.model.id_to_piece(i): i for i in range(len(self.model)) if self.model.is_control(i)}
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
         return [self.model.bos_id()] * (bos and self.model.bos_id() >= 0) + self.model.encode(text)
 
-    def encode_special(self, text: str) -> list[int]:
-        """Names of control pieces in the text are these pieces; what is between them is text of its own."""
-        pieces = {self.model.id_to_piece(i): i for i in range(len(self.model)) if self.model.is_control(i)}
-        parts = re.split("(" + "|".join(map(re.escape, pieces)) + ")", text) if pieces else [text]
-        return [i for part in parts if part for i in ([pieces[part]] if part in pieces else self.model.encode(part))]
+    def plain(self, text: str) -> list[int]:
+        return self.model.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode([token for token in ids if token < self.model.get_piece_size()])

@@ -93,15 +93,12 @@ def reference_files(
             )
     except (CheckpointError, OSError) as error:
         raise UsageError(f"{described.path}: cannot be prepared for the references: {error}") from None
-    if described.own_tokenizer and tokenizer is not None:
-        beside = tokenizer.parent == described.path.parent
-        tokenizer = None if folders else tokenizer if beside else described.path  # a vocabulary in the file itself
+    if described.own_tokenizer and tokenizer is not None and folders and tokenizer.is_relative_to(described.path):
+        tokenizer = None  # they find what lies in a folder by themselves
     can = [name for name in references if has_tokenizer(name, tokenizer, checkpoint)]
     spare = None
     if texts is not None and described.tokenizer is not None:
         spare = [opened_tokenizer(described.tokenizer).encode(text, bos=True) for text in texts]
-        if not can:
-            notices.append(f"the prompts' ids are nanollama's own: no reference opens {described.tokenizer.name}")
     return ReferenceFiles(checkpoint, tokenizer, (can or list(references))[0], notices, spare)
 
 
