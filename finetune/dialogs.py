@@ -78,7 +78,7 @@ def read_dialogs(
     _report(bad, len(encoded) + len(bad), on_bad, say)
     if unread:
         counted = [f"{key} ({count:,})" for key, count in unread.most_common()]
-        say(f"data: keys beside the dialogues that are left unread: {", ".join(counted)}")
+        say(f"data: keys beside the dialogues that are left unread: {', '.join(counted)}")
     if not encoded:
         raise ValueError(f"--data {path}: holds no dialogue: one JSON object with messages a line")
     small = len(encoded) < HOLD_OUT_EACH

@@ -8,10 +8,14 @@ import json as jsonlib
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nanollama.cli import run
+
+# Of --dtype: floats, and what the gguf package quantizes to.
+DTypes = Literal["fp32", "bf16", "fp16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4", "tq2_0", "tq1_0"]
 
 # `--help` and usage errors answer at once: torch and what needs it is imported inside the commands.
 if TYPE_CHECKING:
@@ -144,16 +148,24 @@ def convert(
     dst: Path,  # folder to make, or .bin or .gguf file
     *,
     format: Literal["meta", "hf", "llama2c", "gguf"],  # of dst
-    dtype: Literal["fp32", "bf16", "fp16", "q8_0"] | None = None,  # default: as stored; q8_0 in gguf only
+    dtype: DTypes | None = None,  # default: as stored; the quantized ones in gguf only
     shards: int = 1,  # model-parallel files of a Meta folder, 1 to 16
     version: int = 0,  # of llama2c: 0 and 1 are fp32, 2 is int8
     tokenizer: Path | None = None,  # a tokenizer file, where there is none beside src
+    adapter: Path | None = None,  # folder of a LoRA adapter (PEFT's format) to merge into the weights
 ) -> None:
     """Write a checkpoint in another format. Weights stream from file to file."""
+    from nanollama.checkpoint import Checkpoint
     from nanollama.checkpoint import convert as write
     from nanollama.describe import describe, summary
 
-    made = write(src, dst, format, dtype=dtype, shards=shards, version=version, tokenizer=tokenizer)
+    def merge(base: Checkpoint) -> Checkpoint:
+        from nanollama.adapter import merged, read_adapter
+
+        return replace(base, weights=merged(base.weights, read_adapter(str(adapter), base.config)))
+
+    change = merge if adapter else None
+    made = write(src, dst, format, dtype=dtype, shards=shards, version=version, tokenizer=tokenizer, change=change)
     print(summary(describe(made)))
 
 

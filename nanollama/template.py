@@ -47,8 +47,12 @@ class JoinsAsSums(NodeTransformer):
     """a ~ b as a + b of texts: sums pass the sandbox."""
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        parts = [nodes.Filter(self.visit(part), "string", [], [], None, None) for part in node.nodes]
-        return functools.reduce(lambda a, b: nodes.Add(a, b), parts).set_environment(node.environment)
+        options = {"lineno": node.lineno, "environment": node.environment}
+        parts = [nodes.Filter(self.visit(part), "string", [], [], None, None, **options) for part in node.nodes]
+        joined: nodes.Expr = parts[0]
+        for part in parts[1:]:
+            joined = nodes.Add(joined, part, **options)
+        return joined
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -90,7 +94,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise TemplateProblem(f"it makes more than {MAX_CHARS:,} characters")
         return value
 
-    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         self._small([*args, *kwargs.values()])
         return self._checked(super().call(context, obj, *args, **kwargs))
 

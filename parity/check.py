@@ -175,10 +175,9 @@ def check(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[str, Any]:
     # What is stored fits whole (memory-mapped) if anything does: its run makes the greedy text.
     dtypes = sorted(chosen["dtypes"], key=lambda dtype: dtype != checkpoint.stored_dtype)
     with workspace() as folder:
-        files = reference_files(checkpoint, folder / "converted")
+        files = reference_files(checkpoint, folder / "converted", chosen["references"], prompts.texts)
         case = Case(
-            checkpoint=str(files.checkpoint),
-            tokenizer=str(files.tokenizer) if files.tokenizer else None,
+            **files.as_case(),
             dtypes=dtypes if large else chosen["dtypes"],
             texts=prompts.texts,
             prompts=prompts.tokens,
@@ -202,6 +201,8 @@ def check(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[str, Any]:
             own_files=(str(checkpoint.path.resolve()), str(checkpoint.tokenizer) if checkpoint.tokenizer else None),
             ops="ops" in chosen["checks"],
             large=large,
+            first=files.first,
+            witnesses=witnesses(chosen, files.checkpoint) if checkpoint.tokenizer else (),
         )
         runner.notices += [*checkpoint.notices, *files.notices, *prompts.notices]
         ev = runner.run()
@@ -209,6 +210,15 @@ def check(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[str, Any]:
         results = summary.crash_results(runner.crashes) + summary.judge_all(ev, chosen["checks"])
         entry = {"path": args.ckpt or "embedded default", "format": checkpoint.format, "verified": checkpoint.verified}
         return summary.summarise(ev, results, runner, clock(), entry)
+
+
+def witnesses(chosen: dict[str, Any], folder: Path) -> tuple[str, ...]:
+    """References that are asked for token ids alone: a candidate may follow what the only other one does not open."""
+    if chosen["references"] != ["meta"] or not {"tokens", "chat"} & set(chosen["checks"]):
+        return ()
+    more = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+    opens_more = any((folder / name).is_file() for name in more)
+    return ("hf",) if opens_more and importlib.util.find_spec("transformers") is not None else ()
 
 
 def why_untrained(asked: str | None, chosen: dict[str, Any], large: bool, parameters: int) -> str | None:

@@ -108,7 +108,8 @@ class Case:
     device: str = "cpu"
     threads: int = 1
     max_new_tokens: int = 0
-    record: str = "taps"
+    spare_prompts: list[list[int]] | None = None  # ids of `texts` where the first reference has no tokenizer
+    record: str = "taps"  # or "logits", or "text": token ids alone
     positions: list[list[int]] | None = None
     n_positions: int | None = None
     rope_positions: list[int] = field(default_factory=list)

@@ -33,6 +33,7 @@ class Evidence:
     oracle: Trace
     references: dict[str, Trace]
     candidates: dict[str | None, Trace]  # by path; {None: trace} for a candidate with one path
+    witnesses: list[Trace] = field(default_factory=list)  # token ids alone, by references that do not judge
     forced: dict[str, Trace] = field(default_factory=dict)  # the references, cut short: inputs of the op gates
     rounded: dict[str, Trace] = field(default_factory=dict)  # by scheme: the oracle with its weights as integers
     ops: dict[str, Trace] = field(default_factory=dict)  # the oracle's operations on these inputs, see checks/ops.py

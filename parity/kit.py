@@ -125,11 +125,11 @@ def gather(args: argparse.Namespace, dtypes: list[str], folder: Path) -> Source:
     checkpoint = describe(args.ckpt or str(folder / "checkpoint"), args.tokenizer)
     if checkpoint.stored_bytes > SMALL_BYTES:
         raise UsageError(f"--ckpt {args.ckpt}: a kit of it would be too large to pass on; use python -m parity.check")
-    prompts, opened = choose_prompts(args.prompts, checkpoint), reference_files(checkpoint, folder / "converted")
+    prompts = choose_prompts(args.prompts, checkpoint)
+    opened = reference_files(checkpoint, folder / "converted", REFERENCES, prompts.texts)
     trained = "fp32" in dtypes and checkpoint.parameters <= TRAINED_PARAMETERS
     case = Case(
-        checkpoint=str(opened.checkpoint),
-        tokenizer=str(opened.tokenizer) if opened.tokenizer else None,
+        **opened.as_case(),
         dtypes=dtypes,
         texts=prompts.texts,
         prompts=prompts.tokens,
@@ -139,7 +139,7 @@ def gather(args: argparse.Namespace, dtypes: list[str], folder: Path) -> Source:
         training=training_case(checkpoint.config["vocab_size"]) if trained else None,
     )
     torch.set_num_threads(case.threads)  # sums, and so the bounds' last digits, are split alike in every run
-    runner = Runner(case, list(REFERENCES), "", folder, sys.stderr.isatty(), ops=False)
+    runner = Runner(case, list(REFERENCES), "", folder, sys.stderr.isatty(), ops=False, first=opened.first)
     ev = runner.run_references()
     ev.candidates = {None: ev.oracle}
     name = Path(args.ckpt).name if args.ckpt and Path(args.ckpt).exists() else args.ckpt  # a kit is passed on

@@ -31,8 +31,9 @@ ROPE_POSITIONS = (*range(64), 511, 1023, 4095, *FAR_POSITIONS)
 
 
 CANDIDATE_KEYS = ("prompt_lengths", "too_large")  # of a case, which references need not know
+TEXTS = " texts"  # ends the labels of witnesses
 # A case's questions that do not depend on the dtype, left out: asked once.
-NO_IDENTITY: dict[str, Any] = {"texts": None, "corpus": [], "dialogs": [], "weights": False}
+NO_IDENTITY: dict[str, Any] = {"texts": None, "corpus": [], "dialogs": [], "weights": False, "spare_prompts": None}
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class Runner:
     # Checkpoint and tokenizer as the candidate opens them, where the references need them in another form.
     own_files: tuple[str, str | None] | None = None
 
+    first: str | None = None  # the reference that turns texts into ids and continues them; else the first of them
+    witnesses: tuple[str, ...] = ()  # references that are asked for the ids of the case's texts alone
     large: bool = False  # one dtype and one process at a time; a candidate's trace goes when it is measured
 
     def run(self) -> Evidence:
@@ -113,18 +116,19 @@ class Runner:
         """Run both references and the oracle at these dtypes; in later rounds, on the first round's token ids."""
         with ExitStack() as stack:
             if not self.large:  # the others' imports take seconds: let them begin while the first one runs
-                jobs = [self._job(f"reference.{name}", name) for name in self.references[1:]]
+                jobs = [self._job(f"reference.{name}", name) for name in self.references if name != self._first]
                 self.ahead = {job.label: self._start(stack, job) for job in jobs}
             return self._run_references(dtypes, ev)
 
     def _run_references(self, dtypes: list[str], ev: Evidence | None) -> Evidence:
         if ev is None:
-            name = self.references[0]
+            name = self._first
             first = self._run([self._job(f"reference.{name}", name, replace(self.case, dtypes=dtypes))])
             meta = first[name].meta
             fixed = {"prompts": meta["sequences"], "prompt_lengths": meta["prompt_lengths"]}
             case = replace(self.case, positions=meta["positions"], n_positions=None, max_new_tokens=0, **fixed)
-            rest, oracle_dtypes = self.references[1:], self.case.dtypes  # the oracle shares work between dtypes
+            rest = [other for other in self.references if other != name]
+            oracle_dtypes = self.case.dtypes  # the oracle shares work between dtypes
         else:
             case, first, rest = replace(ev.case, **NO_IDENTITY), {}, self.references
             known = ev.oracle.meta["dtypes"]
@@ -132,9 +136,12 @@ class Runner:
         jobs = [self._job(f"reference.{name}", name, replace(case, dtypes=dtypes)) for name in rest]
         if oracle_dtypes:
             jobs.append(self._job("reference.oracle", "oracle", replace(case, dtypes=oracle_dtypes, **NO_IDENTITY)))
-        traces = first | self._run(jobs)
+        texts = replace(self.case, record="text")
+        asked = [self._job(f"reference.{n}", n + TEXTS, texts) for n in self.witnesses if ev is None]
+        traces = first | self._run([*jobs, *asked])
         if ev is None:
             ev = Evidence(case, traces["oracle"], {name: traces[name] for name in self.references}, {})
+            ev.witnesses = [traces[job.label] for job in asked if job.label in traces]
             if self.ops and case.positions is None and case.record == "taps":
                 forced = self.folder / "forced"
                 ev.forced = {name: cut(ev.references[name], case.dtypes, forced / name) for name in self.references}
@@ -176,6 +183,10 @@ class Runner:
         traces = self._run(jobs)
         ev.ops = {name: traces[f"oracle-ops-{name}"] for name in ev.forced}
 
+    @property
+    def _first(self) -> str:
+        return self.first or self.references[0]
+
     def _job(self, module: str, label: str, case: Case | None = None) -> Job:
         """Without a case, the process waits for it on standard input."""
         file = "-" if case is None else str(case.write(self.folder / f"{label}.json", *CANDIDATE_KEYS))
@@ -209,10 +220,13 @@ class Runner:
                 self.peak_bytes = max(self.peak_bytes, ended.peak_bytes)
                 try:
                     ended.finish()
-                except Crash as crash:
-                    if not ended.label.startswith("candidate"):
+                except (Crash, UsageError) as error:
+                    if ended.label.endswith(TEXTS):
+                        self.notices.append(f"{ended.label} were not read: {error}")
+                    elif isinstance(error, Crash) and ended.label.startswith("candidate"):
+                        self.crashes.append(str(error))
+                    else:
                         raise
-                    self.crashes.append(str(crash))
         return {job.label: self._trace(job) for job in jobs if (job.out / "trace.json").is_file()}
 
     def _trace(self, job: Job) -> Trace:

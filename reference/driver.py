@@ -44,6 +44,7 @@ class Text(Protocol):
     """The implementation's own tokenizer."""
 
     stop_ids: frozenset[int]
+    sources: dict[str, str]  # of its ids of texts ("tokens") and of dialogs ("chat"), in words
 
     def encode(self, text: str, *, bos: bool) -> list[int]: ...
     def dialog(self, messages: Dialog) -> list[int] | None: ...
@@ -149,9 +150,16 @@ def run_case(case: Case, engine: Engine, out: Path) -> None:
     set_numerics(case.threads)
     out.mkdir(parents=True, exist_ok=True)
     text = TextIds(case, engine)
-    prompts = case.prompts if case.prompts is not None else text.token_ids
+    known = {"schema": TRACE_SCHEMA, "implementation": engine.name, **text.found}
+    if case.record == "text":
+        write_json(out / "trace.json", known | {"seconds_forward": 0.0, "notices": []})
+        return
+    prompts, notices = case.prompts or text.found["token_ids"], list(engine.checkpoint.notices)
+    if prompts is None and case.spare_prompts is not None:
+        prompts = case.spare_prompts
+        notices.append(f"the prompts' ids are nanollama's own: {text.found['untexted']}")
     if prompts is None:
-        raise Unusable(f"{case.checkpoint}: no tokenizer file lies here; give one, or prompts as token ids")
+        raise Unusable(f"{case.checkpoint}: {text.found['untexted'] or 'neither prompts nor texts'}; give token ids")
     check_sequences(prompts, engine.checkpoint.config["vocab_size"])
     with engine.running(), torch.inference_mode():
         run = Run(case, engine, out)
@@ -167,9 +175,8 @@ def run_case(case: Case, engine: Engine, out: Path) -> None:
         training = run_training(engine.trainable(longest(case.training)), case.training, out, torch_adamw)
     write_json(
         out / "trace.json",
-        {
-            "schema": TRACE_SCHEMA,
-            "implementation": engine.name,
+        known
+        | {
             "versions": versions(engine.packages) | {"threads": str(case.threads), "device": case.device},
             "config": engine.config(),
             "sequences": sequences,
@@ -180,10 +187,7 @@ def run_case(case: Case, engine: Engine, out: Path) -> None:
             "generated_by": generated_by,
             "seconds_forward": run.seconds,
             "errata": list(engine.errata),
-            "notices": [*engine.checkpoint.notices, *text.notices],
-            "token_ids": text.token_ids,
-            "corpus_ids": text.corpus_ids,
-            "dialog_ids": text.dialog_ids,
+            "notices": notices,
             "weights": weight_hashes(engine.checkpoint) if case.weights else None,
             "training": training,
         },
@@ -192,26 +196,34 @@ def run_case(case: Case, engine: Engine, out: Path) -> None:
 
 
 class TextIds:
-    """What the implementation's own tokenizer makes of the texts of a case; None where it has no tokenizer."""
+    """What the implementation's own tokenizer makes of the texts of a case, as entries of its trace.
+
+    untexted: why there is nothing. readings: the same texts by each of the checkpoint's files, this one's first.
+    """
 
     def __init__(self, case: Case, engine: Engine):
-        self.notices: list[str] = []
-        self.token_ids: list[list[int]] | None = None
-        self.corpus_ids: list[list[int]] | None = None
-        self.dialog_ids: list[list[int] | None] | None = None
+        nothing = {"token_ids": None, "corpus_ids": None, "dialog_ids": None}
+        self.found: dict[str, Any] = nothing | {"untexted": None, "readings": []}
         if case.texts is None and not case.corpus and not case.dialogs:
             return
         try:
             text = engine.text(case.tokenizer)
         except Unusable as error:
-            if case.prompts is None or case.tokenizer is not None:
-                raise
-            self.notices.append(str(error))
+            self.found["untexted"] = str(error)
             return
-        self.token_ids = None if case.texts is None else [text.encode(one, bos=True) for one in case.texts]
-        self.corpus_ids = [text.encode(one, bos=False) for one in case.corpus]
-        dialogs = [text.dialog(one) for one in case.dialogs]
-        self.dialog_ids = dialogs if any(ids is not None for ids in dialogs) else None
+        others = text.readings() if hasattr(text, "readings") else ()
+        self.found["readings"] = [reading(case, one) for one in (text, *others)]
+        self.found |= {key: self.found["readings"][0][key] for key in nothing}
+
+
+def reading(case: Case, text: Text) -> dict[str, Any]:
+    dialogs = [text.dialog(one) for one in case.dialogs]
+    return {
+        **text.sources,
+        "token_ids": None if case.texts is None else [text.encode(one, bos=True) for one in case.texts],
+        "corpus_ids": [text.encode(one, bos=False) for one in case.corpus],
+        "dialog_ids": dialogs if any(ids is not None for ids in dialogs) else None,
+    }
 
 
 class Run:

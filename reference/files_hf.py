@@ -7,6 +7,8 @@ no lm_head. Names are translated to Meta's; the rows of q_proj and k_proj stay i
     open_folder("Llama-3.2-1B").config["tied"]    # True
 """
 
+import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -43,32 +45,40 @@ USED = {
     "head_dim",
 }
 USED |= {"vocab_size", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings"}
-HARMLESS = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype", "use_cache"}
-HARMLESS |= {
-    "transformers_version",
-    "_name_or_path",
-    "initializer_range",
-    "max_position_embeddings",
-    "attention_dropout",
+# Bookkeeping that every release carries.
+SILENT = {"bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "torch_dtype", "dtype", "use_cache"}
+SILENT |= {"transformers_version", "initializer_range", "max_position_embeddings", "attention_dropout", "name_or_path"}
+SILENT |= {"pretraining_tp", "id2label", "label2id", "return_dict", "output_attentions", "output_hidden_states"}
+SILENT |= {"tokenizer_class"}
+# What changes the forward pass of transformers' Llama, with the values at which it is the dense text Llama.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama",),
+    "architectures": (["LlamaForCausalLM"], ["LLaMAForCausalLM"]),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1,),
+    "is_encoder_decoder": (False,),
+    "chunk_size_feed_forward": (0,),
+    "use_sliding_window": (False,),
 }
-HARMLESS |= {"pretraining_tp", "id2label", "label2id", "return_dict", "output_attentions", "output_hidden_states"}
-FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-FIXED |= {
-    "partial_rotary_factor": 1.0,
-    "is_encoder_decoder": False,
-    "chunk_size_feed_forward": 0,
-    "use_sliding_window": False,
-}
+SPECIAL = ("layer_types", "per_layer_config", "auto_map", "original_max_position_embeddings")
+# In the names of other keys: words of the forward pass.
+WORDS = {"act", "activation", "attention", "attn", "bias", "clip", "expert", "experts", "factor", "layernorm", "mamba"}
+WORDS |= {"logit", "logits", "moe", "multiplier", "norm", "pruned", "qk", "qkv", "quantization", "residual", "rmsnorm"}
+WORDS |= {"rope", "rotary", "router", "scale", "scaled", "scaling", "softcap", "softcapping", "sparse", "ssm", "window"}
+HARMLESS_WORDS = {"dropout", "pdrop", "implementation", "flash"}
 
 
 def open_hf(folder: Path) -> Checkpoint:
     config_path = folder / "config.json"
-    raw = _read_config(config_path)
+    raw = read_json(config_path)
+    notices = _check_keys(raw, config_path)
     tensors = _open_tensors(folder)
     config = _config(raw, config_path)
     weights = Weights(_sources(tensors, config, folder), layout="hf", head_dim=config["head_dim"])
     check_weights(weights, config, folder)
-    return Checkpoint(folder, "hf", config, weights)
+    return Checkpoint(folder, "hf", config, weights, notices)
 
 
 def hf_name(name: str) -> str:
@@ -93,14 +103,42 @@ def meta_name(name: str) -> str | None:
     return f"layers.{int(pieces[0])}.{inner}.weight" if inner else name
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    raw = read_json(path)
+def _check_keys(raw: dict[str, Any], path: Path) -> tuple[str, ...]:
+    """Refuse what is computed otherwise than by the dense text Llama; a notice names what nothing reads."""
+    unread = []
     for key, value in raw.items():
-        if key in FIXED and value is not None and value != FIXED[key]:
-            raise Unusable(f"{path}: {key} is {value!r}; only {FIXED[key]!r} is a dense text Llama")
-        if key not in USED | HARMLESS | FIXED.keys() and value not in (None, False):
-            raise Unusable(f"{path}: unknown key {key!r}, which may change the computation")
-    return raw
+        if key in USED | SILENT or key.startswith("_") or value in (None, False, "", [], {}):
+            continue
+        shown = reprlib.repr(value)
+        if key in FIXED:
+            if value not in FIXED[key]:
+                raise Unusable(f"{path}: {key} is {shown}; only {FIXED[key][0]!r} is a dense text Llama")
+        elif key == "quantization_config":
+            raise Unusable(f"{path}: quantization_config {shown} is not computed here; get the unquantised weights")
+        elif not is_about_the_pass(key):
+            unread.append(repr(key[:60]))
+        elif not is_neutral(key, value, raw):
+            raise Unusable(f"{path}: key {key[:60]!r} is {shown}, which may change the computation")
+    return (f"{path.name}: no Llama reads {', '.join(unread[:8])}{' and more' * (len(unread) > 8)}",) if unread else ()
+
+
+def is_about_the_pass(key: str) -> bool:
+    """Whether a key that is not known here may be about the forward pass: by the words that its name is made of."""
+    words = set(re.split(r"[_.]", key.lower()))
+    return key in SPECIAL or bool(words & WORDS and not words & HARMLESS_WORDS)
+
+
+def is_neutral(key: str, value: Any, raw: dict[str, Any]) -> bool:
+    """Whether a key about the forward pass leaves the dense text Llama as it is."""
+    if key == "layer_types":
+        return isinstance(value, list) and all(kind == "full_attention" for kind in value)
+    if key == "auto_map":
+        return isinstance(value, dict) and not any("AutoModel" in name for name in value)
+    if key == "original_max_position_embeddings":  # transformers reads this one before the scaling's own
+        scaled = [s for s in (raw.get("rope_scaling"), raw.get("rope_parameters")) if isinstance(s, dict)]
+        return all(s.get(key, value) == value for s in scaled)
+    is_factor = re.search("multiplier|scal|factor", key)
+    return type(value) in (int, float) and value == (1 if is_factor else 0)
 
 
 def _config(raw: dict[str, Any], path: Path) -> Config:

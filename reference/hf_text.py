@@ -1,14 +1,22 @@
-"""Token ids by transformers: the folder's tokenizer.json, else its own conversion of Meta's tokenizer files.
+"""Token ids by transformers: the user's folder or .gguf as AutoTokenizer opens it, template included.
+
+Meta's own files (a tokenizer.model alone), which AutoTokenizer does not open rightly, go through transformers'
+converters. Beside its own reading it gives those of the checkpoint's files as they stand: see `HfText.readings`.
 
 from reference.hf_text import HfText
 HfText(checkpoint, None).encode("Hello", bos=True)    # [128000, 9906]
 """
 
+import contextlib
+import importlib.util
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from reference.files import Checkpoint
-from reference.meta_text import is_tiktoken, tool_call
+from reference.files import Checkpoint, read_json
+from reference.hf_gguf import is_gguf, open_gguf
+from reference.meta_text import is_tiktoken, open_text, tool_call
 from reference.protocol import Dialog
 from reference.weights import Unusable
 
@@ -22,61 +30,154 @@ LLAMA3_SPECIAL = [
 LLAMA3_SPECIAL += ["<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>"]
 LLAMA3_SPECIAL += ["<|eot_id|>", "<|python_tag|>", "<|image|>"]
 LLAMA3_SPECIAL += [f"<|reserved_special_token_{i}|>" for i in range(2, 246)]
-STOP_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "</s>")
+LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+MARK = "\ufdd1"  # no character: put inside names of special tokens in messages
+FOLDERS = ("tokenizer.json", "vocab.json")  # what AutoTokenizer opens a folder by
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 class HfText:
+    reader = "transformers"
+
     def __init__(self, checkpoint: Checkpoint, tokenizer: str | None):
-        path = Path(tokenizer) if tokenizer else checkpoint.find("tokenizer.json", "tokenizer.model")
+        path = Path(tokenizer) if tokenizer else checkpoint.find(*FILES)
         if path is None:
-            raise Unusable("no tokenizer.json or tokenizer.model lies with the checkpoint; transformers needs one")
+            raise Unusable(
+                "transformers has no tokenizer here: the checkpoint has no tokenizer.json or tokenizer.model"
+            )
+        self.checkpoint, self.path, self.own = checkpoint, path, tokenizer is None
         try:
             self.model = open_tokenizer(path)
+        except Unusable:
+            raise
         except Exception as error:  # each library has errors of its own for a broken file
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-            raise Unusable(f"{path}: transformers cannot read this tokenizer ({reason})") from None
-        vocabulary = self.model.get_vocab()
-        self.bos_id = vocabulary.get("<|begin_of_text|>", vocabulary.get("<s>"))
-        self.stop_ids = frozenset(vocabulary[token] for token in STOP_TOKENS if token in vocabulary)
+            raise Unusable(f"transformers cannot read {path.name} ({reason})") from None
+        self.model.chat_template = self.model.chat_template or chat_template(path.parent)
+        self.before = begins_with(self.model) if path.suffix != ".model" else bos_of_model(self.model, path.parent)
+        self.specials = {str(t): i for i, t in self.model.added_tokens_decoder.items() if t.special}
+        self.stop_ids = stop_ids(self.model, checkpoint.folder)
+        self.sources = {
+            "tokens": f"{path.name} (transformers)",
+            "chat": "the checkpoint's chat template (transformers)",
+        }
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
-        """The text alone, its special tokens' names as plain text, and BOS by hand: files differ in adding it."""
+        """The text alone, its special tokens' names as plain text; with bos, begun as this tokenizer begins a text."""
         ids = self.model.encode(text, add_special_tokens=False, split_special_tokens=True)
-        return [self.bos_id] * bos + ids
+        return self.before * bos + ids
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids, clean_up_tokenization_spaces=False)
 
+    def plain(self, text: str) -> list[int]:
+        return self.encode(text, bos=False)
+
     def dialog(self, messages: Dialog) -> list[int] | None:
-        """By the chat template that the folder brings; None where it brings none."""
+        """By the chat template that the checkpoint brings; None where it brings none, or refuses the dialog."""
+        rendered = self.render(messages)
+        return None if rendered is None else self.model.encode(rendered, add_special_tokens=False)
+
+    def render(self, messages: Dialog, specials: Iterable[str] = ()) -> str | None:
+        """`specials`: names that are marked in the messages, so that they can be told from the template's own."""
         if not self.model.chat_template:
             return None
         template = [_openai_message(message) for message in messages]
-        return self.model.apply_chat_template(template, add_generation_prompt=True, return_dict=False)
+        for message in template:
+            for name in specials:
+                message["content"] = message["content"].replace(name, name[0] + MARK + name[1:])
+        try:
+            return self.model.apply_chat_template(template, add_generation_prompt=True, tokenize=False)
+        except Exception:  # what a template raises is its own business: it may know no system message
+            return None
+
+    def readings(self) -> Iterator["Reading"]:
+        """The same texts by the checkpoint's files as they stand, which a class of transformers need not follow."""
+        yield Reading(self, self, self.sources["tokens"])
+        if self.path.name == "tokenizer.json":
+            yield Reading(self, Stored(self.path, self.before), "tokenizer.json (as it stands)")
+        if is_gguf(self.path) and (spaced := sentencepiece_like(self.model, self.before)) is not None:
+            yield Reading(self, spaced, f"{self.path.name} (as sentencepiece reads it)")
+        model = self.checkpoint.find("tokenizer.model") if self.own else None
+        if model is not None and model != self.path:
+            with contextlib.suppress(Unusable):  # Meta's reference will say it
+                metas = open_text(None, str(model))
+                yield Reading(self, metas, metas.sources["tokens"])
+
+
+class Ids(Protocol):
+    specials: dict[str, int]
+
+    def encode(self, text: str, *, bos: bool) -> list[int]: ...
+    def plain(self, text: str) -> list[int]: ...
+
+
+class Reading:
+    """A tokenizer of the checkpoint, and the checkpoint's chat template in its ids; messages are text alone there."""
+
+    def __init__(self, by: HfText, text: Ids, name: str):
+        self.by, self.text, self.encode = by, text, text.encode
+        self.sources = {"tokens": name, "chat": f"the checkpoint's chat template, messages as text, by {name}"}
+
+    def dialog(self, messages: Dialog) -> list[int] | None:
+        specials = self.text.specials
+        rendered = self.by.render(messages, specials)
+        if rendered is None:
+            return None
+        names = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
+        parts = [part for part in re.split(f"({names})", rendered) if part] if names else [rendered]
+        ids = [[specials[p]] if p in specials else self.text.plain(p.replace(MARK, "")) for p in parts]
+        return [token for part in ids for token in part]
+
+
+class Stored:
+    """A tokenizer.json (or a backend) run by the tokenizers library."""
+
+    def __init__(self, path: Path | Any, before: list[int]):
+        from tokenizers import Tokenizer
+
+        self.backend = Tokenizer.from_file(str(path)) if isinstance(path, Path) else path
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True
+        self.before = before
+        self.specials = {t.content: i for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
+
+    def encode(self, text: str, *, bos: bool) -> list[int]:
+        return self.before * bos + self.plain(text)
+
+    def plain(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
 
 
 def open_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
+    if is_gguf(path):
+        return open_gguf(path)
+    if path.name in FOLDERS:
+        return AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, local_files_only=True)
     if path.suffix == ".json":
-        folder = path.parent
-        has_config = (folder / "tokenizer_config.json").exists()
-        return (
-            AutoTokenizer.from_pretrained(folder) if has_config else PreTrainedTokenizerFast(tokenizer_file=str(path))
-        )
+        return PreTrainedTokenizerFast(tokenizer_file=str(path))
     with path.open("rb") as file:
         start = file.read(4096)
+    if (
+        not is_tiktoken(start)
+        and (path.parent / "config.json").is_file()
+        and importlib.util.find_spec("google.protobuf")
+    ):
+        return AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, local_files_only=True)
     if not is_tiktoken(start):
         return _from_sentencepiece(path)
     converted = TikTokenConverter(str(path), extra_special_tokens=LLAMA3_SPECIAL).converted()
-    return PreTrainedTokenizerFast(tokenizer_object=converted, bos_token="<|begin_of_text|>")
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=converted, **names)
 
 
 def _from_sentencepiece(path: Path) -> Any:
-    """transformers' tokenizer of the same vocabulary: its own reader of .model files needs one more package."""
+    """transformers' tokenizer of the same vocabulary, where no Hugging Face folder is around it."""
     from sentencepiece import SentencePieceProcessor
-    from tokenizers import normalizers
     from transformers import LlamaTokenizer
     from transformers.tokenization_utils_base import generate_merges
 
@@ -84,12 +185,71 @@ def _from_sentencepiece(path: Path) -> Any:
     pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
     scores = {piece: model.get_score(i) for i, piece in enumerate(pieces)}
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=generate_merges(vocabulary, scores))
-    # The class swallows a space at the beginning of a text; Meta's published tokenizer.json and sentencepiece do not.
-    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.backend_tokenizer.pre_tokenizer = None
+    special = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
+    names = {name: pieces[i] if i >= 0 else None for name, i in special.items()}
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=generate_merges(vocabulary, scores), **names)
+    put_space_before(tokenizer.backend_tokenizer)
     return tokenizer
+
+
+def put_space_before(backend: Any) -> None:
+    """As sentencepiece and Meta's tokenizer.json do; the class swallows a space at the beginning of a text."""
+    from tokenizers import normalizers
+
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = None
+
+
+def sentencepiece_like(model: Any, before: list[int]) -> Stored | None:
+    """The tokenizer with a space put before every text, where it has sentencepiece's kind of pieces."""
+    from tokenizers import Tokenizer
+    from tokenizers.pre_tokenizers import Metaspace
+
+    if not isinstance(model.backend_tokenizer.pre_tokenizer, Metaspace):
+        return None
+    backend = Tokenizer.from_str(model.backend_tokenizer.to_str())
+    put_space_before(backend)
+    return Stored(backend, before)
+
+
+def begins_with(model: Any) -> list[int]:
+    """The ids that this tokenizer puts before a text."""
+    whole, bare = model.encode("a"), model.encode("a", add_special_tokens=False)
+    starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
+    return whole[: starts[0]] if starts else []
+
+
+def bos_of_model(model: Any, folder: Path) -> list[int]:
+    """A .model file does not say whether it begins a text with BOS: Meta's code does, unless the folder says no."""
+    config = folder / "tokenizer_config.json"
+    refused = config.is_file() and read_json(config).get("add_bos_token") is False
+    return [] if refused or model.bos_token_id is None else [model.bos_token_id]
+
+
+def stop_ids(model: Any, folder: Path) -> frozenset[int]:
+    """Of every place: the tokenizer's EOS, generation_config.json, config.json; in Meta's folders Llama 3's by name."""
+    found: list[Any] = [model.eos_token_id]
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        ids = read_json(path).get("eos_token_id") if path.is_file() else None
+        found += ids if isinstance(ids, list) else [ids]
+    if (folder / "params.json").is_file():
+        vocabulary = model.get_vocab()
+        found += [vocabulary.get(name) for name in LLAMA3_STOPS]
+    return frozenset(token for token in found if type(token) is int)
+
+
+def chat_template(folder: Path) -> str | None:
+    """The template of a folder whose tokenizer AutoTokenizer did not open, or that lies where it does not look."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
+        if isinstance(found, list):  # several by name
+            named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+            found = named.get("default")
+        if isinstance(found, str):
+            return found
+    return None
 
 
 def _openai_message(message: dict[str, Any]) -> dict[str, Any]:

@@ -17,12 +17,14 @@ def open_text(checkpoint: Checkpoint | None, tokenizer: str | None) -> "Llama3Te
     """The tokenizer of the path, else of the checkpoint."""
     path = Path(tokenizer) if tokenizer else checkpoint.find("tokenizer.model") if checkpoint else None
     if path is None:
-        raise Unusable("no tokenizer.model lies with the checkpoint; Meta's tokenizer needs one")
+        raise Unusable("Meta's code has no tokenizer here: the checkpoint has no tokenizer.model")
     try:
         with path.open("rb") as file:
             start = file.read(4096)
     except OSError as error:
         raise Unusable(f"{path}: cannot be read ({error.strerror})") from None
+    if path.suffix in (".json", ".bin") or start[:4] == b"GGUF":
+        raise Unusable(f"Meta's code has no tokenizer here: it opens tokenizer.model files, not {path.name}")
     try:
         return Llama3Text(path) if is_tiktoken(start) else Llama2Text(path)
     except Exception as error:  # each library has errors of its own for a broken file
@@ -42,9 +44,14 @@ class Llama3Text:
 
         self.model = Tokenizer(path)
         self.stop_ids = frozenset(self.model.stop_tokens)
+        self.sources = {"tokens": f"{path.name} (Meta's code)", "chat": "Meta's chat format"}
+        self.specials = dict(self.model.special_tokens)
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
         return self.model.encode(text, bos=bos, eos=False)
+
+    def plain(self, text: str) -> list[int]:
+        return self.encode(text, bos=False)
 
     def decode(self, ids: list[int]) -> str:
         """Ids that the tokenizer lacks (a padded vocabulary) are left out."""
@@ -78,9 +85,14 @@ class Llama2Text:
 
         self.model = SentencePieceProcessor(model_file=str(path))
         self.stop_ids = frozenset({self.model.eos_id()})
+        self.sources = {"tokens": f"{path.name} (Meta's code)", "chat": "Meta's chat format"}
+        self.specials = {self.model.id_to_piece(i): i for i in range(len(self.model)) if self.model.is_control(i)}
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
-        return [self.model.bos_id()] * bos + self.model.encode(text)
+        return [self.model.bos_id()] * (bos and self.model.bos_id() >= 0) + self.model.encode(text)
+
+    def plain(self, text: str) -> list[int]:
+        return self.model.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode([token for token in ids if token < self.model.get_piece_size()])

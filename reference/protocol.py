@@ -44,7 +44,8 @@ class Case:
     corpus: tuple[str, ...] = ()
     dialogs: tuple[Dialog, ...] = ()
     max_new_tokens: int = 0
-    record: str = "taps"  # or "logits"
+    spare_prompts: list[list[int]] | None = None  # ids of `texts` for an implementation that has no tokenizer
+    record: str = "taps"  # or "logits", or "text": token ids alone
     positions: list[list[int]] | None = None  # where taps are kept, per sequence; None: everywhere
     n_positions: int | None = None  # in place of positions: this many of each sequence
     rope_positions: tuple[int, ...] = ()
@@ -69,7 +70,7 @@ def read_case(path: Path) -> Case:
     case = Case(**values)
     if not case.dtypes or any(dtype not in DTYPES or dtype == "fp64" for dtype in case.dtypes):
         raise Unusable(f"{path}: dtypes should be from fp32, bf16, fp16, not {list(case.dtypes)}")
-    for key, choices in (("record", ("taps", "logits")), ("stream", ("auto", "always", "never"))):
+    for key, choices in (("record", ("taps", "logits", "text")), ("stream", ("auto", "always", "never"))):
         if getattr(case, key) not in choices:
             raise Unusable(f"{path}: {key} should be one of {', '.join(choices)}, not {getattr(case, key)!r}")
     return case
@@ -80,7 +81,8 @@ def check_sequences(sequences: list[list[int]], vocab_size: int) -> None:
         if not sequence:
             raise Unusable(f"prompt {i} is empty; give it at least one token")
         if any(not isinstance(token, int) or not 0 <= token < vocab_size for token in sequence):
-            raise Unusable(f"prompt {i} holds a token outside 0..{vocab_size - 1}, the vocabulary of the checkpoint")
+            rows = f"0..{vocab_size - 1}, the checkpoint's rows"
+            raise Unusable(f"prompt {i} holds a token outside {rows}; is the tokenizer another model's?")
 
 
 def chosen_positions(case: Case, sequences: list[list[int]]) -> list[list[int]] | None:

@@ -71,6 +71,8 @@ def targets(folder: Path) -> dict[str, Target]:
     hf_json = write(folder / "d", "hf", TINY, make_weights(TINY))
     index = write(folder / "e", "hf", TINY, make_weights(TINY), max_shard_bytes=300)
     gguf = write(folder / "f", "gguf", TINY, make_weights(TINY))
+    blocks = replace(TINY, dim=32, head_dim=16, hidden_dim=32)
+    quantized = write(folder / "h", "gguf", blocks, make_weights(blocks), dtype="q4_1")
     c_weights = make_weights(TINY_C, torch.float32)
     bins = [write(folder / f"g{v}", "llama2c", TINY_C, c_weights, version=v) for v in (0, 1, 2)]
     pt = folder / "x.pt"
@@ -83,6 +85,7 @@ def targets(folder: Path) -> dict[str, Target]:
         "config.json": Target(hf_json, hf_json / "config.json", 0, is_json=True),
         "index.json": Target(index, index / "model.safetensors.index.json", 0, is_json=True),
         "gguf": Target(gguf, gguf, gguf_bytes),
+        "gguf q4_1": Target(quantized, quantized, gguf_bytes),
         "bin v0": Target(bins[0], bins[0], 28),
         "bin v1": Target(bins[1], bins[1], 64),
         "bin v2": Target(bins[2], bins[2], 64),

@@ -24,7 +24,8 @@ from nanollama.checkpoint import (
 )
 from nanollama.checkpoint.integrity import MANIFESTS, file_digest
 
-READERS = ("pth", "params.json", "safetensors", "config.json", "index.json", "gguf", "bin v0", "bin v1", "bin v2", "pt")
+READERS = ("pth", "params.json", "safetensors", "config.json", "index.json", "gguf", "gguf q4_1")
+READERS += ("bin v0", "bin v1", "bin v2", "pt")
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +117,7 @@ def test_llama2c_headers(tmp_path: Path, header: bytes, part: str) -> None:
         (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1"),
         (b"GGML" + bytes(30), "begins with"),
         (b"GGUF", "truncated"),
-        (b"", "truncated"),
+        (b"", "is empty"),
     ],
 )
 def test_gguf_headers(tmp_path: Path, data: bytes, part: str) -> None:
@@ -126,7 +127,7 @@ def test_gguf_headers(tmp_path: Path, data: bytes, part: str) -> None:
 
 @pytest.mark.parametrize("reader", READERS)
 def test_damaged_files_are_refused_or_unharmed_or_caught_by_the_manifest(tmp_path: Path, reader: str) -> None:
-    """60 of each of ten kinds; a planted pickle payload is in test_checkpoint_strict."""
+    """60 of each kind; a planted pickle payload is in test_checkpoint_strict."""
     target = fuzz_readers.targets(tmp_path)[reader]
     folder = target.path if target.path.is_dir() else target.path.parent
     expected = fuzz_readers.attempt(target.path)

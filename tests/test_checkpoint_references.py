@@ -16,6 +16,7 @@ from parity.candidates.nano import config_echo
 from reference.files import open_folder
 from reference.hf_text import HfText
 from reference.meta_text import open_text
+from reference.weights import Unusable
 
 
 def assert_both_read_the_same(path: Path, config: ModelConfig) -> None:
@@ -60,20 +61,21 @@ def test_a_head_that_departs_from_the_embedding_in_one_number_is_untied(tmp_path
 def test_files_that_no_reference_opens_reach_them_converted(
     tmp_path: Path, format: str, test_data: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What parity.check hands to its references: the same numbers, Meta's kind of tokenizer file, and two notices."""
+    """What parity.check hands to its references: the same numbers, and no vocabulary that nanollama read."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = replace(LLAMA2, vocab_size=512)
     path = write(tmp_path, format, config, make_weights(config, torch.float32), tokenizer=test_data("tok512.bin"))
-    files = reference_files(describe(str(path), None), tmp_path / "work")
+    files = reference_files(describe(str(path), str(test_data("tok512.bin"))), tmp_path / "work", texts=["Once", " x"])
     assert "they get the weights that nanollama read" in files.notices[0]
-    assert len(files.notices) == (2 if format == "llama2c" else 1)  # the vocabulary of a GGUF is a .model already
     theirs, ours = open_folder(files.checkpoint), open_checkpoint(path)
     assert theirs.config == config_echo(ours.config)
     assert all(torch.equal(theirs.weights[name], ours.weights[name]) for name in ours.weights)
-    text = "Once upon a time  there was"
-    expected = open_tokenizer(test_data("tok512.bin")).encode(text, bos=True)
-    assert open_text(theirs, str(files.tokenizer)).encode(text, bos=True) == expected
-    assert HfText(theirs, str(files.tokenizer)).encode(text, bos=True) == expected
+    assert theirs.find("tokenizer.json", "tokenizer.model") is None
+    ids = [open_tokenizer(test_data("tok512.bin")).encode(text, bos=True) for text in ("Once", " x")]
+    assert files.as_case()["spare_prompts"] == ids
+    for module in (HfText, open_text):
+        with pytest.raises(Unusable, match=r"tok512\.bin|no tokenizer"):
+            module(theirs, str(files.tokenizer))
 
 
 def test_folders_are_opened_by_the_references_themselves(tmp_path: Path) -> None:

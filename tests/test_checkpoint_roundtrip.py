@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from checkpoint_cases import FAMILIES, FORMATS, LLAMA2, LLAMA31, assert_same, holds, make_weights, write
+from nanollama import __main__ as commands
+from nanollama.adapter import Adapter, merged, write_adapter
 from nanollama.checkpoint import CheckpointError, convert, open_checkpoint
 from nanollama.checkpoint.llama2c import quantize_groups
 from nanollama.checkpoint.names import hf_rows, meta_rows, to_hf_rows, to_meta_rows
@@ -192,3 +194,26 @@ def test_weights_are_views_of_the_file_where_they_can_be(tmp_path: Path, format:
     name = "layers.1.feed_forward.w1.weight"
     assert opened.weights[name].data_ptr() == opened.weights[name].data_ptr()
     assert opened.weights.rows(name, 7, 9).data_ptr() == opened.weights[name][7:9].data_ptr()
+
+
+@pytest.mark.parametrize(("format", "dtype"), [("hf", None), ("gguf", "q4_0")])
+def test_convert_merges_an_adapter_on_the_way(tmp_path: Path, format: str, dtype: str | None) -> None:
+    """What is written is what the merged weights themselves would be written as."""
+    weights, generator = make_weights(LLAMA31), torch.Generator().manual_seed(3)
+    base = write(tmp_path / "base", "meta", LLAMA31, weights)
+    shapes = {name: weight.shape for name, weight in weights.items() if name.endswith("wq.weight")}
+    pairs = {
+        n: (torch.randn(2, s[1], generator=generator), torch.randn(s[0], 2, generator=generator))
+        for n, s in shapes.items()
+    }
+    adapter = Adapter(pairs, dict.fromkeys(pairs, 4.0))
+    write_adapter(tmp_path / "adapter", adapter, LLAMA31, base=str(base))
+    commands.convert(
+        str(base), tmp_path / DESTINATION[format], format=format, dtype=dtype, adapter=tmp_path / "adapter"
+    )
+    made = open_checkpoint(tmp_path / DESTINATION[format])
+    options = {"dtype": dtype} if dtype else {}
+    expected = open_checkpoint(write(tmp_path / "x", format, LLAMA31, dict(merged(weights, adapter)), **options))
+    for name in weights:
+        assert torch.equal(made.weights[name], expected.weights[name]), name
+    assert not any(torch.equal(made.weights[name], weights[name]) for name in pairs)

@@ -273,10 +273,12 @@ def test_folders_that_are_two_formats_or_none(tmp_path: Path, meta: Path, hf: Pa
     (meta / "params.json").unlink()
     refused(meta, "params.json", "is missing")
     refused(tmp_path / "nowhere", "does not exist")
-    (tmp_path / "notes.txt").touch()
+    (tmp_path / "notes.txt").write_text("x")
     refused(tmp_path / "notes.txt", "no known format")
 
 
 def test_hub_ids_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     refused(Path("no-such-org/no-such-model"), "no-such-org/no-such-model", "cannot be reached")
+    with pytest.raises(CheckpointError, match=r"^no-such-org/no-such-model: .* cannot be reached"):
+        open_checkpoint("https://huggingface.co/no-such-org/no-such-model")

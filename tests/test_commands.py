@@ -158,7 +158,7 @@ def test_published_shapes_have_names() -> None:
         (["generate", "FOLDER", "--prompts", "no.txt"], "no.txt: No such file or directory"),
         (["convert", "FOLDER", "FOLDER/x"], "--format is missing"),
         (["convert", "FOLDER", "FOLDER/x", "--format", "llama2c"], "must end in .bin"),
-        (["inspect", "FOLDER/params.json"], "is a file of no known format"),
+        (["inspect", "FOLDER/params.json"], "is one file of several: give its folder"),
     ],
 )
 def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:

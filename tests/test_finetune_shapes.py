@@ -276,6 +276,19 @@ def test_a_data_set_of_the_hub_that_is_out_of_reach_is_one_line(tokenizer: Token
     assert "\n" not in str(caught.value)
 
 
+def test_a_data_set_of_the_hub_is_its_training_split(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets, pyarrow = (pytest.importorskip(name, reason="extra data") for name in ("datasets", "pyarrow"))
+    table = pyarrow.Table.from_pylist([ROW, {"messages": [USER, {**BOT, "weight": 0}]}])
+    found = {("somebody/dialogs", "train"): datasets.Dataset(table, fingerprint="0")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: found[name, split])
+    with pytest.raises(ValueError, match=r"--data somebody/dialogs row 2: .*weight 0: nothing to train on"):
+        read_dialogs(Path("somebody/dialogs"), tokenizer, 96)
+    train, _ = read_dialogs(Path("somebody/dialogs"), tokenizer, 96, on_bad="skip")
+    assert train.fingerprint() == read(tmp_path, tokenizer, lines(ROW)).fingerprint()
+
+
 def test_data_that_is_nowhere_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     for data in (str(tmp_path / "no.jsonl"), "data/no.json"):
         with pytest.raises(ValueError, match=r"no such file or folder: name a \.jsonl"):

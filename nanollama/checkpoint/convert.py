@@ -3,10 +3,12 @@
 python -m nanollama convert --src stories260K.bin --dst stories.gguf --format gguf --tokenizer tok512.bin
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from nanollama.checkpoint import gguf_types
 from nanollama.checkpoint.gguf import write_gguf
 from nanollama.checkpoint.hf import write_hf
 from nanollama.checkpoint.llama2c import write_bin
@@ -15,7 +17,7 @@ from nanollama.checkpoint.opening import open_checkpoint
 from nanollama.checkpoint.weights import Checkpoint, CheckpointError
 
 FORMATS = ("meta", "hf", "llama2c", "gguf")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SUFFIX = {"llama2c": ".bin", "gguf": ".gguf"}
 
 
@@ -28,26 +30,30 @@ def convert(
     shards: int = 1,
     version: int = 0,
     tokenizer: str | Path | None = None,
+    change: Callable[[Checkpoint], Checkpoint] | None = None,
 ) -> Checkpoint:
     """Read `src`, write `dst`, and return `dst` opened again.
 
     format: "meta", "hf" (dst is a folder), "llama2c" (a .bin file) or "gguf" (a .gguf file).
-    dtype: "fp32", "bf16", "fp16", in gguf "q8_0"; None keeps the stored one (llama2c: fp32, or int8 in version 2).
+    dtype: "fp32", "bf16", "fp16", in gguf also those of `gguf_types.writable()`; None keeps the stored one (llama2c:
+    fp32, or int8 in version 2).
     shards: files of a Meta folder, 1 to 16. version: 0, 1 or 2 of llama2c.
     tokenizer: a tokenizer file of any kind; None takes the one that lies beside `src`.
+    change: makes what is written of what was read, as where an adapter is merged.
     Raises CheckpointError, before anything is written, for options that the format does not have.
     """
     dst = Path(dst)
     _check_options(dst, format, dtype, shards, version)
     opened = open_checkpoint(src)
+    opened = change(opened) if change else opened
     vocabulary = Path(tokenizer) if tokenizer is not None else opened.tokenizer
     model = (opened.config, opened.weights)
     if format == "meta":
-        write_meta(dst, *model, tokenizer=vocabulary, shards=shards, dtype=DTYPES.get(dtype or ""))
+        write_meta(dst, *model, tokenizer=vocabulary, shards=shards, dtype=DTYPES[dtype])
     elif format == "hf":
-        write_hf(dst, *model, tokenizer=vocabulary, dtype=DTYPES.get(dtype or ""))
+        write_hf(dst, *model, tokenizer=vocabulary, dtype=DTYPES[dtype])
     elif format == "gguf":
-        write_gguf(dst, *model, tokenizer=vocabulary, dtype=dtype, name=Path(src).stem)
+        write_gguf(dst, *model, tokenizer=vocabulary, dtype=dtype, name=opened.path.stem)
     else:
         write_bin(dst, *model, tokenizer=vocabulary, version=version)
     return open_checkpoint(dst)
@@ -56,8 +62,9 @@ def convert(
 def _check_options(dst: Path, format: str, dtype: str | None, shards: int, version: int) -> None:
     if format not in FORMATS:
         raise CheckpointError(dst, f"format {format!r} is unknown: choose one of {', '.join(FORMATS)}")
-    known = {None, *DTYPES, *(("q8_0",) if format == "gguf" else ())}
-    if dtype not in ({None, "fp32"} if format == "llama2c" else known):
+    if format == "gguf":
+        gguf_types.named(dst, dtype)
+    elif dtype not in ((None, "fp32") if format == "llama2c" else DTYPES):
         raise CheckpointError(dst, f"{format} has no dtype {dtype!r}")
     if shards != 1 and format != "meta":
         raise CheckpointError(dst, f"only the meta format is written in {shards} shards")

@@ -86,6 +86,10 @@ class Fields:
             raise self.error(key, f"is {value!r}: expected an object {{...}} or null")
         return Fields(self.path, value, f"{self._inside}{key}.")
 
+    def left(self) -> list[tuple[str, Any]]:
+        """The keys that were not taken."""
+        return list(self._left.items())
+
     def finish(self, harmless: frozenset[str] = frozenset()) -> None:
         """Refuse every key that was not taken, is not `harmless`, and is not switched off (null or false)."""
         for key, value in self._left.items():

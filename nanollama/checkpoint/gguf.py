@@ -1,6 +1,6 @@
-"""GGUF, llama.cpp's format: one file of typed keys, vocabulary and tensors (F32, F16, BF16, Q8_0; Q8_0 reads as fp32).
+"""GGUF, llama.cpp's format: typed keys, vocabulary and tensors in one file or several; quantized ones read as fp32.
 
-Files are written through the `gguf` package (extra `gguf`); reading needs torch only. The rows of wq and wk are
+Writing, and reading quantized types, goes through the `gguf` package (extra `gguf`). The rows of wq and wk are
 Meta's. Llama 3.1's RoPE scaling is the tensor rope_freqs.weight, without which long contexts come out wrong
 (llama.cpp#8676); the numbers behind it are kept in keys of our own, which llama.cpp ignores.
 
@@ -9,6 +9,8 @@ Meta's. Llama 3.1's RoPE scaling is the tensor rope_freqs.weight, without which 
 Sources: ggml's docs/gguf.md, llama.cpp's convert_hf_to_gguf.py (LlamaModel) and llama-model.cpp for keys and names.
 """
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanollama.checkpoint import gguf_header
+from nanollama.checkpoint import gguf_header, gguf_types
 from nanollama.checkpoint.fields import Fields
+from nanollama.checkpoint.gguf_types import DTYPES, F16, F32, GgmlType
 from nanollama.checkpoint.names import gguf_name, meta_from_gguf
 from nanollama.checkpoint.staging import staged
 from nanollama.checkpoint.weights import (
@@ -25,101 +28,101 @@ from nanollama.checkpoint.weights import (
     CheckpointError,
     Lazy,
     Weights,
+    as_weights,
+    cast,
     check_weights,
+    lazy,
     make_config,
     row_blocks,
-    to_write,
 )
 from nanollama.model import ModelConfig, RopeScaling, rope_frequencies
 from nanollama.vocabulary import read
 from nanollama.vocabulary.write import gguf_keys
 
-FILE_TYPES = {"fp32": 0, "fp16": 1, "q8_0": 7, "bf16": 32}  # general.file_type (llama.cpp's LlamaFileType)
-TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-GGML_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-Q8_BLOCK, Q8_BYTES = 32, 34  # weights; bytes: an fp16 scale, then int8 values
-ROPE_FREQS = "rope_freqs.weight"
+ROPE_FREQS, EMBEDDING, HEAD = "rope_freqs.weight", "tok_embeddings.weight", "output.weight"
+# Beginnings of the keys llama.* that may change the computation, and the values besides 0 with which they do not.
+# What nothing reads opens: tensor_data_layout, pooling_type, a vendor's note.
+COMPUTES = re.compile(
+    "attention\\.|attn_|rope\\.|expert|moe_|interleave_moe_|use_parallel_residual|swin_norm|swiglu_|hidden_act|activation|"
+    "embedding_scale|residual_scale|logit_scale|final_logit_"
+)
+NEUTRAL = {"rope.scaling.attn_factor": 1.0, "logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 1.0}
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Read a .gguf of architecture llama. Raises CheckpointError unless its keys and tensors fit each other exactly."""
-    header = gguf_header.read(path)
-    data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-    tensors = dict(header.tensors)
-    rope_freqs = tensors.pop(ROPE_FREQS, None)
-    stored = {}
-    for name, tensor in tensors.items():
-        meta = meta_from_gguf(name)
-        if meta is None:
-            raise CheckpointError(path, f"tensor {name} is unknown: no Llama has it")
-        stored[meta] = _entry(data, tensor)
-    factors = None if rope_freqs is None else _entry(data, rope_freqs)
-    notices: list[str] = []
-    config = _read_config(path, header.keys, stored, factors, notices)
-    entries = _narrow_norms(check_weights(path, config, stored, "its header"))
-    tokenizer = path if isinstance(header.keys.get("tokenizer.ggml.tokens"), list) else None  # opened from the header
+    """Read a .gguf of architecture llama; of a split model, any part.
+
+    Raises CheckpointError unless its keys and tensors fit each other exactly.
+    """
+    parts = gguf_header.read_parts(path)
+    keys = next(iter(parts.values())).keys
+    _refuse_other_models(path, keys)
+    stored = _stored_tensors(parts)
+    factors, notices = stored.pop(ROPE_FREQS, None), list[str]()
+    config = _read_config(path, keys, stored, factors, notices)
+    entries = _one_dtype(check_weights(path, config, stored, "its header"))
+    types = Counter(tensor.type for header in parts.values() for tensor in header.tensors.values())
+    if any(kind.dtype is None for kind in types):
+        counted = ", ".join(f"{count} {kind.name}" for kind, count in types.most_common())
+        notices.append(f"the weights are quantized (tensors: {counted}) and read as fp32")
+    # The vocabulary is opened from the header, which the first part has.
+    tokenizer = next(iter(parts)) if isinstance(keys.get("tokenizer.ggml.tokens"), list) else None
     return Checkpoint(config, Weights(entries), tokenizer, "gguf", path, notices)
 
 
-def _entry(data: Tensor, tensor: gguf_header.Tensor) -> Lazy:
-    stored = data[tensor.offset : tensor.offset + tensor.nbytes]
-    if tensor.type == "Q8_0":
-        return _dequantized(stored, tensor.shape)
-    dtype = TORCH_TYPES[tensor.type]
-    if tensor.offset % dtype.itemsize:
-        stored = stored.clone()  # an alignment of 1 is legal, torch's views need their own
-    whole = stored.view(dtype).view(tensor.shape)
-    return Lazy(tensor.shape, dtype, lambda start, stop: whole[start:stop])
+def _stored_tensors(parts: dict[Path, gguf_header.Header]) -> dict[str, Lazy]:
+    """Meta's name (or ROPE_FREQS) -> tensor, memory-mapped."""
+    stored = {}
+    for part, header in parts.items():
+        data = torch.from_file(str(part), shared=False, size=part.stat().st_size, dtype=torch.uint8)
+        for name, tensor in header.tensors.items():
+            meta = name if name == ROPE_FREQS else meta_from_gguf(name)
+            if meta is None:
+                raise CheckpointError(part, f"tensor {name} is unknown: no Llama has it")
+            where = data[tensor.offset : tensor.offset + tensor.nbytes]
+            stored[meta] = gguf_types.read_tensor(where, tensor.type, tensor.shape)
+    return stored
 
 
-def _dequantized(stored: Tensor, shape: tuple[int, ...]) -> Lazy:
-    """Q8_0: each row is blocks of 32 weights, an fp16 scale before int8 values."""
-    row_bytes = shape[-1] // Q8_BLOCK * Q8_BYTES
-    n_rows = stored.numel() // row_bytes
-
-    def read(start: int, stop: int) -> Tensor:
-        blocks = stored.view(n_rows, row_bytes)[start:stop].reshape(-1, Q8_BYTES)
-        scales = blocks[:, :2].contiguous().view(torch.float16).float()  # (blocks, 1)
-        return (blocks[:, 2:].view(torch.int8).float() * scales).view(-1, *shape[1:])
-
-    return Lazy(shape, torch.float32, read)
+def _refuse_other_models(path: Path, keys: dict[str, Any]) -> None:
+    kind, architecture = keys.get("general.type", "model"), keys.get("general.architecture")
+    if architecture != "llama":
+        raise CheckpointError(path, f"is of architecture {architecture!r}: only llama can be read")
+    if kind != "model":
+        raise CheckpointError(path, f"holds no model, its general.type is {kind!r}: give the .gguf of the model itself")
+    if experts := keys.get("llama.expert_count"):
+        what = f"llama.expert_count is {experts}: mixtures of experts are not computed by this implementation"
+        raise CheckpointError(path, what)
 
 
-def _narrow_norms(entries: dict[str, Lazy]) -> dict[str, Lazy]:
-    """llama.cpp wants norms as F32 beside bf16 matrices: give them their own dtype back if no bit is lost."""
-    dtype = entries["tok_embeddings.weight"].dtype
+def _one_dtype(entries: dict[str, Lazy]) -> dict[str, Lazy]:
+    """The matrices in the one dtype that they have, else in fp32; norms too, if that loses no bit.
+
+    llama.cpp wants norms as F32 beside bf16 matrices, and keeps some matrices of a quantized file in F16.
+    """
+    dtypes = {entry.dtype for entry in entries.values() if len(entry.shape) > 1}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     norms = {name: entry.read(0, entry.shape[0]) for name, entry in entries.items() if len(entry.shape) == 1}
     narrow = {name: norm.to(dtype) for name, norm in norms.items()}
+    whole = cast(Weights(entries), dtype)
     if not all(torch.equal(narrow[name].to(norm.dtype), norm) for name, norm in norms.items()):
-        return entries
-
-    def view(tensor: Tensor) -> Lazy:
-        return Lazy(tuple(tensor.shape), dtype, lambda start, stop: tensor[start:stop])
-
-    return {name: view(narrow[name]) if name in narrow else entry for name, entry in entries.items()}
+        narrow = norms
+    return {name: lazy(narrow[name]) if name in narrow else whole.entry(name) for name in entries}
 
 
 def _read_config(
     path: Path, keys: dict[str, Any], stored: dict[str, Lazy], factors: Lazy | None, notices: list[str]
 ) -> ModelConfig:
-    architecture = keys.get("general.architecture")
-    if architecture != "llama":
-        raise CheckpointError(path, f"is of architecture {architecture!r}: only llama can be read")
-    if keys.get("split.count", 0) not in (0, 1):
-        raise CheckpointError(path, "is one part of a split model: join the parts with llama-gguf-split --merge")
-    fields = Fields(path, {k[6:]: v for k, v in keys.items() if k.startswith("llama.")}, "llama.")
+    llama = {key[6:]: _one_of_equals(value) for key, value in keys.items() if key.startswith("llama.")}
+    fields = Fields(path, llama, "llama.")
+    _refuse_other_scaling(fields)
     n_heads = fields.integer("attention.head_count")
     dim = fields.integer("embedding_length")
     head_dim = fields.integer("attention.key_length", dim // n_heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if fields.integer(key, head_dim) != head_dim:
             raise fields.error(key, f"differs from the head dimension {head_dim}: not computed by this implementation")
-    for key in ("expert_count", "expert_used_count"):
-        if fields.integer(key, 0, low=0):
-            raise fields.error(key, "is not 0: mixtures of experts are not computed by this implementation")
-    if fields.take("rope.scaling.type", "none") != "none":
-        raise fields.error("rope.scaling.type", "is not none: only Llama 3.1's scaling (rope_freqs) can be computed")
-    embedding = stored.get("tok_embeddings.weight")
+    embedding = stored.get(EMBEDDING)
     config = {
         "dim": dim,
         "n_layers": fields.integer("block_count"),
@@ -129,13 +132,32 @@ def _read_config(
         "hidden_dim": fields.integer("feed_forward_length"),
         "norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": fields.number("rope.freq_base", 10_000.0),
-        "tied": "output.weight" not in stored,
+        "tied": HEAD not in stored,
         "head_dim": head_dim,
         "max_seq_len": fields.integer("context_length"),
     }
-    fields.finish()
+    ignored = {k for k, v in llama.items() if not COMPUTES.match(k) or v in (0, NEUTRAL.get(k))}
+    fields.finish(frozenset(ignored | {"attention.layer_norm_epsilon"}))
     plain = make_config(path, **config)
     return plain if factors is None else _with_scaling(path, plain, keys, config, factors, notices)
+
+
+def _one_of_equals(value: Any) -> Any:
+    """Some converters write a number for each layer, all the same."""
+    return value[0] if isinstance(value, list) and value and value.count(value[0]) == len(value) else value
+
+
+def _refuse_other_scaling(fields: Fields) -> None:
+    """As llama.cpp reads them: no type means linear, a factor of 0 or 1 does nothing."""
+    kind, old = fields.take("rope.scaling.type", "linear"), fields.take("rope.scale_linear", 1.0)
+    factor = fields.take("rope.scaling.factor", old)
+    if kind != "none" and (kind != "linear" or factor not in (0, 1)):
+        what = f"is {kind!r}, by a factor of {factor}: only Llama 3.1's scaling (the tensor {ROPE_FREQS}) is computed"
+        raise fields.error("rope.scaling.type", what)
+    for key in ("original_context_length", "finetuned", "yarn_log_multiplier"):
+        fields.take(f"rope.scaling.{key}", None)
+    if not fields.take("attention.causal", True):
+        raise fields.error("attention.causal", "is false: only causal attention is computed")
 
 
 def _with_scaling(
@@ -177,68 +199,46 @@ def write_gguf(
     dtype: str | None = None,
     name: str = "nanollama",
 ) -> None:
-    """Write a .gguf that llama.cpp runs, streaming. dtype: fp32, fp16, bf16, q8_0; None keeps the stored one.
+    """Write a .gguf that llama.cpp runs, streaming. dtype: one of DTYPES or `writable()`; None keeps the stored one.
 
     tokenizer: a file of any kind, whose vocabulary goes into the file.
 
-    Norms are always F32. A q8_0 matrix whose rows are no multiple of 32 becomes F16, as in llama.cpp's converter.
+    Norms are always F32. Quantized, the head (of a tied model the embedding; of a ternary type both) is Q8_0, where
+    llama.cpp's quantizer takes Q6_K, and a matrix whose rows are no whole blocks F16, as in llama.cpp's converter.
     """
     path = Path(path)
-    quantized = dtype == "q8_0"
-    target = {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "q8_0": torch.float32}
-    if dtype not in target:
-        raise CheckpointError(path, f"dtype {dtype!r} is unknown: choose fp32, fp16, bf16 or q8_0")
-    entries = to_write(path, config, weights, target[dtype])
-    types = {n: _stored_type(entry, quantized) for n, entry in entries.items()}
-    keys: dict[str, Any] = {"tokenizer.ggml.model": "none"}
-    if tokenizer is not None:
-        keys = gguf_keys(read(tokenizer), config.vocab_size)
-    package, writer = _new_writer(config, keys, name)
-    writer.add_file_type(
-        FILE_TYPES[dtype or {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}[types["tok_embeddings.weight"]]]
-    )
+    package = gguf_types.package(path, "writing it")
+    named, whole = gguf_types.named(path, dtype), as_weights(weights)
+    types = {name: _type_to_write(config, whole, name, named) for name in whole}
+    casts = {as_: cast(whole, as_) for as_ in {kind.dtype or torch.float32 for kind in types.values()}}
+    entries = {name: casts[kind.dtype or torch.float32].entry(name) for name, kind in types.items()}
+    entries = check_weights(path, config, entries, "the config")
+    keys = gguf_keys(read(tokenizer), config.vocab_size) if tokenizer else {"tokenizer.ggml.model": "none"}
+    writer = _new_writer(package, config, keys, name)
+    writer.add_file_type(gguf_types.file_type(named or types[EMBEDDING]))
     if config.rope_scaling is not None:
-        entries[ROPE_FREQS] = _factors_entry(config)
-        types[ROPE_FREQS] = "F32"
+        entries[ROPE_FREQS], types[ROPE_FREQS] = lazy(scaling_factors(config)), F32
     for meta, entry in entries.items():
-        stored_name = meta if meta == ROPE_FREQS else gguf_name(meta)
-        type_ = package.GGMLQuantizationType[types[meta]]
-        writer.add_tensor_info(stored_name, entry.shape, None, _nbytes(entry.shape, types[meta]), raw_dtype=type_)
+        stored_name, kind = meta if meta == ROPE_FREQS else gguf_name(meta), types[meta]
+        number = package.GGMLQuantizationType[kind.name]
+        writer.add_tensor_info(stored_name, entry.shape, None, kind.size(entry.shape), raw_dtype=number)
     with staged(path.parent) as stage, stage.open(path.name) as file:
         _write_header(writer, file)
         for meta, entry in entries.items():
             for block in row_blocks(entry):
-                file.write(_encode(package, block, types[meta]))
+                file.write(gguf_types.encode(block, types[meta]))
             file.write(b"\0" * (-file.tell() % writer.data_alignment))
 
 
-def _stored_type(entry: Lazy, quantized: bool) -> str:
-    if len(entry.shape) == 1:
-        return "F32"
-    if quantized:
-        return "F16" if entry.shape[-1] % Q8_BLOCK else "Q8_0"
-    return GGML_TYPES[entry.dtype]
-
-
-def _factors_entry(config: ModelConfig) -> Lazy:
-    factors = scaling_factors(config)
-    return Lazy(tuple(factors.shape), torch.float32, lambda start, stop: factors[start:stop])
-
-
-def _nbytes(shape: tuple[int, ...], type_name: str) -> int:
-    block, block_bytes = {entry[0]: entry[1:] for entry in gguf_header.TYPES.values()}[type_name]
-    numel = 1
-    for n in shape:
-        numel *= n
-    return numel // block * block_bytes
-
-
-def _encode(package: Any, block: Tensor, type_name: str) -> Any:
-    """Rows as the bytes of a ggml type."""
-    if type_name == "Q8_0":
-        return package.quantize(block.float().numpy(), package.GGMLQuantizationType.Q8_0).data
-    dtype = TORCH_TYPES[type_name]
-    return block.to(dtype).contiguous().flatten().view(torch.uint8).numpy().data
+def _type_to_write(config: ModelConfig, weights: Weights, name: str, named: GgmlType | None) -> GgmlType:
+    shape = weights.shapes[name]
+    if len(shape) == 1:
+        return F32
+    kind = named or {kind.dtype: kind for kind in DTYPES.values()}.get(weights.dtypes[name], F32)
+    is_head = name == (EMBEDDING if config.tied else HEAD)
+    if kind.dtype is None and (is_head or (name == EMBEDDING and kind.name.startswith("TQ"))):
+        kind = gguf_types.Q8_0
+    return F16 if shape[-1] % kind.block else kind
 
 
 def _write_header(writer: Any, file: Any) -> None:
@@ -251,11 +251,7 @@ def _write_header(writer: Any, file: Any) -> None:
     file.write(b"\0" * (-file.tell() % writer.data_alignment))
 
 
-def _new_writer(config: ModelConfig, vocabulary: dict[str, Any], name: str) -> tuple[Any, Any]:
-    try:
-        import gguf as package
-    except ImportError:
-        raise CheckpointError("gguf", "writing GGUF needs the gguf package: pip install 'nanollama[gguf]'") from None
+def _new_writer(package: Any, config: ModelConfig, vocabulary: dict[str, Any], name: str) -> Any:
     writer = package.GGUFWriter(None, "llama")
     writer.add_name(name)
     writer.add_block_count(config.n_layers)
@@ -275,10 +271,8 @@ def _new_writer(config: ModelConfig, vocabulary: dict[str, Any], name: str) -> t
             add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
             add(f"nanollama.rope_scaling.{key}", value)
     for key, value in vocabulary.items():
-        item = value[0] if isinstance(value, list) else value
-        kind = {bool: "BOOL", int: "INT32" if isinstance(value, list) else "UINT32", float: "FLOAT32", str: "STRING"}[
-            type(item)
-        ]
-        types = [getattr(package.GGUFValueType, name) for name in (["ARRAY", kind] if item is not value else [kind])]
-        writer.add_key_value(key, value, *types)
-    return package, writer
+        one = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}.get(type(value), "ARRAY")
+        inner = {int: "INT32", float: "FLOAT32", str: "STRING"}[type(value[0])] if one == "ARRAY" else None
+        kinds = [package.GGUFValueType[kind] for kind in (one, inner) if kind]
+        writer.add_key_value(key, value, *kinds)
+    return writer

@@ -1,25 +1,27 @@
 """The header of a GGUF file, read with every count and length checked against the file's size before it is believed.
 
 The gguf package's own reader trusts the counts and takes seconds for a vocabulary of 128,256 tokens; this one is for
-files from anywhere. The format is in docs/formats.md.
+files from anywhere. The format is in docs/formats.md. A model may be split over several files, of which any is given.
 
     python -c "from nanollama.checkpoint.gguf_header import read; print(read('x.gguf').keys['general.architecture'])"
 """
 
 import math
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanollama.checkpoint import kinds
+from nanollama.checkpoint.gguf_types import GgmlType, type_of
 from nanollama.checkpoint.weights import CheckpointError
 
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d"}
 BOOL, STRING, ARRAY = 7, 8, 9
-# ggml's number of the type -> (name, weights per block, bytes per block)
-TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 8: ("Q8_0", 32, 34), 30: ("BF16", 1, 2)}
 LONGEST_STRING_BYTES = 1 << 24
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Tensor:
     """Where a tensor lies: shape in torch's order (rows first), absolute offset and size in bytes."""
 
     shape: tuple[int, ...]
-    type: str
+    type: GgmlType
     offset: int
     nbytes: int
 
@@ -38,15 +40,58 @@ class Header:
     tensors: dict[str, Tensor]
 
 
-def read(path: str | Path) -> Header:
-    """Parse the header; raises CheckpointError for damage, and for tensor types other than F32, F16, BF16 and Q8_0."""
-    path = Path(path)
+def read_parts(path: Path) -> dict[Path, Header]:
+    """The headers of all files of the model that `path` is a part of, the first part first; of most models, one.
+
+    Raises CheckpointError for a missing part and for parts that are not of one model.
+    """
+    header = read(path)
+    count, number = header.keys.get("split.count", 0), header.keys.get("split.no", 0)
+    if count in (0, 1):
+        return {path: header}
+    named = PART.fullmatch(path.name)
+    if named is None or (int(named[2]) - 1, int(named[3])) != (number, count):
+        what = f"is one part of a split model (split.no {number}, split.count {count})"
+        raise CheckpointError(path, f"{what}: give it its name back, NAME-00001-of-00003.gguf or the like")
+    number, count = int(named[2]) - 1, int(named[3])
+    parts = {}
+    for i in range(count):
+        part = path.with_name(f"{named[1]}-{i + 1:05d}-of-{count:05d}.gguf")
+        if not part.is_file():
+            what = f"is missing: part {i + 1} of a split model of {count} files"
+            raise kinds.missing(part, f"{what}; download it beside the others")
+        parts[part] = header if i == number else read(part)
+    _refuse_strangers(parts)
+    return parts
+
+
+def _refuse_strangers(parts: dict[Path, Header]) -> None:
+    """Parts of another model, or of another split of the same one."""
+    seen: set[str] = set()
+    for i, (part, header) in enumerate(parts.items()):
+        said = (header.keys.get("split.no"), header.keys.get("split.count"))
+        if said != (i, len(parts)):
+            what = f"is named as part {i + 1} of a split model of {len(parts)} files, but says split.no {said[0]}"
+            raise CheckpointError(part, f"{what} of {said[1]}: download all parts again")
+        for name in seen & header.tensors.keys():
+            raise CheckpointError(part, f"holds {name}, as another part of the split model does: download all again")
+        seen |= header.tensors.keys()
+    first, *_ = parts
+    promised = parts[first].keys.get("split.tensors.count", len(seen))
+    if promised != len(seen):
+        what = f"says that the split model has {promised} tensors (split.tensors.count), its {len(parts)} parts hold"
+        raise CheckpointError(first, f"{what} {len(seen)}: they are not of one model; download all again")
+
+
+def read(path: Path) -> Header:
+    """Parse the header of one file; raises CheckpointError for damage and for tensor types that cannot be read."""
+    kinds.refuse_strangers(path)
     size = path.stat().st_size
     if size < 24:
-        raise CheckpointError(path, f"is truncated: {size} bytes cannot hold a GGUF header")
+        raise CheckpointError(path, f"is truncated: {size} bytes cannot hold a GGUF header; download it again")
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
-            return _Cursor(data).header()
+            return _Cursor(path, data).header()
         except (ValueError, struct.error, OverflowError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -56,8 +101,8 @@ def read(path: str | Path) -> Header:
 class _Cursor:
     """A place in the file. Methods raise ValueError when the file ends before what it promises."""
 
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 0
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path, self.data, self.at = path, data, 0
 
     def scalar(self, form: str) -> Any:
         (value,) = struct.unpack_from(form, self.data, self.at)
@@ -108,9 +153,7 @@ class _Cursor:
         if self.data[:4] != b"GGUF":
             raise ValueError(f"it begins with {self.data[:4]!r}")
         self.at = 4
-        version = self.scalar("<I")
-        if version not in (2, 3):
-            raise ValueError(f"version {version}; 2 and 3, little-endian, are known")
+        self._check_version(self.scalar("<I"))
         n_tensors = self.count(24, "tensors")
         n_keys = self.count(13, "keys")
         keys: dict[str, Any] = {}
@@ -121,6 +164,16 @@ class _Cursor:
             keys[name] = self.value(self.scalar("<I"))
         infos = [self.tensor_info() for _ in range(n_tensors)]
         return Header(keys, self.placed(infos, keys.get("general.alignment", 32)))
+
+    def _check_version(self, version: int) -> None:
+        if version and version % (1 << 16) == 0:
+            what = "is big-endian, made for s390x and the like: get the little-endian file, or run"
+            raise CheckpointError(self.path, f"{what} `gguf-convert-endian {self.path} little` (of the gguf package)")
+        if version == 1:
+            what = "is GGUF version 1, of August 2023, which no program of today reads: get a newer file of this model"
+            raise CheckpointError(self.path, what)
+        if version not in (2, 3):
+            raise CheckpointError(self.path, f"is GGUF version {version}: 2 and 3 are known; get a file of version 3")
 
     def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
         name, n_dims = self.text(), self.scalar("<I")
@@ -136,15 +189,16 @@ class _Cursor:
         start = -(-self.at // alignment) * alignment
         found: dict[str, Tensor] = {}
         for name, shape, kind, offset in infos:
-            if kind not in TYPES:
-                raise ValueError(f"tensor {name} is of ggml type {kind}; only F32, F16, BF16 and Q8_0 can be read")
-            type_name, block, block_bytes = TYPES[kind]
-            nbytes = math.prod(shape) // block * block_bytes
-            if name in found or 0 in shape or shape[-1] % block or offset % alignment:
+            ggml = type_of(self.path, name, kind)
+            if name in found or 0 in shape or offset % alignment:
                 raise ValueError(f"tensor {name} with shape {shape} at offset {offset} is impossible or repeated")
+            if shape[-1] % ggml.block:
+                what = f"tensor {name} is {ggml.name}, in blocks of {ggml.block} weights, which its rows of {shape[-1]}"
+                raise CheckpointError(self.path, f"{what} are no multiple of: get another file of this model")
+            nbytes = ggml.size(shape)
             if start + offset + nbytes > len(self.data):
                 raise ValueError(f"tensor {name} ends beyond the file: it is truncated")
-            found[name] = Tensor(shape, type_name, start + offset, nbytes)
+            found[name] = Tensor(shape, ggml, start + offset, nbytes)
         end = 0
         for name, tensor in sorted(found.items(), key=lambda item: item[1].offset):
             if tensor.offset < end:

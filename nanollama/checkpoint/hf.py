@@ -9,6 +9,7 @@ Sources: `transformers` LlamaConfig and modeling_llama (keys and defaults, 4.x `
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanollama.checkpoint import kinds
 from nanollama.checkpoint.fields import Fields, is_close, read_json
 from nanollama.checkpoint.names import hf_name, hf_rows, is_rotary, meta_from_hf, meta_rows
 from nanollama.checkpoint.staging import refuse_occupied, staged
@@ -39,14 +41,31 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Describe the training, the files or the generation defaults, not the forward pass.
 HARMLESS = frozenset(
-    ("_name_or_path", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "initializer_range", "name_or_path")
-    + ("pad_token_id", "pretraining_tp", "torch_dtype", "transformers_version", "use_cache")
+    ("attention_dropout", "bos_token_id", "dtype", "eos_token_id", "id2label", "initializer_range", "label2id")
+    + ("name_or_path", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "return_dict")
+    + ("tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "use_cache")
 )
+# What transformers' LlamaConfig and modeling_llama read: the values that are computed here, and what they mean.
+COMPUTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "model_type": (("llama",), "only Llama models are computed"),
+    "architectures": ((["LlamaForCausalLM"], ["LLaMAForCausalLM"], None), "only LlamaForCausalLM is computed"),
+    "hidden_act": (("silu", "swish", None), "silu is the only activation that is computed"),
+    "attention_bias": ((False, None), "linear layers have no bias here"),
+    "mlp_bias": ((False, None), "linear layers have no bias here"),
+    "partial_rotary_factor": ((1.0, 1, None), "whole heads are rotated here"),
+}
+# Of keys that no Llama reads, those whose names speak of the computation are refused: the model may be another one.
+SUSPECT = re.compile(
+    r"scal|multipl|factor|window|soft_?cap|norm(?!al)|bias|expert|moe|rope|rotary|(^|_)act(_|$|iv)|attn|attention|logit"
+    r"|qkv|clip|mup|quant|per_layer|original_max_position|router|sparse|mamba|ssm|pruned"
+)
+TECHNICAL = re.compile(r"^_|dropout|pdrop|implementation|flash|experimental")
 
 
 def open_hf(folder: Path) -> Checkpoint:
     """Read a Hugging Face folder. Raises CheckpointError unless config.json and the tensors fit each other exactly."""
-    config = read_config(folder / "config.json")
+    notices: list[str] = []
+    config = read_config(folder / "config.json", notices)
     stored = {}
     for name, entry in _stored_tensors(folder).items():
         meta = meta_from_hf(name)
@@ -57,11 +76,11 @@ def open_hf(folder: Path) -> Checkpoint:
     if config.tied and "output.weight" in stored:
         _refuse_untied_head(folder, stored)
     weights = Weights(check_weights(folder, config, stored, "config.json"))
-    return Checkpoint(config, weights, None, "hf", folder)
+    return Checkpoint(config, weights, None, "hf", folder, notices)
 
 
-def read_config(path: Path) -> ModelConfig:
-    """config.json -> config; refuses by name what this implementation does not compute."""
+def read_config(path: Path, notices: list[str]) -> ModelConfig:
+    """config.json -> config; refuses by name what is not computed here, and notes the keys that nothing reads."""
     fields = Fields(path, read_json(path))
     _refuse_other_models(fields)
     n_heads = fields.integer("num_attention_heads")
@@ -80,23 +99,50 @@ def read_config(path: Path) -> ModelConfig:
         "head_dim": fields.integer("head_dim", 0),
         "max_seq_len": fields.integer("max_position_embeddings", 2048),
     }
-    fields.finish(HARMLESS)
+    if unread := _unread(fields, scaling):
+        notices.append(f"{path.name}: no Llama reads {', '.join(unread[:8])}{' and more' * (len(unread) > 8)}")
     return make_config(path, **config)
 
 
 def _refuse_other_models(fields: Fields) -> None:
-    expected: dict[str, tuple[Any, ...]] = {
-        "model_type": ("llama",),
-        "architectures": (["LlamaForCausalLM"], None),
-        "hidden_act": ("silu", "swish", None),
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-        "quantization_config": (None,),
-    }
-    for key, allowed in expected.items():
+    for key, (allowed, why) in COMPUTED.items():
         value = fields.take(key, None)
         if not any(value is a or (value == a and type(value) is type(a)) for a in allowed):
-            raise fields.error(key, f"is {value!r}: this implementation computes {allowed[0]!r} only")
+            raise fields.error(key, f"is {value!r}: {why}")
+    if quantized := fields.take("quantization_config", None):
+        found = quantized if isinstance(quantized, dict) else {}
+        method = f"{found.get('quant_method', 'an unnamed method')}, {found.get('bits', found.get('weight_dtype', ''))}"
+        how = "quantised weights of a Hugging Face folder are not read: get the bf16 weights, or a .gguf of this model"
+        raise fields.error("quantization_config", f"says {method.rstrip(', ')}: {how}")
+    code = fields.take("auto_map", None)
+    if code and not (isinstance(code, dict) and all("AutoModel" not in name for name in code)):
+        raise fields.error(
+            "auto_map", f"is {code!r}: the folder brings code of its own for its model, which is not run"
+        )
+    layers = fields.take("layer_types", None)
+    if layers and not (isinstance(layers, list) and all(kind == "full_attention" for kind in layers)):
+        raise fields.error("layer_types", "is not full_attention throughout: only that is computed")
+
+
+def _unread(fields: Fields, scaling: RopeScaling | None) -> list[str]:
+    """The keys that are left. Raises CheckpointError for one that may change the computation, unless it is off."""
+    found = []
+    for key, value in fields.left():
+        known = key in HARMLESS or key.startswith("_")
+        if key == "original_max_position_embeddings":  # transformers prefers it to the scaling's own
+            off = scaling is None or value == scaling.original_context
+        else:
+            off = not value if not isinstance(value, (int, float)) else _is_neutral(key, value)
+        if not known and not off and SUSPECT.search(key) and not TECHNICAL.search(key):
+            raise fields.error(key, f"is {value!r}, which this implementation does not know: it may change the model")
+        if not known and not off:
+            found.append(repr(key[:60]))
+    return found
+
+
+def _is_neutral(key: str, value: float) -> bool:
+    """False, a factor of 1, or else a 0."""
+    return value is False or (type(value) is not bool and value == bool(re.search("scal|multipl|factor", key)))
 
 
 def _read_rope(fields: Fields) -> tuple[float, RopeScaling | None]:
@@ -158,12 +204,13 @@ def _open_safetensors(path: Path) -> dict[str, Lazy]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise CheckpointError(path, "is missing; download it again, or save the model as safetensors")
+        raise kinds.missing(path, "is missing; download it again, or save the model as safetensors")
     try:
         opened = safe_open(path, framework="pt")
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
         described = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
+        kinds.refuse_strangers(path)
         raise CheckpointError(path, f"is truncated or not a safetensors file ({error}); download it again") from None
     return {name: _entry(path, name, opened.get_tensor, *described[name]) for name in described}
 

@@ -18,7 +18,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from nanollama.checkpoint import pth
+from nanollama.checkpoint import kinds, pth
 from nanollama.checkpoint.fields import Fields
 from nanollama.checkpoint.names import layer_shapes, weight_shapes
 from nanollama.checkpoint.staging import Stage, staged
@@ -37,7 +37,6 @@ from nanollama.model import ModelConfig
 from nanollama.vocabulary import read
 from nanollama.vocabulary.write import llama2c_files
 
-MAGIC = 0x616B3432  # "ak42"
 HEADER_BYTES = {0: 28, 1: 256, 2: 256}
 NORM_EPS, ROPE_THETA = 1e-5, 10_000.0  # in run.c
 EMBEDDING, NORM, HEAD = "tok_embeddings.weight", "norm.weight", "output.weight"
@@ -66,8 +65,8 @@ def open_bin(path: Path) -> Checkpoint:
         header = file.read(256)
     if len(header) < 28:
         raise CheckpointError(path, f"is truncated: {size} bytes cannot hold a llama2.c header")
-    magic, version = struct.unpack_from("<Ii", header)
-    if magic != MAGIC:
+    (version,) = struct.unpack_from("<i", header, 4)
+    if not header.startswith(kinds.LLAMA2C):
         version, group_size = 0, 1
         numbers = struct.unpack_from("<7i", header)
         tied = numbers[5] > 0  # a negative vocabulary size marks an untied head
@@ -242,7 +241,7 @@ def _header(config: ModelConfig, version: int, group_size: int) -> bytes:
     numbers = (config.dim, config.hidden_dim, config.n_layers, config.n_heads, config.n_kv_heads, vocab_size)
     header = struct.pack("<7i", *numbers, config.max_seq_len)
     if version:
-        header = struct.pack("<Ii", MAGIC, version) + header + struct.pack("<B", config.tied)
+        header = kinds.LLAMA2C + struct.pack("<i", version) + header + struct.pack("<B", config.tied)
     if version == 2:
         header += struct.pack("<i", group_size)
     return header.ljust(HEADER_BYTES[version], b"\0")
@@ -274,6 +273,10 @@ def open_pt(path: Path) -> Checkpoint:
     saved = pth.load(path)
     model, args = saved.get("model"), saved.get("model_args")
     if not isinstance(model, dict) or not isinstance(args, dict):
+        if "model.embed_tokens.weight" in saved or path.name.startswith("pytorch_model"):
+            raise CheckpointError(path, kinds.to_safetensors(path))
+        if EMBEDDING in saved:
+            raise CheckpointError(path, "is weights alone, in Meta's form: give its folder, with params.json beside it")
         raise CheckpointError(path, "has no `model` and `model_args`: not a training checkpoint of llama2.c")
     state = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in model.items()}
     for buffer in ("freqs_cos", "freqs_sin", "freqs_cis"):

@@ -41,6 +41,10 @@ MAX_SHARDS = 16
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 # Sizes of buffers and of the machine, not of the model.
 HARMLESS = frozenset(("max_batch_size", "max_seq_len", "model_parallel_size"))
+# Beginnings of keys that change the computation, in Llama 4's params.json and the like; what nothing reads opens.
+COMPUTES = re.compile(
+    "attention|attn_|ffn_|floor_|head_|lora_|moe|n_|nope_|norm|qk_|quant|rope|sliding|tie|use_|vision"
+)
 # Llama 3.2 1B and 3B (dim, n_layers, n_heads, n_kv_heads): their params.json does not record the factor, 32.
 FACTOR_32_SHAPES = ((2048, 16, 32, 8), (3072, 28, 24, 8))
 
@@ -108,7 +112,10 @@ def read_params(path: Path, raw: dict[str, Any], vocab_size_stored: int, notices
         "max_seq_len": fields.integer("max_position_embeddings", context_guess(theta, scaling)),
     }
     _refuse_vision(fields)
-    fields.finish(HARMLESS)
+    unread = {key for key in raw if key in fields and not COMPUTES.match(key)}
+    if unread - HARMLESS:
+        notices.append(f"params.json: {', '.join(sorted(unread - HARMLESS))[:200]}: nothing reads this")
+    fields.finish(HARMLESS | unread)
     return make_config(path, **config)
 
 

@@ -3,18 +3,20 @@
 python -c "from nanollama.checkpoint.opening import sniff; from pathlib import Path; print(sniff(Path('x.gguf')))"
 """
 
-import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from nanollama.checkpoint import hub
+from nanollama.checkpoint import hub, kinds
+from nanollama.checkpoint.fields import read_json
 from nanollama.checkpoint.gguf import open_gguf
+from nanollama.checkpoint.gguf_header import PART
 from nanollama.checkpoint.hf import open_hf
 from nanollama.checkpoint.llama2c import open_bin, open_pt
 from nanollama.checkpoint.meta import open_meta
 from nanollama.checkpoint.weights import Checkpoint, CheckpointError
-from nanollama.vocabulary import read
+from nanollama.vocabulary import TokenizerError, read
 
 READERS: dict[str, Callable[[Path], Checkpoint]] = {
     "meta": open_meta,
@@ -23,7 +25,9 @@ READERS: dict[str, Callable[[Path], Checkpoint]] = {
     "pt": open_pt,
     "gguf": open_gguf,
 }
+# In order; a tokenizer.json with more tokens than the .model beside it goes before it.
 TOKENIZERS = ("tokenizer.model", "original/tokenizer.model", "tokenizer.json", "tokenizer.bin")
+ADAPTER = "adapter_config.json"
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -32,59 +36,143 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises CheckpointError (one line) when it is none, is damaged, or is a model that this project does not compute.
     """
     local = Path(path).expanduser()
-    if not local.exists():
-        local = hub.fetch(str(path))
-    kind = sniff(local)
     try:
-        opened = READERS[kind](local)
+        kind, found = locate(local if local.exists() else hub.fetch(str(path)))
+        opened = READERS[kind](found)
+        return _tokenizer_above(replace(opened, tokenizer=opened.tokenizer or find_tokenizer(found, kind)))
     except OSError as error:
         raise CheckpointError(local, f"cannot be read ({error.strerror or error}): check permissions") from None
-    return replace(opened, tokenizer=opened.tokenizer or find_tokenizer(local))
 
 
 def sniff(path: Path) -> str:
     """The format of a local path: "meta", "hf", "gguf", "llama2c" (.bin) or "pt" (llama2.c's training checkpoint)."""
+    return locate(path)[0]
+
+
+def locate(path: Path) -> tuple[str, Path]:
+    """The format, and the folder or file that holds the model: a folder may hold it as a .gguf, or as a snapshot.
+
+    Raises CheckpointError with what to give instead.
+    """
     if path.is_dir():
-        return _sniff_folder(path)
-    kind = {".gguf": "gguf", ".bin": "llama2c", ".pt": "pt"}.get(path.suffix)
-    if kind is None:
-        raise CheckpointError(path, "is a file of no known format: give a folder, a .gguf, a .bin or a .pt file")
-    return kind
+        return _locate_inside(path)
+    kind = kinds.kind_of(path) or {".gguf": "gguf", ".bin": "llama2c", ".pt": "pt"}.get(path.suffix)
+    if kind in READERS:
+        return str(kind), path
+    if any((path.parent / name).exists() for name in ("config.json", "params.json", ADAPTER)):
+        raise CheckpointError(path, f"is one file of several: give its folder, {path.parent}")
+    if kind == "safetensors":
+        raise CheckpointError(path, "is weights alone: download config.json beside it, and give the folder")
+    begins = f"is a file of no known format, it begins with {kinds.first_bytes(path)[:12]!r}"
+    raise CheckpointError(path, f"{begins}: give a folder, a .gguf, a .bin or a .pt file")
 
 
-def _sniff_folder(folder: Path) -> str:
-    """A hub copy with Meta's files under original/ is "hf"; two formats side by side are refused."""
-    is_meta = (folder / "params.json").exists() or any(folder.glob("consolidated.*.pth"))
-    is_hf = (folder / "config.json").exists() or any(folder.glob("*.safetensors"))
-    if is_meta and is_hf:
-        raise CheckpointError(
-            folder,
-            "holds Meta's files (params.json, .pth) and Hugging Face's (config.json, .safetensors): separate them",
-        )
-    if not is_meta and not is_hf:
-        if (folder / "original" / "params.json").exists():
-            raise CheckpointError(folder, f"holds no model, but {folder / 'original'} does: give that path")
-        raise CheckpointError(
-            folder,
-            "holds no checkpoint: expected params.json with consolidated.NN.pth, or config.json with .safetensors",
-        )
+def _locate_inside(folder: Path) -> tuple[str, Path]:
+    """Weights decide: Meta's, else safetensors, else GGUF. A hub copy with Meta's files under original/ is "hf"."""
+    is_meta = (folder / "params.json").exists() or bool(_files(folder, "consolidated.*.pth"))
+    has_config = (folder / "config.json").exists()
+    weights = [path for path in _files(folder, "*.safetensors") if not path.name.startswith("adapter_model")]
+    if is_meta and (has_config or weights):
+        what = "holds Meta's files (params.json, .pth) and Hugging Face's (config.json, .safetensors): separate them"
+        raise CheckpointError(folder, what)
+    if not is_meta and not weights:
+        return _locate_without_weights(folder, has_config)
+    if (folder / "state.json").exists():
+        raise CheckpointError(folder, "is the state of a finetuning run, to resume it: give the run's final folder")
     config = folder / ("params.json" if is_meta else "config.json")
     if not config.exists():
-        raise CheckpointError(config, "is missing beside the weights: download it again")
-    return "meta" if is_meta else "hf"
+        raise kinds.missing(config, "is missing beside the weights: download it again")
+    return "meta" if is_meta else "hf", folder
 
 
-def find_tokenizer(path: Path) -> Path | None:
-    """The tokenizer file that lies in the folder (or beside the file), if any.
+def _locate_without_weights(folder: Path, has_config: bool) -> tuple[str, Path]:
+    """The folders that are in place of a model's, and hold it or name it."""
+    ggufs = _files(folder, "*.gguf")
+    models = {(match[1], match[3]) if (match := PART.fullmatch(path.name)) else path for path in ggufs}
+    if len(models) == 1:
+        return "gguf", ggufs[0]
+    if ggufs:
+        listed = ", ".join(path.name for path in ggufs[:9])
+        raise CheckpointError(folder, f"holds {len(models)} models, of which you give one: {listed}")
+    if (folder / ADAPTER).exists():
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path") or "BASE"
+        raise CheckpointError(folder, f"is a LoRA adapter, not a model: give --ckpt {base} --adapter {folder}")
+    if _files(folder, "pytorch_model*.bin"):
+        raise CheckpointError(folder, kinds.to_safetensors(folder))
+    if (folder / "snapshots").is_dir():
+        return _locate_snapshot(folder)
+    if (folder / "final").is_dir():
+        raise CheckpointError(folder, f"is the folder of a finetuning run: give its model, {folder / 'final'}")
+    if has_config and (folder / "checkpoints").is_dir():
+        raise CheckpointError(folder, "is a finetuning run that has not ended: continue it with --resume")
+    if has_config:
+        return "hf", folder  # its reader says which file is missing
+    raise CheckpointError(folder, _nothing(folder))
 
-    Where tokenizer.json has tokens that tokenizer.model lacks, the json is the model's.
-    """
+
+def _locate_snapshot(folder: Path) -> tuple[str, Path]:
+    """The folder of one repository in the hub's cache: the snapshot that refs/main names, or the only one."""
+    whole = {path.name: path for path in sorted((folder / "snapshots").iterdir()) if _holds_weights(path)}
+    main = folder / "refs" / "main"
+    revision = main.read_text("utf-8", "replace").strip() if main.is_file() else ""
+    if revision not in whole and len(whole) == 1:
+        (revision,) = whole
+    if revision not in whole:
+        hub_id = folder.name.removeprefix("models--").replace("--", "/")
+        what = f"give one of its snapshots, {', '.join(whole)}" if whole else f"run `hf download {hub_id}` again"
+        raise CheckpointError(folder, f"is of the hub's cache and holds {len(whole)} snapshots with weights: {what}")
+    return _locate_inside(whole[revision])
+
+
+def _nothing(folder: Path) -> str:
+    """What to say about a folder without any model: the halves of one, or where there is one."""
+    halves = [path.name for path in _files(folder, "*") if path.suffix in kinds.UNFINISHED]
+    if halves:
+        return f"holds an unfinished download, {halves[0]}: let it finish, or download it again"
+    inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and _holds_weights(path)]
+    files = [path for path in _files(folder, "*.bin") + _files(folder, "*.pt") if path.name != "tokenizer.bin"]
+    if inside or files:
+        return f"holds no model itself: give {' or '.join(str(path) for path in (inside + files)[:4])}"
+    return "holds no checkpoint: expected params.json and consolidated.NN.pth, config.json and .safetensors, or a .gguf"
+
+
+def _holds_weights(folder: Path) -> bool:
+    patterns = ("consolidated.*.pth", "*.safetensors", "*.gguf", "pytorch_model*.bin", "params.json", "snapshots")
+    return any(_files(folder, pattern) for pattern in patterns) or (folder / "snapshots").is_dir()
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    """Sorted, without hidden ones (macOS writes a ._x beside each x)."""
+    return sorted(path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith("."))
+
+
+def find_tokenizer(path: Path, kind: str | None = None) -> Path | None:
+    """The tokenizer file that lies in the folder (or beside the file), if any."""
     folder = path if path.is_dir() else path.parent
-    names = ("tokenizer.bin", *TOKENIZERS) if path.suffix == ".bin" else TOKENIZERS
-    found = [folder / name for name in names if (folder / name).is_file()]
+    names = ("tokenizer.bin", *TOKENIZERS) if kind == "llama2c" or path.suffix == ".bin" else TOKENIZERS
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        return None
+    kinds.refuse_strangers(found)
     whole = folder / "tokenizer.json"
-    if found[1:] and whole in found and found[0].name == "tokenizer.model":
-        with contextlib.suppress(ValueError):  # who opens it says what is wrong with it
-            if len(read(whole).tokens) > len(read(found[0]).tokens):
-                return whole
-    return found[0] if found else None
+    if found.suffix == ".model" and whole.is_file() and _count(whole) > (_count(found) or sys.maxsize):
+        return whole
+    return found
+
+
+def _tokenizer_above(opened: Checkpoint) -> Checkpoint:
+    """Llama 2 as Meta ships it: one tokenizer.model for all the folders beside it. It counts if it has the size."""
+    above = opened.path.resolve().parent / "tokenizer.model"
+    if opened.format != "meta" or opened.tokenizer or not above.is_file():
+        return opened
+    if _count(above) != opened.config.vocab_size:
+        return opened
+    return replace(opened, tokenizer=above, notices=[*opened.notices, f"the tokenizer is the one above, {above}"])
+
+
+def _count(path: Path) -> int:
+    """Tokens of a tokenizer file; 0 where it is none, of which its reader knows more to say."""
+    try:
+        return len(read(path).tokens)
+    except TokenizerError:
+        return 0

@@ -5,8 +5,8 @@
     vocabulary.kind, len(vocabulary.tokens), vocabulary.tokens[vocabulary.bos_id]
     # ('bpe', 128256, b'<|begin_of_text|>')
 
-value.py holds the value, read.py the readers (protobuf.py and beside.py help it), write.py the writers, spoken.py the
-pre-tokenizers that files know by name.
+value.py holds the value, read.py and from_json.py the readers, beside.py what lies beside the file, write.py and
+to_json.py the writers, spoken.py the pre-tokenizers that files know by name.
 """
 
 from nanollama.vocabulary.read import read

@@ -36,7 +36,7 @@ def with_declared(vocabulary: Vocabulary, folders: list[Path]) -> Vocabulary:
         for name in (*NAMED, *BY_ID, *TEMPLATES)
         if (data := _read(folder / name))
     }
-    named, by_id = [_json(files.get(name)) for name in NAMED], [_json(files.get(name)) for name in BY_ID]
+    named, by_id = [json_object(files.get(name)) for name in NAMED], [json_object(files.get(name)) for name in BY_ID]
     added = {CONTROL, UNKNOWN, USER_DEFINED}
     names = {vocabulary.tokens[i]: i for i, kind in enumerate(vocabulary.types) if kind in added}
     found = {role: _ids(role, named, by_id, names, len(vocabulary.tokens)) for role in ROLES}
@@ -79,7 +79,7 @@ def _name(value: Any) -> str | None:
 def _template(files: dict[str, bytes]) -> str | None:
     alone = files.get("chat_template.jinja")
     texts: list[Any] = [alone.decode("utf-8", "replace")] if alone else []
-    for text in (*texts, *(_json(files.get(name)).get("chat_template") for name in TEMPLATES[1:] + NAMED[:1])):
+    for text in (*texts, *(json_object(files.get(name)).get("chat_template") for name in TEMPLATES[1:] + NAMED[:1])):
         if isinstance(text, list):  # several, by name
             text = next((t.get("template") for t in text if isinstance(t, dict) and t.get("name") == "default"), None)
         if isinstance(text, str) and text:
@@ -94,7 +94,7 @@ def _read(path: Path) -> bytes:
         return b""
 
 
-def _json(data: bytes | None) -> dict[str, Any]:
+def json_object(data: bytes | None) -> dict[str, Any]:
     try:
         content = json.loads(data or b"{}")
     except (ValueError, RecursionError):

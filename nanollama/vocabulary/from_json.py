@@ -115,10 +115,9 @@ def _texts(model: dict[str, Any], added: list[dict[str, Any]]) -> list[str]:
             raise TokenizerError("its vocabulary is no list of pieces with scores")
         ids = {piece: i for i, (piece, _) in enumerate(vocab)}
     else:
-        ids = vocab if isinstance(vocab, dict) else {None: None}
-    if not all(type(i) is int for i in ids.values()):
-        raise TokenizerError("its vocabulary is no map of tokens to ids")
-    ids = dict(ids)
+        if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
+            raise TokenizerError("its vocabulary is no map of tokens to ids")
+        ids = dict(vocab)
     for token in added:
         if ids.setdefault(token["content"], token["id"]) != token["id"]:
             raise TokenizerError(f"token {token['content']!r:.40} has two ids")

@@ -24,10 +24,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from nanollama.vocabulary import from_json
 from nanollama.vocabulary.beside import with_declared
 from nanollama.vocabulary.charsmap import check_charsmap
-from nanollama.vocabulary.protobuf import fields, number, raw
 from nanollama.vocabulary.spoken import pattern_of
 from nanollama.vocabulary.value import (
     BYTE,
@@ -190,44 +191,36 @@ def from_llama2c(data: bytes) -> Vocabulary:
 
 def from_sentencepiece(data: bytes) -> Vocabulary:
     """A sentencepiece .model (a ModelProto) of type BPE or unigram."""
-    pieces: list[tuple[bytes, float, int]] = []
-    trainer: dict[int, int | bytes] = {}
-    normalizer: dict[int, int | bytes] = {}
-    for n, value in fields(data):
-        if n == 1:
-            check_count(len(pieces))
-            pieces.append(_parse_piece(raw(value)))
-        elif n == 2:
-            trainer |= dict(fields(raw(value)))
-        elif n == 3:
-            normalizer |= dict(fields(raw(value)))
-        elif n == 5:
-            raise TokenizerError("it has a denormalizer, which is not supported")
-    kind = number(trainer.get(3, UNIGRAM))
-    if kind not in (UNIGRAM, BPE):
-        raise TokenizerError(f"model type {kind}, expected 1 (unigram) or 2 (BPE)")
-    if trainer.get(24):
-        raise TokenizerError("it was trained with treat_whitespace_as_suffix, which is not supported")
-    if not normalizer.get(5, 1):
-        raise TokenizerError("it was trained with escape_whitespaces=false, which is not supported")
-    rules = raw(normalizer.get(2, b""))
-    check_charsmap(rules)
-    tokens, types = [piece for piece, _, _ in pieces], [kind for _, _, kind in pieces]
-    ids = {piece: i for i, piece in enumerate(tokens) if types[i] == CONTROL}
-    bos, eos, pad = (ids.get(raw(trainer.get(n, name))) for n, name in ((46, b"<s>"), (47, b"</s>"), (48, b"<pad>")))
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    try:
+        model = ModelProto.FromString(data)
+    except DecodeError as error:
+        raise TokenizerError(f"no sentencepiece model, or a cut one ({error}); download it again") from None
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    check_count(len(model.pieces))
+    if trainer.model_type not in (UNIGRAM, BPE):
+        raise TokenizerError(f"model type {trainer.model_type}, expected 1 (unigram) or 2 (BPE)")
+    for name, is_there in (
+        ("a denormalizer", model.HasField("denormalizer_spec")),
+        ("treat_whitespace_as_suffix", trainer.treat_whitespace_as_suffix),
+        ("escape_whitespaces=false", not normalizer.escape_whitespaces),
+    ):
+        if is_there:
+            raise TokenizerError(f"it was trained with {name}, which is not supported")
+    check_charsmap(normalizer.precompiled_charsmap)
+    # A piece that is not UTF-8 arrives as bytes; check_pieces refuses it.
+    tokens = [p.piece.encode() if isinstance(p.piece, str) else p.piece for p in model.pieces]
+    types = [p.type for p in model.pieces]
+    ids = {p.piece: i for i, p in enumerate(model.pieces) if p.type == CONTROL}
     vocabulary = Vocabulary(
-        "spm" if kind == BPE else "unigram", tokens, types, [score for _, score, _ in pieces],
-        bos_id=bos, eos_id=eos, pad_id=pad, add_dummy_prefix=bool(number(normalizer.get(3, 1))),
-        remove_extra_whitespaces=bool(number(normalizer.get(4, 1))), format="sentencepiece", rewrites=bool(rules),
+        "spm" if trainer.model_type == BPE else "unigram", tokens, types, [p.score for p in model.pieces],
+        bos_id=ids.get(trainer.bos_piece), eos_id=ids.get(trainer.eos_piece), pad_id=ids.get(trainer.pad_piece),
+        add_dummy_prefix=normalizer.add_dummy_prefix, rewrites=bool(normalizer.precompiled_charsmap),
+        remove_extra_whitespaces=normalizer.remove_extra_whitespaces, format="sentencepiece",
     )  # fmt: skip
-    check_pieces(vocabulary, needs_bytes=bool(trainer.get(35)))
+    check_pieces(vocabulary, needs_bytes=trainer.byte_fallback)
     return vocabulary
-
-
-def _parse_piece(data: bytes) -> tuple[bytes, float, int]:
-    found = dict(fields(data))
-    (score,) = struct.unpack("<f", raw(found.get(2, bytes(4))))
-    return raw(found.get(1, b"")), score, number(found.get(3, NORMAL))
 
 
 def check_pieces(vocabulary: Vocabulary, needs_bytes: bool = True) -> None:

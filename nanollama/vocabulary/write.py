@@ -13,13 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 from nanollama.vocabulary import spoken
-from nanollama.vocabulary.beside import with_declared
-from nanollama.vocabulary.protobuf import FIXED32, field, key
+from nanollama.vocabulary.beside import json_object, with_declared
 from nanollama.vocabulary.read import from_llama2c, from_ranks, from_sentencepiece
 from nanollama.vocabulary.to_json import is_exact, merges, printable, tokenizer_json
 from nanollama.vocabulary.value import (
     BYTE,
-    NORMAL,
     SPACE,
     UNKNOWN,
     UNUSED,
@@ -93,20 +91,22 @@ def ranks(vocabulary: Vocabulary) -> bytes:
 
 def sentencepiece(vocabulary: Vocabulary) -> bytes:
     """A ModelProto of type BPE or unigram, no normalization but the spaces."""
-    out = bytearray()
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    model = ModelProto()
     for token, score, kind in zip(vocabulary.tokens, vocabulary.scores, vocabulary.types, strict=True):
-        piece = field(1, token) + key(2, FIXED32) + struct.pack("<f", score)
-        out += field(1, piece + (field(3, kind) if kind != NORMAL else b""))
-    unknown = vocabulary.types.index(UNKNOWN)
-    trainer = field(3, 1 + (vocabulary.kind == "spm")) + field(4, len(vocabulary.tokens))
-    trainer += field(35, int(BYTE in vocabulary.types)) + field(40, unknown)
-    for number, i in ((41, vocabulary.bos_id), (42, vocabulary.eos_id), (43, vocabulary.pad_id)):
-        trainer += field(number, -1 if i is None else i)
-    for number, i in ((45, unknown), (46, vocabulary.bos_id), (47, vocabulary.eos_id), (48, vocabulary.pad_id)):
-        trainer += field(number, b"" if i is None else vocabulary.tokens[i])  # by name, too: the package goes by these
-    normalizer = field(1, b"identity") + field(3, int(vocabulary.add_dummy_prefix))
-    normalizer += field(4, int(vocabulary.remove_extra_whitespaces)) + field(5, 1)  # escape_whitespaces
-    return bytes(out) + field(2, trainer) + field(3, normalizer)
+        model.pieces.add(piece=token.decode(), score=score, type=kind)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type = 1 + (vocabulary.kind == "spm")
+    trainer.vocab_size, trainer.byte_fallback = len(vocabulary.tokens), BYTE in vocabulary.types
+    ids = {"bos": vocabulary.bos_id, "eos": vocabulary.eos_id, "pad": vocabulary.pad_id}
+    for role, i in (ids | {"unk": vocabulary.types.index(UNKNOWN)}).items():
+        setattr(trainer, f"{role}_id", -1 if i is None else i)
+        # By name, too: the package goes by these.
+        setattr(trainer, f"{role}_piece", "" if i is None else vocabulary.tokens[i].decode())
+    normalizer.name, normalizer.add_dummy_prefix = "identity", vocabulary.add_dummy_prefix
+    normalizer.remove_extra_whitespaces = vocabulary.remove_extra_whitespaces
+    return model.SerializeToString(deterministic=True)
 
 
 # --- llama2.c --------------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def tokenizer_config(vocabulary: Vocabulary) -> dict[str, Any]:
 
 def generation_config(vocabulary: Vocabulary) -> bytes:
     """What was given, with every id that ends an answer."""
-    given = json.loads(vocabulary.beside.get("generation_config.json", b'{"_from_model_config": true}'))
+    given = json_object(vocabulary.beside.get("generation_config.json")) or {"_from_model_config": True}
     return _json({**given, **token_ids(vocabulary)})
 
 

@@ -1,20 +1,18 @@
 """What a checkpoint is, before any model is built: format, config, tokenizer, integrity; and what the references, which
-open Meta and Hugging Face folders and Meta's tokenizer files, get in its place. Refusals are one line.
+open Meta and Hugging Face folders, get in its place. Refusals are one line.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from nanollama.checkpoint import CheckpointError, convert, open_checkpoint, verify, vocab, vocab_files
-from nanollama.tokenizer import TokenizerError, open_tokenizer
-from parity.candidates.nano import checksum, config_echo
+from nanollama.checkpoint import CheckpointError, open_checkpoint, verify, write_hf
+from nanollama.tokenizer import TokenizerError
+from parity.candidates.nano import checksum, config_echo, opened_tokenizer
 from parity.contract import DTYPES, UsageError
-
-METAS_TOKENIZERS = ("llama3", "llama2")  # kinds whose files Meta's code opens: tiktoken's ranks, sentencepiece models
 
 
 @dataclass(frozen=True)
@@ -22,8 +20,8 @@ class Description:
     path: Path  # local, also for a hub id
     format: str
     config: dict[str, Any]
-    tokenizer: Path | None
-    tokenizer_kind: str | None
+    tokenizer: Path | None  # the file that nanollama opens
+    own_tokenizer: bool  # it is the checkpoint's, not one that the user named
     parameters: int
     stored_bytes: int
     stored_dtype: str  # of the large matrices
@@ -32,28 +30,31 @@ class Description:
 
 
 def describe(path: str, tokenizer: str | None) -> Description:
-    """Raises UsageError for a checkpoint that cannot be read, or whose vocabulary is not its tokenizer's."""
+    """Raises UsageError for a checkpoint or a tokenizer that cannot be read."""
     try:
         opened = open_checkpoint(path)
         config = opened.config
         file = Path(tokenizer) if tokenizer else opened.tokenizer
-        opened_tokenizer = open_tokenizer(file) if file is not None else None
-        if opened_tokenizer is not None and opened_tokenizer.vocab_size != config.vocab_size:
-            raise UsageError(
-                f"{file}: has {opened_tokenizer.vocab_size} tokens, the checkpoint's vocabulary {config.vocab_size}; "
-                "give the tokenizer of this checkpoint with --tokenizer"
-            )
+        notices = [*opened.notices, *_unlike_sizes(file, config.vocab_size)]
         verified = verify(opened.path)
     except (CheckpointError, TokenizerError) as error:
         raise UsageError(str(error)) from None
     weights = opened.weights
     numel = {name: _numel(shape) for name, shape in weights.shapes.items()}
     stored = sum(n * weights.dtypes[name].itemsize for name, n in numel.items())
-    kind = opened_tokenizer.kind if opened_tokenizer is not None else None
     echo = config_echo(config)
     dtype = next(name for name, value in DTYPES.items() if value == weights.dtype)
     sizes = (sum(numel.values()), stored, dtype)
-    return Description(opened.path, opened.format, echo, file, kind, *sizes, verified, list(opened.notices))
+    return Description(opened.path, opened.format, echo, file, tokenizer is None, *sizes, verified, notices)
+
+
+def _unlike_sizes(tokenizer: Path | None, rows: int) -> list[str]:
+    """Rows without a token are padding, tokens without a row matter when a text holds one."""
+    tokens = rows if tokenizer is None else opened_tokenizer(tokenizer).vocab_size
+    if tokens == rows:
+        return []
+    what = "the rows behind them are padding" if tokens < rows else "the tokens behind them have no row"
+    return [f"{tokenizer.name} has {tokens} tokens, the model {rows} rows: {what}"] if tokenizer else []
 
 
 @dataclass(frozen=True)
@@ -61,34 +62,54 @@ class ReferenceFiles:
     """What the references open. notices: where it is not the user's own file."""
 
     checkpoint: Path
-    tokenizer: Path | None
+    tokenizer: Path | None  # None: what they find in the checkpoint's folder
+    first: str  # the reference that turns texts into ids
     notices: list[str]
+    spare_prompts: list[list[int]] | None = None  # of texts, by nanollama's tokenizer
+
+    def as_case(self) -> dict[str, Any]:
+        tokenizer = str(self.tokenizer) if self.tokenizer else None
+        return {"checkpoint": str(self.checkpoint), "tokenizer": tokenizer, "spare_prompts": self.spare_prompts}
 
 
-def reference_files(described: Description, folder: Path) -> ReferenceFiles:
-    """The checkpoint and its tokenizer in forms that the references open; conversions are written into `folder`.
+def reference_files(
+    described: Description, folder: Path, references: Sequence[str] = ("meta", "hf"), texts: Sequence[str] | None = None
+) -> ReferenceFiles:
+    """The checkpoint in a form that the references open; weights are converted into `folder`. Their tokenizers are
+    opened by themselves, from the user's own files.
 
-    Raises UsageError when they cannot be written.
+    Raises UsageError when the weights cannot be written.
     """
-    checkpoint, notices = described.path.resolve(), list[str]()
+    checkpoint, tokenizer, notices = described.path.resolve(), described.tokenizer, list[str]()
+    folders = described.format in ("meta", "hf")
     try:
-        if checkpoint.is_file():
-            convert(checkpoint, folder / "hf", "hf")
+        if not folders:
+            opened = open_checkpoint(checkpoint)
+            write_hf(folder / "hf", opened.config, opened.weights)
             checkpoint = folder / "hf"
             notices.append(
                 f"no reference opens {described.path.name}: they get the weights that nanollama read from it, as a "
                 "Hugging Face folder, so this run does not prove that the file was read rightly"
             )
-        tokenizer = described.tokenizer
-        if tokenizer is not None and described.tokenizer_kind not in METAS_TOKENIZERS:
-            notices.append(f"the references get the vocabulary that nanollama read from {tokenizer.name}")
-            made = folder / "tokenizer.model"
-            made.parent.mkdir(parents=True, exist_ok=True)
-            made.write_bytes(vocab_files.meta_bytes(vocab.read(tokenizer)))
-            tokenizer = made
     except (CheckpointError, OSError) as error:
         raise UsageError(f"{described.path}: cannot be prepared for the references: {error}") from None
-    return ReferenceFiles(checkpoint, tokenizer, notices)
+    if described.own_tokenizer and tokenizer is not None and folders and tokenizer.is_relative_to(described.path):
+        tokenizer = None  # they find what lies in a folder by themselves
+    can = [name for name in references if has_tokenizer(name, tokenizer, checkpoint)]
+    spare = None
+    if texts is not None and described.tokenizer is not None:
+        spare = [opened_tokenizer(described.tokenizer).encode(text, bos=True) for text in texts]
+    return ReferenceFiles(checkpoint, tokenizer, (can or list(references))[0], notices, spare)
+
+
+def has_tokenizer(reference: str, tokenizer: Path | None, folder: Path) -> bool:
+    """Whether a file lies here that this reference could open; it may still find that it is none."""
+    metas, others = ("tokenizer.model", "original/tokenizer.model"), ("tokenizer.json", "vocab.json")
+    if tokenizer is None:
+        return any((folder / name).is_file() for name in (metas if reference == "meta" else metas + others))
+    with tokenizer.open("rb") as file:
+        is_gguf = file.read(4) == b"GGUF"
+    return tokenizer.suffix != ".bin" and (reference != "meta" or not (is_gguf or tokenizer.suffix == ".json"))
 
 
 def float32_weights(described: Description, theirs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -300,11 +300,11 @@ class Nano:
         return self._tokenizer().encode(text, bos=False)
 
     def encode_chat(self, dialog: list[dict[str, Any]]) -> list[int] | None:
-        """Ids of a dialog, ready for the assistant's answer. No Llama 2 reference renders chats: None there."""
-        tokenizer = self._tokenizer()
-        if chat_module.style_of(tokenizer) != "llama3":
-            return None
-        return chat_module.encode_chat(dialog, tokenizer, add_generation_prompt=True).ids
+        """Ids of a dialog, ready for the assistant's answer; none of one that cannot be rendered."""
+        try:
+            return chat_module.encode_chat(dialog, self._tokenizer(), add_generation_prompt=True).ids
+        except ValueError:
+            return []
 
     def _tokenizer(self) -> Any:
         assert self.tokenizer is not None

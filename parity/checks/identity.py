@@ -1,4 +1,9 @@
-"""Gates on what must be equal exactly or nearly so before any forward pass: token ids, chat, config, weights, RoPE."""
+"""Gates on what must be equal exactly or nearly so before any forward pass: token ids, chat, config, weights, RoPE.
+
+A checkpoint may bring several tokenizers (tokenizer.model, tokenizer.json) and chat formats that disagree. That is a
+finding about the checkpoint (`disagreements`). A candidate that follows one of them in every text is not blamed where a
+reference follows another: that reference does not judge it, and the report says which file it follows.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,39 +12,103 @@ from parity.contract import Result, Status, judge
 from parity.evidence import Evidence
 from parity.tolerances import BOUNDS
 
+KEYS = {"tokens": ("token_ids", "corpus_ids"), "chat": ("dialog_ids",)}
+Row = tuple[str, int, list[int], list[int]]  # list of a trace, index of the text, the candidate's ids, another's
+
 
 def tokens(ev: Evidence) -> Iterator[Result]:
     """G0: token ids of the prompts (with BOS) and of the corpus (without), id for id."""
-    yield from _equal_lists(ev, "tokens", ("token_ids", "corpus_ids"), "the candidate has no encode()")
+    yield from _equal_lists(ev, "tokens", "the candidate has no encode()")
 
 
 def chat(ev: Evidence) -> Iterator[Result]:
     """G0: token ids of rendered dialogs."""
-    yield from _equal_lists(ev, "chat", ("dialog_ids",), "the candidate has no encode_chat()")
+    yield from _equal_lists(ev, "chat", "the candidate has no encode_chat()")
 
 
-def _equal_lists(ev: Evidence, check: str, keys: tuple[str, ...], lacking: str) -> Iterator[Result]:
+def _equal_lists(ev: Evidence, check: str, lacking: str) -> Iterator[Result]:
     for path, trace in _first_candidate(ev):
         for name, reference in ev.references.items():
-            labels: dict[str, Any] = {"reference": name, "path": path}
-            pairs = [(k, trace.meta.get(k), reference.meta.get(k)) for k in keys if reference.meta.get(k)]
-            compared = [
-                (k, i, a, b)
-                for k, mine, theirs in pairs
-                if mine and theirs
-                for i, (a, b) in enumerate(zip(mine, theirs, strict=True))
-            ]
-            compared = [row for row in compared if row[3] is not None]
+            labels: dict[str, Any] = {"check": check, "gate": "G0", "reference": name, "path": path}
+            compared = _compared(check, trace.meta, reference.meta)
             if not compared:
-                reason = f"not covered: {lacking if pairs else 'the reference has no tokenizer or template here'}"
-                yield Result(check, "G0", Status.SKIP, required=False, reason=reason, **labels)
+                theirs = any(reference.meta.get(key) for key in KEYS[check])
+                reason = lacking if theirs else reference.meta.get("untexted") or NOTHING[check].format(name)
+                yield Result(status=Status.SKIP, required=False, reason=f"not covered: {reason}", **labels)
                 continue
-            wrong = [(k, i, a, b) for k, i, a, b in compared if a != b]
+            wrong, reason = _differing(compared), f"{len(compared)} texts"
+            if wrong and _as_text(check, trace.meta, reference.meta):
+                wrong, reason = [], f"{reason}; special tokens' names in messages are text to the candidate"
             where = _first_difference(ev, *wrong[0]) if wrong else None
-            yield judge(
-                len(wrong), 0, check=check, gate="G0", metric="texts that differ", unit="texts", where=where,
-                reason=f"{len(compared)} texts", **labels,
-            )  # fmt: skip
+            labels |= {"metric": "texts that differ", "unit": "texts", "where": where}
+            if wrong and (file := _followed(ev, check, trace.meta)):
+                reason = f"the checkpoint's own files disagree, and the candidate follows {file} in every text"
+                yield Result(status=Status.SKIP, required=False, value=len(wrong), bound=0, reason=reason, **labels)
+                continue
+            yield judge(len(wrong), 0, reason=reason, **labels)
+
+
+NOTHING = {
+    "tokens": "the {} reference has no tokenizer here",
+    "chat": "the {} reference has no chat template or format here",
+}
+
+
+def _compared(check: str, mine: dict[str, Any], theirs: dict[str, Any]) -> list[Row]:
+    """The texts of which both have ids."""
+    return [
+        (key, i, a, b)
+        for key in KEYS[check]
+        if mine.get(key) and theirs.get(key)
+        for i, (a, b) in enumerate(zip(mine[key], theirs[key], strict=True))
+        if a is not None and b is not None
+    ]
+
+
+def _differing(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row[2] != row[3]]
+
+
+def _as_text(check: str, mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Whether the candidate has the ids of the reference's other reading of the same file: with messages as text."""
+    own, *others = theirs.get("readings") or [{}]
+    same = [_compared(check, mine, one) for one in others if one["tokens"] == own["tokens"]]
+    return any(rows and not _differing(rows) for rows in same)
+
+
+def _followed(ev: Evidence, check: str, mine: dict[str, Any]) -> str | None:
+    """Which of the checkpoint's files, as some reference reads it, gives the candidate's ids of all texts."""
+    for name, found in readings(ev, check).items():
+        rows = _compared(check, mine, found)
+        if len(rows) == len(_compared(check, mine, mine)) and not _differing(rows):
+            return name
+    return None
+
+
+def readings(ev: Evidence, check: str, first: int = 0) -> dict[str, dict[str, Any]]:
+    """The ids of the case's texts by each of the checkpoint's files that has any, by what it is called.
+
+    first: of each reference's readings; 1 leaves out its own of dialogs, where it has one with messages as text.
+    """
+    known = [trace.meta.get("readings", []) for trace in (*ev.references.values(), *ev.witnesses)]
+    found = {one[check]: one for several in known for one in several[first:] or several[:1]}
+    return {name: one for name, one in found.items() if any(one.get(key) for key in KEYS[check])}
+
+
+def disagreements(ev: Evidence) -> list[str]:
+    """Findings about the checkpoint: its files give different ids for the same texts."""
+    return [line for check in KEYS for line in _disagreements(ev, check)]
+
+
+def _disagreements(ev: Evidence, check: str) -> Iterator[str]:
+    what = {"tokens": "tokenizers disagree", "chat": "chat formats disagree"}[check]
+    (first, base), *others = list(readings(ev, check, 1).items()) or [("", {})]
+    for name, other in others:
+        rows = _compared(check, base, other)
+        if wrong := _differing(rows):
+            number = f"{len(wrong)} of {len(rows)} {'texts' if check == 'tokens' else 'dialogs'}"
+            place = _first_difference(ev, *wrong[0])
+            yield f"the checkpoint's {what}: {first} and {name} give different ids for {number}, first at {place}"
 
 
 def _first_difference(ev: Evidence, key: str, i: int, mine: list[int], theirs: list[int]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from parity.checks import CHECKS
+from parity.checks.identity import disagreements
 from parity.checks.training import gradient_noise
 from parity.contract import Result, Status
 from parity.evidence import Evidence, Pair
@@ -116,7 +117,7 @@ def summarise(ev: Evidence, results: list[Result], runner: Runner, seconds: floa
     if word == "pass" and schemes:
         word = "quantized"
         why += f"; the error is that of rounding weights to {', '.join(sorted(schemes))}, not that of floating point"
-    errata = [e for trace in ev.references.values() for e in trace.meta.get("errata", [])]
+    errata = [e for trace in ev.references.values() for e in trace.meta.get("errata", [])] + disagreements(ev)
     lengths = [len(s) for s in ev.oracle.sequences]
     return {
         "schema": SCHEMA,

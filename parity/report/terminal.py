@@ -114,7 +114,8 @@ def _uncovered(report: dict[str, Any]) -> list[str]:
     for r in report["results"]:
         if r["status"] == "skip":
             text = (r["reason"] or "").removeprefix("not covered: ")
-            found.setdefault(f"{r['check']}: {text}", None)
+            head = r["check"] if r["value"] is None else f"{r['check']} ({_party(r)})"  # compared, and not judged
+            found.setdefault(f"{head}: {text}", None)
     return list(found)
 
 

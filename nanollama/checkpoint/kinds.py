@@ -1,0 +1,103 @@
+"""What a file is, by its first bytes and not by its name; and what to do about those that are no checkpoint.
+
+python -c "from nanollama.checkpoint.kinds import kind_of; from pathlib import Path; print(kind_of(Path('x.gguf')))"
+"""
+
+import re
+import struct
+import zipfile
+from pathlib import Path
+
+from nanollama.checkpoint.weights import CheckpointError
+
+UNFINISHED = (".part", ".partial", ".incomplete", ".crdownload", ".download", ".aria2", ".opdownload", ".tmp")
+LLAMA2C = struct.pack("<I", 0x616B3432)  # "ak42"
+PICKLES = (b"PK\x03\x04", b"\x80\x02")  # torch's zip, and its pickle of before 1.6
+GGML = (b"lmgg", b"fmgg", b"tjgg")  # ggml, ggmf and ggjt as little-endian numbers
+# In lower case: pages, and the words with which the hub refuses a file.
+PAGES = re.compile(rb'<!doctype|<html|<head|<\?xml|{"error|entry not found|invalid |access to |not found')
+ARCHIVES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd", b"Rar!")
+
+
+def kind_of(path: Path) -> str | None:
+    """ "gguf", "llama2c", "pt" (a pickle of torch), "safetensors", or None for what none of them begins like.
+
+    Raises CheckpointError for a file that cannot be any.
+    """
+    refuse_strangers(path)
+    head = first_bytes(path)
+    if head.startswith(b"GGUF"):
+        return "gguf"
+    if head.startswith(PICKLES):
+        return "pt"
+    if head[8:10] in (b'{"', b"{ ", b"{}") and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        return "safetensors"
+    if head.startswith(LLAMA2C) or _is_llama2c_header(head):
+        return "llama2c"
+    return None
+
+
+def _is_llama2c_header(head: bytes) -> bool:
+    """Version 0 has no magic: seven numbers that could be a model's, dim to context."""
+    if len(head) < 28:
+        return False
+    dim, hidden, layers, heads, kv_heads, vocab, context = struct.unpack_from("<7i", head)
+    small = all(0 < n < 1 << 12 for n in (layers, heads, kv_heads))
+    large = all(0 < n < 1 << 24 for n in (dim, hidden, abs(vocab), context))
+    return small and large and dim % heads == 0 == heads % kv_heads
+
+
+def refuse_strangers(path: Path) -> None:
+    """Raises CheckpointError for what people have in place of a model: half a download, a pointer, a web page."""
+    if path.suffix in UNFINISHED:
+        raise CheckpointError(path, "is an unfinished download, by its name: let it finish, or download it again")
+    if not path.is_file():
+        raise CheckpointError(path, "is no file: give a folder, a .gguf, a .bin or a .pt file")
+    if what := _strange(path, first_bytes(path)):
+        raise CheckpointError(path, what)
+
+
+def _strange(path: Path, head: bytes) -> str | None:
+    if not head:
+        return "is empty (0 bytes), a download that failed: download it again"
+    if head.startswith(b"version https://git-lfs.github.com/spec"):
+        return "is a git-lfs pointer in place of the file: run `git lfs pull` in its folder, or download it again"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if PAGES.match(text):
+        return "is a web page or a server's refusal in place of the file: download it again, by the link that downloads"
+    if head.startswith(GGML):
+        return "is of GGML's time, before GGUF (August 2023): get a GGUF of this model"
+    if head.startswith(ARCHIVES) or head[257:262] == b"ustar" or (head[:2] == b"PK" and not _is_pickle(path)):
+        return "is a packed archive: unpack it and give the folder or file in it"
+    return None
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a zip is one of torch's; a broken one may be: its reader says what is wrong."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return True
+
+
+def missing(path: Path, what: str) -> CheckpointError:
+    """The error for a file that is not there, unless the half of it is."""
+    for suffix in UNFINISHED:
+        half = path.with_name(path.name + suffix)
+        if half.exists():
+            return CheckpointError(half, "is an unfinished download: let it finish, or download it again")
+    return CheckpointError(path, what)
+
+
+def to_safetensors(path: Path) -> str:
+    """The advice for a pickle of Hugging Face's, with its command."""
+    folder = path if path.is_dir() else path.parent
+    save = f"from_pretrained('{folder}').save_pretrained('{folder}-safetensors')"
+    code = f"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; M.{save}; T.{save}"
+    return f'holds weights as a pickle, pytorch_model.bin: write them as safetensors with python -c "{code}"'
+
+
+def first_bytes(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(512)
