@@ -64,9 +64,10 @@ def meta_files(vocabulary: Vocabulary) -> dict[str, bytes]:
 
 
 def _is_llama3(vocabulary: Vocabulary) -> bool:
-    """Whether a rank file says it all: Llama 3's pattern, merges by rank, its 256 special tokens behind."""
+    """Whether a rank file says it all: Llama 3's pattern, every byte, merges by rank, its 256 special tokens behind."""
     n = vocabulary.n_ranks
     same = vocabulary.pre == "llama-bpe" and vocabulary.tokens[n:] == llama3_special_tokens() and is_exact(vocabulary)
+    same = same and {bytes([byte]) for byte in range(256)} <= set(vocabulary.tokens)
     by_rank = replace(vocabulary, merges=None)
     return same and (vocabulary.merges is None or vocabulary.merges == merges(by_rank))
 
