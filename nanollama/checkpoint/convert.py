@@ -69,7 +69,7 @@ def _said(dst: Path, format: str, has_vocabulary: bool) -> list[str]:
         ]
     if format == "gguf" and "tokenizer.huggingface.json" in gguf_header.read(dst).keys:
         return [
-            "GGUF's keys cannot say all that this tokenizer.json does, such as to spaces in front: it is carried whole, "
+            "GGUF's keys cannot say all that this tokenizer.json does, as to spaces in front: it is carried whole, "
             "in tokenizer.huggingface.json; llama.cpp, which ignores that, may give other ids there"
         ]
     return []
