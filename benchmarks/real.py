@@ -123,7 +123,8 @@ def llama_cpp(work: Work) -> dict[str, Any]:
         raise Skipped("llama-cpp-python is not installed: pip install 'nanollama[interop]'")
     sys.path.insert(0, str(REPOSITORY / "tests" / "interop"))
     engines = importlib.import_module("engines")
-    tokenizer, figures = open_tokenizer(work.ckpt), {}
+    tokenizer = open_tokenizer(work.ckpt)
+    figures: dict[str, Any] = {}
     # Products with Q4_1 weights round their inputs as those with Q8_0 ones do: blocks of 32 int8.
     for name, path, rounding in (("q4_1", work.ckpt, "q8_0"), ("fp32 export", work.plain("gguf"), "fp32")):
         engine = engines.LlamaCpp(path)
@@ -176,8 +177,8 @@ def quantize(work: Work) -> dict[str, Any]:
     opened, tokenizer = open_checkpoint(work.plain("hf")), open_tokenizer(work.ckpt)
     tokens = torch.tensor([tokenizer.encode(work.text().read_text()[:4000], bos=True)[:512]])
     plain = Transformer.from_weights(opened.config, opened.weights)
-    before, figures = log_probabilities(plain, tokens), {"tokens": tokens.numel()}
-    figures["nats fp32"] = nats(before, tokens)
+    before = log_probabilities(plain, tokens)
+    figures: dict[str, Any] = {"tokens": tokens.numel(), "nats fp32": nats(before, tokens)}
     for scheme, bound in KL_BOUNDS.items():
         after = log_probabilities(load_quantized(opened.config, opened.weights, scheme), tokens)
         kl = float((before.exp() * (before - after)).sum(-1).mean())
@@ -265,15 +266,13 @@ def versions() -> dict[str, str]:
 
 def attempt(step: Callable[[Work], dict[str, Any]], work: Work) -> dict[str, Any]:
     started = time.perf_counter()
-    status, said = "pass", {}
     try:
-        said = {"figures": step(work)}
+        said: dict[str, Any] = {"status": "pass", "figures": step(work)}
     except Skipped as reason:
-        status, said = "skip", {"reason": str(reason)}
+        said = {"status": "skip", "reason": str(reason)}
     except Exception as reason:  # a step that breaks has failed, and the others still run
-        status, said = "fail", {"reason": f"{type(reason).__name__}: {reason}"}
-    seconds = round(time.perf_counter() - started, 1)
-    return {"name": step.__name__, "claim": step.__doc__, "status": status, "seconds": seconds, **said}
+        said = {"status": "fail", "reason": f"{type(reason).__name__}: {reason}"}
+    return {"name": step.__name__, "claim": step.__doc__, "seconds": round(time.perf_counter() - started, 1), **said}
 
 
 def main(

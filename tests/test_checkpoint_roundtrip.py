@@ -206,7 +206,7 @@ def test_convert_merges_an_adapter_on_the_way(tmp_path: Path, format: str, dtype
         n: (torch.randn(2, s[1], generator=generator), torch.randn(s[0], 2, generator=generator))
         for n, s in shapes.items()
     }
-    adapter = Adapter(2, 4.0, pairs)
+    adapter = Adapter(pairs, dict.fromkeys(pairs, 4.0))
     write_adapter(tmp_path / "adapter", adapter, LLAMA31, base=str(base))
     commands.convert(
         str(base), tmp_path / DESTINATION[format], format=format, dtype=dtype, adapter=tmp_path / "adapter"

@@ -162,7 +162,7 @@ def test_a_zip_that_is_no_torch_file_is_an_archive(tmp_path: Path) -> None:
 def test_an_adapter_given_as_the_checkpoint_names_its_base(tmp_path: Path, base: str) -> None:
     name = "layers.0.attention.wq.weight"
     pairs = {name: (torch.ones(2, 64), torch.ones(weight_shapes(LLAMA31)[name][0], 2))}
-    write_adapter(tmp_path / "adapter", Adapter(2, 4.0, pairs), LLAMA31, base=base)
+    write_adapter(tmp_path / "adapter", Adapter(pairs, dict.fromkeys(pairs, 4.0)), LLAMA31, base=base)
     refused(tmp_path / "adapter", "LoRA adapter", f"--ckpt {base or 'BASE'} --adapter {tmp_path / 'adapter'}")
     refused(tmp_path / "adapter" / "adapter_model.safetensors", "give its folder")
 
