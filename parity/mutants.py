@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from nanollama.checkpoint import open_checkpoint
-from nanollama.tokenizer import open_tokenizer
 from parity import family, usual
+from parity.candidates.describe import describe as described
 from parity.candidates.mutants import MUTANTS, VARIANTS, Mutant
+from parity.candidates.nano import opened_tokenizer
 from parity.checks import CHECKS
 from parity.cli import Parser
 from parity.contract import Result, Status, UsageError
@@ -181,10 +181,10 @@ def changes_forward(mutant: Mutant) -> bool:
 
 def tokens_for(ckpt: Path) -> list[list[int]]:
     """One prompt of text, or of seeded ids where no tokenizer lies beside the checkpoint."""
-    opened = open_checkpoint(ckpt)
+    opened = described(str(ckpt), None)
     if opened.tokenizer is None:
-        return [(seeded(opened.config.vocab_size).tokens or [])[-1]]
-    return [open_tokenizer(opened.tokenizer).encode(LONG, bos=True)]
+        return [(seeded(opened.config["vocab_size"]).tokens or [])[-1]]
+    return [opened_tokenizer(opened.tokenizer).encode(LONG, bos=True)]
 
 
 def describe(mutant: Mutant, base: str, row: Row) -> dict[str, Any]:
