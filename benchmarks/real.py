@@ -221,7 +221,7 @@ def chat_tune(work: Work) -> dict[str, Any]:
     roles = ("user", "assistant")
     rows = [[{"role": role, "content": text} for role, text in zip(roles, turn, strict=True)] for turn in turns]
     data.write_text("".join(jsonlib.dumps({"messages": row}) + "\n" for row in rows))
-    flags = ("--method", "lora", "--max_steps", 40, "--lr", 1e-3, "--batch_size", 2, "--seq_len", 128, "--out", out)
+    flags = ("--method", "lora", "--max_steps", 20, "--lr", 1e-3, "--batch_size", 2, "--seq_len", 128, "--out", out)
     work.command("finetune.chat", "--data", data, "--ckpt", work.plain("hf"), *flags)
     line = ("nanollama", "chat", work.plain("hf"), "--temperature", 0, "--max_new_tokens", 60)
     question = "Tell me about the cat."
