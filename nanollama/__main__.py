@@ -167,6 +167,8 @@ def convert(
     change = merge if adapter else None
     made = write(src, dst, format, dtype=dtype, shards=shards, version=version, tokenizer=tokenizer, change=change)
     print(summary(describe(made)))
+    for notice in made.notices:
+        _say(f"note: {notice}")
 
 
 def _read_prompts(texts: list[str] | None, file: Path | None) -> list[str | list[int]]:

@@ -179,6 +179,7 @@ def verdict_problems() -> list[str]:
     cases = {
         "a required check was skipped": ([passed, skipped], 1, "limited"),
         "nothing was compared": ([passed], 0, "limited"),
+        "no check judged anything": ([Result("b", "G0", Status.SKIP, required=False, reason="no input")], 1, "limited"),
         "a check ended in an error": ([passed, Result("c", "G0", Status.ERROR)], 1, "fail"),
         "everything passed": ([passed], 1, "pass"),
     }

@@ -4,11 +4,12 @@ python -m nanollama convert --src stories260K.bin --dst stories.gguf --format gg
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from nanollama.checkpoint import gguf_types
+from nanollama.checkpoint import gguf_header, gguf_types
 from nanollama.checkpoint.gguf import write_gguf
 from nanollama.checkpoint.hf import write_hf
 from nanollama.checkpoint.llama2c import write_bin
@@ -56,7 +57,22 @@ def convert(
         write_gguf(dst, *model, tokenizer=vocabulary, dtype=dtype, name=opened.path.stem)
     else:
         write_bin(dst, *model, tokenizer=vocabulary, version=version)
-    return open_checkpoint(dst)
+    made = open_checkpoint(dst)
+    return replace(made, notices=[*_said(dst, format, vocabulary is not None), *made.notices])
+
+
+def _said(dst: Path, format: str, has_vocabulary: bool) -> list[str]:
+    """What a user should know of a vocabulary in a format that was not made for it."""
+    if format == "meta" and has_vocabulary and not (dst / "tokenizer.model").exists():
+        return [
+            "Meta's tokenizer.model cannot hold this vocabulary: tokenizer.json is written, which Meta's code ignores"
+        ]
+    if format == "gguf" and "tokenizer.huggingface.json" in gguf_header.read(dst).keys:
+        return [
+            "GGUF's keys cannot say all that this tokenizer.json does, as to spaces in front: it is carried whole, "
+            "in tokenizer.huggingface.json; llama.cpp, which ignores that, may give other ids there"
+        ]
+    return []
 
 
 def _check_options(dst: Path, format: str, dtype: str | None, shards: int, version: int) -> None:

@@ -45,9 +45,11 @@ def with_declared(vocabulary: Vocabulary, folders: list[Path]) -> Vocabulary:
     usual = {role: [names[n.encode()] for n in USUAL[role] if n.encode() in names] for role in USUAL}
     chosen = {role: i if i is not None or not usual[role] else usual[role][0] for role, i in chosen.items()}
     ends = tuple(dict.fromkeys([*found["eos"], *vocabulary.stop_ids, *usual["turn"]]))
-    says = next((c["add_bos_token"] for c in named if isinstance(c.get("add_bos_token"), bool)), vocabulary.add_bos)
-    # A tokenizer.json that stands alone cannot say that Llama's texts begin with BOS.
-    alone = vocabulary.format == "json" and not any(named) and vocabulary.bos_id is None
+    declared = [c["add_bos_token"] for c in named if isinstance(c.get("add_bos_token"), bool)]
+    # Of a tokenizer.json the post-processor has the last word (transformers 5), unless it stands alone and has none.
+    is_json = vocabulary.format == "json"
+    says = vocabulary.add_bos if is_json or not declared else declared[0]
+    alone = is_json and not any(named) and vocabulary.bos_id is None
     return replace(
         vocabulary,
         bos_id=chosen["bos"],

@@ -254,17 +254,3 @@ def gguf_keys(vocabulary: Vocabulary, rows: int) -> dict[str, Any]:
     if not is_exact(vocabulary):
         found["tokenizer.huggingface.json"] = json.dumps(vocabulary.content, ensure_ascii=False)
     return found
-
-
-def losses(vocabulary: Vocabulary, format: str) -> list[str]:
-    """What a user should know of a vocabulary in a format that was not made for it, one line each."""
-    if format == "meta" and "tokenizer.model" not in meta_files(vocabulary):
-        return [
-            "Meta's tokenizer.model cannot hold this vocabulary: tokenizer.json is written, which Meta's code ignores"
-        ]
-    if format == "gguf" and not is_exact(vocabulary):
-        return [
-            "GGUF's keys cannot say all that this tokenizer.json does to a text, such as to spaces in front: it is "
-            "carried whole (tokenizer.huggingface.json); llama.cpp, which ignores that, may give other ids there"
-        ]
-    return []

@@ -49,6 +49,8 @@ def verdict(results: Sequence[Result], dtypes: Sequence[str], compared: int) -> 
         return "fail", f"{len(bad)} of {len(results)} results failed: {names}"
     if compared == 0:
         return "limited", "no tensor was compared"
+    if not any(r.status is Status.PASS for r in results):
+        return "limited", f"nothing was judged: {next((r.reason for r in results), 'no check was made')}"
     missed = [r for r in results if r.status is Status.SKIP and r.required]
     if missed:
         return "limited", f"{missed[0].check} could not run: {missed[0].reason}"
