@@ -114,7 +114,12 @@ def parity(work: Work) -> dict[str, Any]:
     judged = [r for r in found["results"] if r["value"] is not None and r["bound"]]
     worst = max(judged, key=lambda r: r["value"] / r["bound"])
     share = {"worst_percent_of_bound": 100 * worst["value"] / worst["bound"], "worst_check": worst["check"]}
-    return {"verdict": found["verdict"], "why": found["why"], "bits_that_differ_from_meta": 0, **share}
+    table: dict[str, dict[str, float]] = {}  # as in the README: the worst value of each gate
+    for r in (r for r in found["results"] if r["value"] is not None):
+        row = table.setdefault(f"{r['check']} {r['gate']} {r['metric']}", {})
+        row[r["dtype"] or "fp32"] = max(r["value"], row.get(r["dtype"] or "fp32", 0.0))
+    decided = found["tokens"]["decided_fraction"]
+    return {"verdict": found["verdict"], "why": found["why"], "decided": decided, **share, "worst": table}
 
 
 def llama_cpp(work: Work) -> dict[str, Any]:
