@@ -275,6 +275,8 @@ def _encode_llama3(segments: Iterator[Segment], tokenizer: Tokenizer) -> ChatTok
     mask: list[bool] = []
     for segment in segments:
         if segment.special:
+            if segment.text not in tokenizer.special_ids:  # a vocabulary that names its tokens otherwise
+                raise ChatError(f"the checkpoint has no chat template, and no {segment.text} for Llama 3's chat format")
             new = [tokenizer.special_ids[segment.text]]
         else:
             new = tokenizer.encode(segment.text, bos=False)

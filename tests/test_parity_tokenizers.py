@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from nanollama.chat import ChatError, encode_chat
+from parity.candidates.nano import Nano
 from parity.checks.identity import chat, disagreements, tokens
 from parity.contract import Case, Result, Status
 from parity.evidence import Evidence
@@ -101,3 +103,12 @@ def test_a_reference_says_why_it_cannot_judge() -> None:
     found = by_reference(tokens(ev))
     assert found["meta"].status is Status.SKIP and found["hf"].status is Status.PASS
     assert found["meta"].reason == "not covered: Meta's code has no tokenizer here"
+
+
+def test_a_vocabulary_that_names_its_tokens_otherwise_has_no_chat_and_no_crash() -> None:
+    """DeepSeek's Llama without a template: Llama 3's headers, another BOS."""
+    tokenizer: Any = SimpleNamespace(chat_template=None, special_ids={"<|start_header_id|>": 1}, encode=lambda *_: [])
+    with pytest.raises(ChatError, match=r"no chat template, and no <\|begin_of_text\|> for Llama 3's chat format"):
+        encode_chat(DIALOGS[0], tokenizer, add_generation_prompt=True)
+    nano: Any = SimpleNamespace(_tokenizer=lambda: tokenizer)
+    assert Nano.encode_chat(nano, DIALOGS[0]) == []
