@@ -22,22 +22,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from nanollama.messages import (
+    QUERY_TOOLS,
+    ROLES,
+    UNRENDERED_KEYS,
+    ChatError,
+    Message,
+    check_message,
+    check_tool_call,
+    texts_of,
+)
 from nanollama.template import TemplateProblem, render
 from nanollama.tokenizer import Tokenizer
 from nanollama.tokenizer.base import split_special
 
 Style = Literal["llama3", "llama2"]
 
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython"}  # role -> Llama 3 header
-STOP_REASONS = (None, "end_of_turn", "end_of_message", "out_of_tokens")
-MESSAGE_KEYS = {"role", "content", "tool_calls", "stop_reason"}
-UNRENDERED_KEYS = {"name", "tool_call_id", "call_id"}  # no Llama format shows them
-QUERY_TOOLS = ("brave_search", "wolfram_alpha", "photogen")
 LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
-
-
-class ChatError(ValueError):
-    """A message that is not one; the message is one line and names the index."""
 
 
 @dataclass(frozen=True)
@@ -192,10 +193,10 @@ def _for_template(message: Any, index: int, template: str, names: str) -> dict[s
     for key in found.keys() - {"role", "content", "tool_calls"} - UNRENDERED_KEYS:
         if key not in template:
             raise ChatError(f"{where}: unknown key {key!r:.40}, which the checkpoint's chat template does not read")
-    calls = [_check_tool_call(call, f"{where}, tool call {i}") for i, call in enumerate(found.pop("tool_calls", []))]
+    calls = [check_tool_call(call, f"{where}, tool call {i}") for i, call in enumerate(found.pop("tool_calls", []))]
     if calls and "tool_calls" not in template:
         raise ChatError(f"{where}: tool_calls, which the checkpoint's chat template does not show")
-    found["content"] = "".join(_texts(message.get("content"), where, optional=bool(calls)))
+    found["content"] = "".join(texts_of(message.get("content"), where, optional=bool(calls)))
     functions = [{"name": name, "arguments": arguments} for name, arguments in calls]
     found |= {"tool_calls": [{"type": "function", "function": f} for f in functions]} if calls else {}
     return _marked(found, names)
@@ -216,7 +217,7 @@ def _llama3_segments(
     messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, date: str | None
 ) -> Iterator[Segment]:
     yield Segment("<|begin_of_text|>", special=True)
-    checked = [_check(message, i) for i, message in enumerate(messages)]
+    checked = [check_message(message, i) for i, message in enumerate(messages)]
     if date is not None:
         checked = _with_date(checked, date)
     for message in checked:
@@ -235,7 +236,7 @@ def _header(role: str) -> list[Segment]:
     ]
 
 
-def _body(message: "_Message") -> Iterator[Segment]:
+def _body(message: "Message") -> Iterator[Segment]:
     trained = message.role == "assistant"
     if message.tool_calls and message.tool_calls[0][0] == "code_interpreter":
         yield Segment("<|python_tag|>", special=True, trained=trained)
@@ -256,7 +257,7 @@ def _tool_call_text(name: str, arguments: Any) -> str:
     return json.dumps({"type": "function", "name": name, "parameters": arguments})
 
 
-def _with_date(messages: "list[_Message]", date: str) -> "list[_Message]":
+def _with_date(messages: "list[Message]", date: str) -> "list[Message]":
     """Puts the date lines before the system message's content, in a system message of their own where there is none.
 
     The bytes are those of the chat template in Llama-3.1-8B-Instruct's tokenizer_config.json, and of
@@ -267,7 +268,7 @@ def _with_date(messages: "list[_Message]", date: str) -> "list[_Message]":
         first, *rest = messages
         texts = [lines + "".join(first.texts[:1]), *first.texts[1:]]
         return [first._replace(texts=texts), *rest]
-    return [_Message("system", [lines], [], None), *messages]
+    return [Message("system", [lines], [], None), *messages]
 
 
 def _encode_llama3(segments: Iterator[Segment], tokenizer: Tokenizer) -> ChatTokens:
@@ -294,7 +295,7 @@ def _llama2_turns(
     """(prompt, answer) a turn; each turn stands between BOS and EOS, and the last one's answer may be None."""
     if date is not None:
         raise ChatError("Llama 2's chat has no date lines: leave date out")
-    checked = [_check(message, i) for i, message in enumerate(messages)]
+    checked = [check_message(message, i) for i, message in enumerate(messages)]
     for i, message in enumerate(checked):
         _check_llama2(message, i, has_system=checked[0].role == "system")
     system = ""
@@ -313,7 +314,7 @@ def _llama2_turns(
     return turns
 
 
-def _check_llama2(message: "_Message", index: int, *, has_system: bool) -> None:
+def _check_llama2(message: "Message", index: int, *, has_system: bool) -> None:
     """Raises ChatError unless the message can stand where it is: [system], then user and assistant in turn."""
     expected = ("user", "assistant")[(index - has_system) % 2] if index or not has_system else "system"
     if message.role != expected:
@@ -343,81 +344,3 @@ def _encode_llama2(turns: list[tuple[str, str | None]], tokenizer: Tokenizer) ->
         ids += turn_ids
         mask += [False] * start + [True] * (len(turn_ids) - start)
     return ChatTokens(ids, mask)
-
-
-# --- Messages --------------------------------------------------------------------------------------------------------
-
-
-class _Message(NamedTuple):
-    """A checked message. texts are encoded one by one, as Meta does with a list of content items."""
-
-    role: str
-    texts: list[str]
-    tool_calls: list[tuple[str, Any]]  # (name, arguments)
-    stop_reason: str | None
-
-    @property
-    def text(self) -> str:
-        return "".join(self.texts)
-
-
-def _check(message: Any, index: int) -> _Message:
-    """Raises ChatError naming the index."""
-    where = f"message {index}"
-    if not isinstance(message, Mapping):
-        raise ChatError(f"{where}: expected a dict with role and content, got {type(message).__name__}")
-    unknown = sorted(map(repr, message.keys() - MESSAGE_KEYS - UNRENDERED_KEYS))
-    if unknown:
-        raise ChatError(f"{where}: unknown key {unknown[0]:.40}; known are {', '.join(sorted(MESSAGE_KEYS))}")
-    role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        raise ChatError(f"{where}: role {role!r:.40}; expected one of {', '.join(ROLES)}")
-    calls = message.get("tool_calls")
-    if calls is not None and not isinstance(calls, (list, tuple)):
-        raise ChatError(f"{where}: tool_calls is no list")
-    tool_calls = [_check_tool_call(call, f"{where}, tool call {i}") for i, call in enumerate(calls or [])]
-    stop_reason = message.get("stop_reason")
-    if stop_reason not in STOP_REASONS:
-        raise ChatError(f"{where}: stop_reason {stop_reason!r:.40}; expected one of {', '.join(STOP_REASONS[1:])}")
-    if role != "assistant" and (tool_calls or stop_reason is not None):
-        raise ChatError(f"{where}: tool_calls and stop_reason belong to the assistant, the role is {role}")
-    return _Message(role, _texts(message.get("content"), where, optional=bool(tool_calls)), tool_calls, stop_reason)
-
-
-def _texts(content: Any, where: str, *, optional: bool) -> list[str]:
-    if isinstance(content, str):
-        return [content]
-    if content is None and optional:
-        return []
-    if not isinstance(content, (list, tuple)):
-        raise ChatError(f"{where}: content is {type(content).__name__}; expected a string or a list of text parts")
-    for part in content:
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ChatError(f'{where}: content part {part!r:.60}; expected {{"type": "text", "text": "..."}}')
-    return [part["text"] for part in content]
-
-
-def _check_tool_call(call: Any, where: str) -> tuple[str, Any]:
-    """(name, arguments) of a tool call in Meta's or OpenAI's shape."""
-    if not isinstance(call, Mapping):
-        raise ChatError(f"{where}: expected a dict, got {type(call).__name__}")
-    function = call.get("function")
-    if isinstance(function, Mapping):
-        name, arguments = function.get("name"), function.get("arguments")
-        if isinstance(arguments, str):  # OpenAI's arguments are JSON in a string
-            try:
-                arguments = json.loads(arguments)
-            except ValueError:
-                raise ChatError(f"{where}: arguments are no JSON: {arguments!r:.60}") from None
-    else:
-        name, arguments = call.get("tool_name"), call.get("arguments")
-    if not isinstance(name, str) or not isinstance(arguments, (str, Mapping)):
-        raise ChatError(f"{where}: expected tool_name and arguments, got {sorted(map(str, call))}")
-    needed = "query" if name in QUERY_TOOLS else "code" if name == "code_interpreter" else None
-    if needed and not (isinstance(arguments, Mapping) and isinstance(arguments.get(needed), str)):
-        raise ChatError(f"{where}: {name} needs a string {needed!r} in its arguments")
-    try:
-        json.dumps(arguments)
-    except (TypeError, ValueError, RecursionError):
-        raise ChatError(f"{where}: arguments cannot be written as JSON") from None
-    return name, arguments
