@@ -117,7 +117,7 @@ class Reading:
 
     def __init__(self, by: HfText, text: Ids, name: str):
         self.by, self.text, self.encode = by, text, text.encode
-        self.sources = {"tokens": name, "chat": f"the checkpoint's chat template, messages as text, by {name}"}
+        self.sources = {"tokens": name, "chat": f"the checkpoint's chat template in the ids of {name}"}
 
     def dialog(self, messages: Dialog) -> list[int] | None:
         specials = self.text.specials

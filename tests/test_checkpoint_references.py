@@ -11,7 +11,7 @@ from checkpoint_cases import FAMILIES, LLAMA2, LLAMA31, make_weights, write
 from nanollama.checkpoint import open_checkpoint
 from nanollama.model import ModelConfig, RopeScaling
 from nanollama.tokenizer import open_tokenizer
-from parity.candidates.describe import describe, reference_files
+from parity.candidates.describe import describe, has_tokenizer, reference_files
 from parity.candidates.nano import config_echo
 from reference.files import open_folder
 from reference.hf_text import HfText
@@ -82,3 +82,27 @@ def test_folders_are_opened_by_the_references_themselves(tmp_path: Path) -> None
     path = write(tmp_path, "meta", LLAMA31, make_weights(LLAMA31))
     files = reference_files(describe(str(path), None), tmp_path / "work")
     assert (files.checkpoint, files.tokenizer, files.notices) == (path.resolve(), None, [])
+
+
+@pytest.mark.parametrize(("rows", "said"), [(576, "the rows behind them are padding"), (500, "have no row"), (512, "")])
+def test_more_rows_than_tokens_and_fewer_are_said_and_legal(
+    tmp_path: Path, rows: int, said: str, test_data: Callable[[str], Path]
+) -> None:
+    config = replace(LLAMA2, vocab_size=rows)
+    path = write(tmp_path, "hf", config, make_weights(config))
+    notices = describe(str(path), str(test_data("tok512.bin"))).notices
+    assert (f"tok512.bin has 512 tokens, the model {rows} rows" in " ".join(notices)) is bool(said)
+    assert said in " ".join(notices)
+
+
+def test_the_first_reference_is_one_that_has_a_tokenizer(tmp_path: Path) -> None:
+    path = write(tmp_path, "hf", LLAMA31, make_weights(LLAMA31))
+    assert [has_tokenizer(name, None, path) for name in ("meta", "hf")] == [False, False]
+    (path / "tokenizer.json").write_text("{}")
+    assert [has_tokenizer(name, None, path) for name in ("meta", "hf")] == [False, True]
+    (path / "original").mkdir()
+    (path / "original" / "tokenizer.model").touch()
+    assert has_tokenizer("meta", None, path)
+    for name, content, metas in (("x.model", b"ranks", True), ("x.gguf", b"GGUF", False), ("x.json", b"{}", False)):
+        (tmp_path / name).write_bytes(content)
+        assert [has_tokenizer(reference, tmp_path / name, path) for reference in ("meta", "hf")] == [metas, True]

@@ -41,7 +41,9 @@ def test_a_candidate_that_follows_one_of_two_files_is_not_blamed() -> None:
     assert not found["hf"].required and f"follows {META} in every text" in (found["hf"].reason or "")
     assert "two" in (found["hf"].where or "") and found["hf"].value == 1
     [line] = _uncovered({"results": [found["hf"].as_json()]})
-    assert line.startswith("tokens (exact, against hf): the checkpoint's own files disagree")
+    assert line == f"tokens (exact, against hf): the candidate follows {META} in every text, this reference {HF}: " + (
+        "the two disagree"
+    )
 
 
 def test_where_the_files_disagree_it_is_a_finding_about_the_checkpoint() -> None:
@@ -49,6 +51,9 @@ def test_where_the_files_disagree_it_is_a_finding_about_the_checkpoint() -> None
     [finding] = disagreements(ev)
     assert finding.startswith(f"the checkpoint's tokenizers disagree: {META} and {HF} give different ids for 1 of 3")
     assert "first at token 1, id 1: [6] for [60] in 'two'" in finding
+    stands = reading("tokenizer.json (as it stands)", JSON)
+    ev = evidence(MODEL, meta=trace(reading(META, MODEL)), hf=trace(reading(HF, JSON), reading(HF, JSON), stands))
+    assert disagreements(ev) == [finding]  # the same ids again are the same finding
     ev = evidence(MODEL, meta=trace(reading(META, MODEL)), hf=trace(reading(HF, MODEL)))
     assert disagreements(ev) == []
 

@@ -167,7 +167,7 @@ BAD_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "no dtype": ({"dtypes": []}, "dtypes should be"),
     "record": ({"record": "all"}, "record should be one of"),
     "empty prompt": ({"prompts": [[]]}, "prompt 0 is empty"),
-    "token": ({"prompts": [[330]]}, "outside 0..329"),
+    "token": ({"prompts": [[330]]}, "outside 0..329, the checkpoint's rows"),
     "positions": ({"positions": [[2]]}, "outside its 2 tokens"),
     "positions of another case": ({"positions": [[0], [0]]}, "there are 1"),
     "checkpoint": ({"checkpoint": "nowhere"}, "no such folder"),

@@ -42,7 +42,8 @@ def _equal_lists(ev: Evidence, check: str, lacking: str) -> Iterator[Result]:
             where = _first_difference(ev, *wrong[0]) if wrong else None
             labels |= {"metric": "texts that differ", "unit": "texts", "where": where}
             if wrong and (file := _followed(ev, check, trace.meta)):
-                reason = f"the checkpoint's own files disagree, and the candidate follows {file} in every text"
+                own = reference.meta["readings"][0][check]
+                reason = f"the candidate follows {file} in every text, this reference {own}: the two disagree"
                 yield Result(status=Status.SKIP, required=False, value=len(wrong), bound=0, reason=reason, **labels)
                 continue
             yield judge(len(wrong), 0, reason=reason, **labels)
@@ -103,9 +104,11 @@ def disagreements(ev: Evidence) -> list[str]:
 def _disagreements(ev: Evidence, check: str) -> Iterator[str]:
     what = {"tokens": "tokenizers disagree", "chat": "chat formats disagree"}[check]
     (first, base), *others = list(readings(ev, check, 1).items()) or [("", {})]
+    told: list[dict[str, Any]] = []
     for name, other in others:
-        rows = _compared(check, base, other)
-        if wrong := _differing(rows):
+        rows, again = _compared(check, base, other), any(not _differing(_compared(check, o, other)) for o in told)
+        if (wrong := _differing(rows)) and not again:
+            told.append(other)
             number = f"{len(wrong)} of {len(rows)} {'texts' if check == 'tokens' else 'dialogs'}"
             place = _first_difference(ev, *wrong[0])
             yield f"the checkpoint's {what}: {first} and {name} give different ids for {number}, first at {place}"
