@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from parity.candidates.describe import describe, reference_files
 from parity.contract import Case
 from parity.evidence import Evidence
 from parity.prompts import BUILT_IN, CORPUS, DIALOGS, LONG, seeded
@@ -92,12 +93,16 @@ def build(
     return runner.run_references()
 
 
-def of_checkpoint(checkpoint: Path, tokens: list[list[int]], folder: Path, progress: bool = False) -> Evidence:
-    """A trained checkpoint (Meta or Hugging Face folder) in a member's place, in fp32 and bf16."""
-    case = Case(str(checkpoint), ["fp32", "bf16"], rope_positions=list(ROPE_POSITIONS), weights=True, max_new_tokens=8)
-    (folder / "trained").mkdir()
-    case = replace(case, prompts=tokens)
-    return Runner(case, ["meta", "hf"], "", folder / "trained", progress).run_references()
+def of_checkpoint(path: Path, folder: Path, progress: bool = False) -> Evidence:
+    """A checkpoint of yours in a member's place: on text where it has a tokenizer, in fp32 and bf16."""
+    described = describe(str(path), None)
+    texts = [LONG] if described.tokenizer else None
+    files = reference_files(described, folder / "converted", texts=texts)
+    case = Case(**files.as_case(), dtypes=["fp32", "bf16"], rope_positions=list(ROPE_POSITIONS), max_new_tokens=8)
+    tokens = None if texts else (seeded(described.config["vocab_size"]).tokens or [])[-1:]
+    case = replace(case, texts=texts, prompts=tokens, weights=True)
+    (folder / "yours").mkdir()
+    return Runner(case, ["meta", "hf"], "", folder / "yours", progress).run_references()
 
 
 def scale_queries(path: Path, factor: float) -> None:

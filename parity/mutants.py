@@ -24,15 +24,13 @@ import torch
 from tqdm import tqdm
 
 from parity import family, usual
-from parity.candidates.describe import describe as described
 from parity.candidates.mutants import MUTANTS, VARIANTS, Mutant
-from parity.candidates.nano import opened_tokenizer
 from parity.checks import CHECKS
 from parity.cli import Parser
 from parity.contract import Result, Status, UsageError
 from parity.evidence import Evidence
 from parity.localise import first_divergence
-from parity.prompts import LONG, seeded, warn
+from parity.prompts import warn
 from parity.record import record, record_identity
 from parity.report import summary
 from parity.runner import Clock, cores, workspace
@@ -148,10 +146,10 @@ def run_all(
 ) -> dict[str, Any]:
     """The kill matrix as one JSON-ready dict. ckpt: run the chosen mutants on it, not on the family."""
     clock = Clock()
-    bases = {i: "trained" if ckpt else MUTANTS[i].member for i in chosen}
-    for name in (*family.FAMILY, "trained"):
+    bases = {i: "yours" if ckpt else MUTANTS[i].member for i in chosen}
+    for name in (*family.FAMILY, "yours"):
         if name in bases.values() or (variants and name == "gqa"):
-            made = family.of_checkpoint(ckpt, tokens_for(ckpt), folder, progress) if ckpt else None
+            made = family.of_checkpoint(ckpt, folder, progress) if ckpt else None
             (folder / f"{name}.pickle").write_bytes(pickle.dumps(made or family.build(name, folder, progress)))
     with ProcessPoolExecutor(cores(), get_context("spawn"), _start, (folder,)) as pool:
         rows = [pool.submit(_mutant, i, bases[i]) for i in chosen]
@@ -177,14 +175,6 @@ def run_all(
 def changes_forward(mutant: Mutant) -> bool:
     member = family.FAMILY.get(mutant.member)
     return member is not None and member.tokenizer is None and not member.trained
-
-
-def tokens_for(ckpt: Path) -> list[list[int]]:
-    """One prompt of text, or of seeded ids where no tokenizer lies beside the checkpoint."""
-    opened = described(str(ckpt), None)
-    if opened.tokenizer is None:
-        return [(seeded(opened.config["vocab_size"]).tokens or [])[-1]]
-    return [opened_tokenizer(opened.tokenizer).encode(LONG, bos=True)]
 
 
 def describe(mutant: Mutant, base: str, row: Row) -> dict[str, Any]:
@@ -256,7 +246,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m parity.mutants", __doc__)
     parser.add_argument("--only", metavar="LIST", help="comma list of mutant numbers; no variants then")
-    parser.add_argument("--ckpt", type=Path, metavar="DIR", help="with --only: a Meta or Hugging Face folder to run on")
+    parser.add_argument("--ckpt", type=Path, metavar="PATH", help="with --only: a checkpoint to run on")
     parser.add_argument("--list", action="store_true", help="print the registry and stop")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the matrix as JSON")
     parser.add_argument("--markdown", type=Path, metavar="PATH", help="write the matrix as Markdown")

@@ -10,6 +10,8 @@ from parity import mutants
 from parity.candidates.mutants import MUTANTS, VARIANTS, Mutant, Variant
 from parity.checks import CHECKS
 from parity.report import matrix
+from parity.shapes import SHAPES
+from parity.synth import synthesise
 
 # 13 is visible in low precision alone, and compiling takes a while: the slow run below has them, and all variants.
 FAST = [m for m in MUTANTS if "fp32" in m.dtypes and m.member in ("gqa", "train", "llama2-text")]
@@ -43,6 +45,23 @@ def test_registry_is_complete_and_unambiguous() -> None:
 def test_only_refuses_a_number_that_no_mutant_has(capsys: pytest.CaptureFixture[str]) -> None:
     assert mutants.main(["--only", "99"]) == 2
     assert "no mutant has this number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [[], ["--only", "30"], ["--only", "10,24"]], ids=["all", "text", "training"])
+def test_a_checkpoint_of_yours_goes_with_mutants_of_the_forward_pass(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert mutants.main(["--ckpt", "DIR", *flags]) == 2
+    assert "mutants of the forward pass" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_mutants_are_killed_on_a_checkpoint_of_yours(tmp_path: Path) -> None:
+    synthesise(SHAPES["tiny"], tmp_path / "tiny")
+    line = ["--only", "1,10", "--ckpt", str(tmp_path / "tiny"), "--json", str(tmp_path / "matrix.json")]
+    assert mutants.main(line) == 0
+    report = json.loads((tmp_path / "matrix.json").read_text())
+    assert [(m["killed_by"], m["member"]) for m in report["mutants"]] == [("rope", "yours"), ("ops", "yours")]
 
 
 @pytest.mark.slow
