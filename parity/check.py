@@ -190,6 +190,7 @@ def check(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[str, Any]:
             n_positions=LARGE_POSITIONS if large else None,
             too_large=too_large(checkpoint.parameters, chosen["dtypes"]),
             weights="weights" in chosen["checks"],
+            vocab_size=checkpoint.config["vocab_size"],
             training=None if untrained else training_case(checkpoint.config["vocab_size"]),
         )
         runner = Runner(
