@@ -73,7 +73,7 @@ def cut(trace: Trace, dtypes: list[str], folder: Path) -> Trace:
 
 def record_ops(candidate: Interface, dtype: str, given: Trace, writer: TraceWriter, device: str) -> None:
     """The candidate's operations at one dtype on a cut trace's inputs; those it does not implement are left out."""
-    found: dict[str, Tensor] = {}
+    found, said = dict[str, Tensor](), ""
     with torch.no_grad():
         for s in range(len(given.sequences)):
             for name in op_names(given.n_layers):
@@ -82,11 +82,12 @@ def record_ops(candidate: Interface, dtype: str, given: Trace, writer: TraceWrit
                 asked = f"ops({name}, inputs)"
                 try:
                     out = answers.tap(candidate.ask("ops", name, inputs), asked, len(given.sequences[s]))
-                except NotImplementedError:
+                except NotImplementedError as error:
+                    said = said or str(error)
                     continue
                 found[f"{s}/{name}"] = out[0].cpu()
     if not found:
-        raise NotImplementedError("the candidate's ops() does none of the operations")
+        raise NotImplementedError(said or "the candidate's ops() does none of the operations")
     for part, tensors in by_part(found):
         writer.part(dtype, part, tensors)
 

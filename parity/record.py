@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from parity import answers, training
-from parity.candidates.interface import Interface, asking, declared_dtypes, loaded
+from parity.candidates.interface import Interface, asking, loaded, refuse_undeclared
 from parity.contract import Case
 from parity.crash import Crashed, Failure, Wrong, failure
 from parity.forced import finish_ops, record_ops
@@ -200,13 +200,6 @@ class Run:
             self.meta["seconds_forward"] += found["seconds"]
 
 
-def refuse_undeclared(target: Any, dtype: str) -> None:
-    """Raises NotImplementedError where a candidate, or its `load`, declares its dtypes, and not this one."""
-    names = declared_dtypes(target)
-    if names is not None and dtype not in names:
-        raise NotImplementedError(f"the candidate's dtypes are {', '.join(names) or 'none'}")
-
-
 @contextmanager
 def counted(out: Recording) -> Iterator[None]:
     started = time.perf_counter()
@@ -252,8 +245,8 @@ def _texts(candidate: Interface, case: Case) -> Iterator[list[int]]:
 def _ask_tokens(candidate: Interface, ids: list[int], n: int, case: Case) -> list[int]:
     asked = f"next_tokens({len(ids)} ids, {n})"
     found = answers.ids(candidate.ask("next_tokens", ids, n), asked, case.vocab_size)
-    if not found:
-        raise Wrong(f"{asked} returned no token")
+    if not found or len(found) > n:
+        raise Wrong(f"{asked} returned {len(found) or 'no'} token{'s' * (len(found) > 1)}")
     return found
 
 

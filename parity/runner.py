@@ -18,6 +18,8 @@ from typing import Any
 from tqdm import tqdm
 
 from parity.candidates import resolve
+from parity.candidates.describe import Description
+from parity.candidates.probe import Probed, probe_in_process
 from parity.contract import DTYPES, Case, UsageError
 from parity.evidence import Evidence
 from parity.forced import cut
@@ -265,6 +267,21 @@ def drop(folder: Path, dtypes: list[str]) -> None:
     """Delete the tensors of these dtypes; what was measured stays."""
     for dtype in dtypes:
         shutil.rmtree(folder / dtype, ignore_errors=True)
+
+
+def probed(name: str, checkpoint: Description, dtypes: list[str], device: str, folder: Path) -> Probed | None:
+    """The candidate loaded and asked, before the references run; None of nanollama, which is ours."""
+    if name == "nanollama":
+        return None
+    case = Case(
+        str(checkpoint.path.resolve()),
+        dtypes,
+        device=device,
+        threads=threads_for(checkpoint.stored_bytes),
+        too_large=too_large(checkpoint.parameters, dtypes),
+        vocab_size=checkpoint.config["vocab_size"],
+    )
+    return probe_in_process(name, case, folder, lambda label, stage, done: None)
 
 
 @contextmanager

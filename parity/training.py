@@ -131,7 +131,7 @@ class Trains:
         """The answer as `read` returns it; None where there is none."""
         owner = self.candidate if method == "loss_and_grads" else self.trainer
         if method not in owner.has:
-            self.uncovered[method] = owner.lacks(method)
+            self.uncovered[method] = self.uncovered.get("trainer", owner.lacks(method))
             return None
         row = owner.row(method)
         with self.step(method, row.metric or "gradient"):

@@ -121,7 +121,6 @@ ATTRIBUTES: tuple[Attribute, ...] = (
     Attribute("notices", "remarks for the report", "strings",
               lambda v: isinstance(v, list | tuple) and all(isinstance(x, str) for x in v), ()),
 )  # fmt: skip
-ON_LOAD = ("dtypes", "max_positions")  # attributes that `load` may have as well: they are known before it is called
 
 # Names by which a parameter goes as well: position counts when called, the name tells what is meant by it.
 ALSO: dict[str, tuple[str, ...]] = {
@@ -194,6 +193,13 @@ def declared_dtypes(target: Any) -> list[str] | None:
     return None if found is None else [n for n, kind in DTYPES.items() if n in found or kind in found]
 
 
+def refuse_undeclared(target: Any, dtype: str) -> None:
+    """Raises NotImplementedError where a candidate, or its `load`, declares its dtypes, and not this one."""
+    names = declared_dtypes(target)
+    if names is not None and dtype not in names:
+        raise NotImplementedError(f"the candidate's dtypes are {', '.join(names) or 'none'}")
+
+
 @dataclass
 class Interface:
     """What one candidate, or its trainer, has of the table: the only way in which the harness calls it."""
@@ -226,9 +232,7 @@ class Interface:
         return [f"the {of}'s {name} is ignored: {why}" for name, why in self.ignored.items()]
 
     def lacks(self, name: str) -> str:
-        """Why a method is not asked."""
-        if name in self.ignored:
-            return f"the candidate's {name} is ignored: {self.ignored[name]}"
+        """Why a method is not asked; that one of its name is ignored is a notice of its own."""
         return self.row(name).why_missing
 
     @property

@@ -24,6 +24,11 @@ Row = tuple[str, int, list[int], list[int]]  # list of a trace, index of the tex
 def tokens(ev: Evidence) -> Iterator[Result]:
     """G0: token ids of the prompts (with BOS) and of the corpus (without), id for id."""
     yield from _equal_lists(ev, "tokens", "encode")
+    for path, trace in _first_candidate(ev):
+        for method, key in (("encode", "token_ids"), ("encode_plain", "corpus_ids")):
+            if not trace.meta.get(key) and any(trace.meta.get(k) for k in KEYS["tokens"]):  # the other one was judged
+                reason = f"not covered: {lacking(trace.meta, method)}"
+                yield Result("tokens", "G0", Status.SKIP, required=False, path=path, reason=reason)
 
 
 def chat(ev: Evidence) -> Iterator[Result]:
