@@ -14,14 +14,15 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parity.cli import Parser
 from parity.contract import DTYPES, Case, UsageError
 from parity.process import Crash
-from parity.prompts import CORPUS, DIALOGS, Prompts, built_in, from_file, seeded
+from parity.prompts import CORPUS, DIALOGS, Prompts, built_in, from_file, seeded, within
 from parity.training import training_case
 
 if TYPE_CHECKING:
@@ -153,63 +154,77 @@ def write_reports(args: argparse.Namespace, report: dict[str, Any]) -> None:
 
 
 def check(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[str, Any]:
-    """Run everything and return the report."""
-    from parity.candidates.describe import describe, reference_files
-    from parity.report import summary
-    from parity.runner import (
-        ROPE_POSITIONS,
-        SMALL_BYTES,
-        Clock,
-        Runner,
-        embedded_default,
-        threads_for,
-        too_large,
-        workspace,
-    )
+    """Run everything and return the report. The candidate is probed first: a typo in it costs seconds."""
+    from parity.candidates.describe import describe
+    from parity.report import unjudged
+    from parity.runner import Clock, embedded_default, probed, workspace
 
     clock = Clock()
     checkpoint = describe(args.ckpt or str(embedded_default()), args.tokenizer)
-    prompts = choose_prompts(args.prompts, checkpoint)
+    entry = {"path": args.ckpt or "embedded default", "format": checkpoint.format, "verified": checkpoint.verified}
+    with workspace() as folder:
+        found = probed(args.candidate, checkpoint, chosen["dtypes"], args.device, folder)
+        if found is not None and found.stops(chosen["dtypes"]):
+            return unjudged.report(found, args.candidate, chosen, checkpoint, entry, clock())
+        return compare(args, chosen, checkpoint, entry, found.max_positions if found else None, folder, clock)
+
+
+def compare(
+    args: argparse.Namespace,
+    chosen: dict[str, Any],
+    checkpoint: "Description",
+    entry: dict[str, Any],
+    max_positions: int | None,
+    folder: Path,
+    clock: Callable[[], float],
+) -> dict[str, Any]:
+    """References, oracle and candidate, judged. `max_positions`: what the candidate holds, where it says so."""
+    from parity.candidates.describe import reference_files
+    from parity.report import summary
+    from parity.runner import ROPE_POSITIONS, SMALL_BYTES, Runner, threads_for, too_large
+
+    context = min(checkpoint.context, max_positions or checkpoint.context)
+    prompts, new_tokens = choose_within(args.prompts, checkpoint, context, args.max_new_tokens)
     large = checkpoint.stored_bytes > SMALL_BYTES
     untrained = why_untrained(args.checks, chosen, large, checkpoint.parameters)
     # What is stored fits whole (memory-mapped) if anything does: its run makes the greedy text.
     dtypes = sorted(chosen["dtypes"], key=lambda dtype: dtype != checkpoint.stored_dtype)
-    with workspace() as folder:
-        files = reference_files(checkpoint, folder / "converted", chosen["references"], prompts.texts)
-        case = Case(
-            **files.as_case(),
-            dtypes=dtypes if large else chosen["dtypes"],
-            texts=prompts.texts,
-            prompts=prompts.tokens,
-            corpus=list(CORPUS) if checkpoint.tokenizer else [],
-            dialogs=[list(d) for d in DIALOGS] if checkpoint.tokenizer else [],
-            device=args.device,
-            threads=threads_for(checkpoint.stored_bytes),
-            max_new_tokens=args.max_new_tokens,
-            rope_positions=list(ROPE_POSITIONS),
-            n_positions=LARGE_POSITIONS if large else None,
-            too_large=too_large(checkpoint.parameters, chosen["dtypes"]),
-            weights="weights" in chosen["checks"],
-            training=None if untrained else training_case(checkpoint.config["vocab_size"]),
-        )
-        runner = Runner(
-            case,
-            chosen["references"],
-            args.candidate,
-            folder,
-            sys.stderr.isatty(),
-            own_files=(str(checkpoint.path.resolve()), str(checkpoint.tokenizer) if checkpoint.tokenizer else None),
-            ops="ops" in chosen["checks"],
-            large=large,
-            first=files.first,
-            witnesses=witnesses(chosen, files.checkpoint) if checkpoint.tokenizer else (),
-        )
-        runner.notices += [*checkpoint.notices, *files.notices, *prompts.notices]
-        ev = runner.run()
-        ev.untrained = untrained or ""
-        results = summary.crash_results(runner.crashes) + summary.judge_all(ev, chosen["checks"])
-        entry = {"path": args.ckpt or "embedded default", "format": checkpoint.format, "verified": checkpoint.verified}
-        return summary.summarise(ev, results, runner, clock(), entry)
+    files = reference_files(checkpoint, folder / "converted", chosen["references"], prompts.texts)
+    case = Case(
+        **files.as_case(),
+        dtypes=dtypes if large else chosen["dtypes"],
+        texts=prompts.texts,
+        prompts=prompts.tokens,
+        corpus=list(CORPUS) if checkpoint.tokenizer else [],
+        dialogs=[list(d) for d in DIALOGS] if checkpoint.tokenizer else [],
+        device=args.device,
+        threads=threads_for(checkpoint.stored_bytes),
+        max_new_tokens=new_tokens,
+        rope_positions=[p for p in ROPE_POSITIONS if max_positions is None or p < max_positions],
+        n_positions=LARGE_POSITIONS if large else None,
+        too_large=too_large(checkpoint.parameters, chosen["dtypes"]),
+        weights="weights" in chosen["checks"],
+        training=None if untrained else training_case(checkpoint.config["vocab_size"]),
+        vocab_size=checkpoint.config["vocab_size"],
+        context=context,
+    )
+    runner = Runner(
+        case,
+        chosen["references"],
+        args.candidate,
+        folder,
+        sys.stderr.isatty(),
+        own_files=(str(checkpoint.path.resolve()), str(checkpoint.tokenizer) if checkpoint.tokenizer else None),
+        ops="ops" in chosen["checks"],
+        large=large,
+        first=files.first,
+        witnesses=witnesses(chosen, files.checkpoint) if checkpoint.tokenizer else (),
+    )
+    runner.notices += [*checkpoint.notices, *files.notices, *prompts.notices]
+    ev = runner.run()
+    ev.untrained = untrained or ""
+    results = summary.crash_results(runner.crashes) + summary.judge_all(ev, chosen["checks"])
+    return summary.summarise(ev, results, runner, clock(), entry)
 
 
 def witnesses(chosen: dict[str, Any], folder: Path) -> tuple[str, ...]:
@@ -242,6 +257,23 @@ def choose_prompts(file: Path | None, checkpoint: "Description") -> Prompts:
         if max(ids) >= vocab_size:
             raise UsageError(f"--prompts {file}, prompt {i}: id {max(ids)} is outside the {vocab_size} tokens")
     return prompts
+
+
+def choose_within(
+    file: Path | None, checkpoint: "Description", context: int, max_new_tokens: int
+) -> tuple[Prompts, int]:
+    """Prompts, and how many tokens follow each, that together stay within `context`. Raises UsageError."""
+    from parity.candidates.nano import opened_tokenizer
+
+    prompts = choose_prompts(file, checkpoint)
+    new = min(max_new_tokens, context // 2)
+    tokenizer = opened_tokenizer(checkpoint.tokenizer) if checkpoint.tokenizer else None
+    encode = (lambda text: tokenizer.encode(text, bos=True)) if tokenizer else None
+    cut = within(prompts, context - new, encode, file)
+    if cut is prompts and new == max_new_tokens:
+        return prompts, new
+    note = f"{context} positions are all that there is: prompts have {context - new} tokens at most, {new} follow"
+    return replace(cut, notices=[*cut.notices, note]), new
 
 
 if __name__ == "__main__":

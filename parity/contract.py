@@ -8,10 +8,9 @@ import json
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from torch import Tensor
 
 CASE_SCHEMA = "nanollama.case/1"
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -119,6 +118,8 @@ class Case:
     whole_bytes: int | None = None
     prompt_lengths: list[int] | None = None  # of `prompts` that already carry a continuation
     too_large: list[str] = field(default_factory=list)  # dtypes at which the model does not fit whole into memory
+    vocab_size: int | None = None  # rows of the output head
+    context: int | None = None  # positions that the candidate may be asked for
     schema: str = CASE_SCHEMA
 
     def write(self, path: Path, *without: str) -> Path:
@@ -133,56 +134,3 @@ class Case:
         if case.schema != CASE_SCHEMA:
             raise UsageError(f"{path} has schema {case.schema!r}: this version reads {CASE_SCHEMA!r}")
         return case
-
-
-class Candidate(Protocol):
-    """The least that is checked: tokens (B, T) int64 -> logits (B, T, V). The methods of `Optional` widen it."""
-
-    def __call__(self, tokens: Tensor) -> Tensor: ...
-
-
-@runtime_checkable
-class HasTaps(Protocol):
-    """taps(tokens (B, T)) -> {tap: (B, T, ...)}; q, k, v, q_rope, k_rope: (B, T, heads, head_dim) in Meta's layout."""
-
-    def taps(self, tokens: Tensor) -> dict[str, Tensor]: ...
-
-
-@runtime_checkable
-class HasOps(Protocol):
-    """ops(tap name, {input tap: (B, T, ...)}) -> that tap, computed from the given inputs alone."""
-
-    def ops(self, name: str, inputs: dict[str, Tensor]) -> Tensor: ...
-
-
-@runtime_checkable
-class HasCache(Protocol):
-    """prefill(tokens (B, T)) starts anew, decode(tokens (B, n)) goes on: logits of these tokens, or of the last.
-
-    n is 1 when generating, more when a prompt is prefilled in chunks: raise NotImplementedError for n > 1 if it cannot.
-    """
-
-    def prefill(self, tokens: Tensor) -> Tensor: ...
-
-    def decode(self, token: Tensor) -> Tensor: ...
-
-
-@runtime_checkable
-class HasTraining(Protocol):
-    """loss_and_grads(tokens (B, T), targets (B, T), -100 ignored) -> (mean loss, {Meta weight name: gradient})."""
-
-    def loss_and_grads(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]: ...
-
-
-@runtime_checkable
-class HasTokenizer(Protocol):
-    """encode(text) -> token ids, with BOS."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-
-@runtime_checkable
-class HasDocuments(Protocol):
-    """packed(tokens (B, T), doc_ids (B, T)) -> logits (B, T, V) where documents do not see each other."""
-
-    def packed(self, tokens: Tensor, doc_ids: Tensor) -> Tensor: ...

@@ -122,6 +122,7 @@ def _vocabulary(model: bytes, shape: Shape) -> int:
 
 def _case(member: Member, checkpoint: Path, vocab_size: int, dtypes: Sequence[str]) -> Case:
     case = Case(str(checkpoint), list(dtypes), rope_positions=list(ROPE_POSITIONS), weights=True, max_new_tokens=8)
+    case = replace(case, vocab_size=vocab_size)
     if member.tokenizer is not None:
         case = replace(case, dtypes=["fp32"], record="logits", max_new_tokens=0, corpus=list(CORPUS))
         texts, dialogs = list(BUILT_IN[:3]), [list(d) for d in DIALOGS]

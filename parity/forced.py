@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parity import answers
+from parity.candidates.interface import Interface
 from parity.contract import tap_names
 from parity.trace import Trace, TraceWriter, by_part
 
@@ -69,18 +71,23 @@ def cut(trace: Trace, dtypes: list[str], folder: Path) -> Trace:
     return Trace(folder)
 
 
-def record_ops(candidate: Any, dtype: str, given: Trace, writer: TraceWriter, device: str) -> None:
+def record_ops(candidate: Interface, dtype: str, given: Trace, writer: TraceWriter, device: str) -> None:
     """The candidate's operations at one dtype on a cut trace's inputs; those it does not implement are left out."""
-    found: dict[str, Tensor] = {}
+    found, said = dict[str, Tensor](), ""
     with torch.no_grad():
         for s in range(len(given.sequences)):
             for name in op_names(given.n_layers):
                 taps = op_inputs(name, given.n_layers)
                 inputs = {tap: given.get(dtype, s, tap).unsqueeze(0).to(device) for tap in taps}
+                asked = f"ops({name}, inputs)"
                 try:
-                    found[f"{s}/{name}"] = candidate.ops(name, inputs)[0].cpu()
-                except NotImplementedError:
+                    out = answers.tap(candidate.ask("ops", name, inputs), asked, len(given.sequences[s]))
+                except NotImplementedError as error:
+                    said = said or str(error)
                     continue
+                found[f"{s}/{name}"] = out[0].cpu()
+    if not found:
+        raise NotImplementedError(said or "the candidate's ops() does none of the operations")
     for part, tensors in by_part(found):
         writer.part(dtype, part, tensors)
 

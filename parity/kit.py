@@ -20,7 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parity.check import REFERENCES, TRAINED_PARAMETERS, choose_prompts, comma_list, require_installed
+from parity.check import REFERENCES, TRAINED_PARAMETERS, choose_within, comma_list, require_installed
 from parity.cli import Parser
 from parity.contract import DTYPES, Case, UsageError
 from parity.process import Crash
@@ -125,7 +125,7 @@ def gather(args: argparse.Namespace, dtypes: list[str], folder: Path) -> Source:
     checkpoint = describe(args.ckpt or str(folder / "checkpoint"), args.tokenizer)
     if checkpoint.stored_bytes > SMALL_BYTES:
         raise UsageError(f"--ckpt {args.ckpt}: a kit of it would be too large to pass on; use python -m parity.check")
-    prompts = choose_prompts(args.prompts, checkpoint)
+    prompts, _ = choose_within(args.prompts, checkpoint, checkpoint.context, 0)
     opened = reference_files(checkpoint, folder / "converted", REFERENCES, prompts.texts)
     trained = "fp32" in dtypes and checkpoint.parameters <= TRAINED_PARAMETERS
     case = Case(

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from parity import family, usual
+from parity.candidates.interface import loaded
 from parity.candidates.mutants import MUTANTS, VARIANTS, Mutant
 from parity.checks import CHECKS
 from parity.cli import Parser
@@ -62,7 +63,7 @@ def evaluate(base: Evidence, load: Any, folder: Path) -> tuple[Evidence, list[Re
     shutil.rmtree(folder, ignore_errors=True)
     writer = TraceWriter(folder)
     if base.case.record == "logits":  # a tokenizer's member: no forward pass
-        meta = record_identity(load(base.case.checkpoint, torch.float32, "cpu"), base.case, writer)
+        meta = record_identity(loaded(load, base.case.checkpoint, "fp32", "cpu"), base.case, writer)
         writer.finish(meta | {"sequences": base.case.prompts, "dtypes": {}})
     else:
         record(load, base.case, writer, lambda stage, done: None, base.forced)

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parity.contract import UsageError
+from parity.crash import LIBRARIES, OURS
 
 POLL_S = 0.05
 
@@ -73,7 +76,16 @@ class Process:
             raise Crash(f"{self.label}: was killed, most likely for lack of memory")
         if os.environ.get("NANOLLAMA_DEBUG"):
             print(text, file=sys.stderr)
+        if code < 0:
+            raise Crash(f"{self.label}: was ended by {signal.Signals(-code).name}{_fatal_frame(lines)}")
         raise Crash(f"{self.label}: {lines[-1] if lines else f'exit code {code}'}")
+
+
+def _fatal_frame(lines: list[str]) -> str:
+    """The innermost line outside the harness and the libraries, of what faulthandler wrote."""
+    frames = [m.groups() for line in lines if (m := re.match(r'\s*File "(.+)", line (\d+)', line))]
+    mine = [f"{Path(file).name}:{line}" for file, line in frames if not file.startswith((OURS, *LIBRARIES))]
+    return f" at {mine[0]}" if mine else ""
 
 
 def anonymous_bytes(pid: int) -> int:

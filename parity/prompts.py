@@ -5,7 +5,9 @@ short ones.
 """
 
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -80,6 +82,33 @@ def seeded(vocab_size: int, seed: int = 0) -> Prompts:
     generator = torch.Generator().manual_seed(seed)
     tokens = [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in (7, 13, 11, 271)]
     return Prompts(None, tokens, ["no tokenizer lies beside the checkpoint: seeded token prompts are used"])
+
+
+def within(prompts: Prompts, room_tokens: int, encode: Callable[[str], list[int]] | None, own: Path | None) -> Prompts:
+    """The prompts, none longer than `room_tokens`: ours are cut, those of the user's file `own` are refused.
+
+    encode: ids of a text, with BOS. Raises UsageError.
+    """
+    many = [encode(text) for text in prompts.texts] if prompts.texts and encode else prompts.tokens or []
+    long = [i for i, ids in enumerate(many) if len(ids) > room_tokens]
+    if not long:
+        return prompts
+    if own is not None:
+        n = long[0]
+        raise UsageError(
+            f"--prompts {own}, prompt {n + 1}: {len(many[n])} tokens, and with those that follow there is room for "
+            f"{room_tokens}: shorten it, or lower --max_new_tokens"
+        )
+    if prompts.texts is None or encode is None:
+        return replace(prompts, tokens=[ids[:room_tokens] for ids in many])
+    return replace(prompts, texts=[cut(text, room_tokens, encode) for text in prompts.texts])
+
+
+def cut(text: str, room_tokens: int, encode: Callable[[str], list[int]]) -> str:
+    """The longest beginning of whole words whose ids fit; of one word, of characters."""
+    ends = [m.end() for m in re.finditer(r"\S+", text)] if " " in text.strip() else list(range(1, len(text) + 1))
+    fitting = [end for end in ends if len(encode(text[:end])) <= room_tokens]
+    return text[: max(fitting, default=1)]
 
 
 def from_file(path: Path) -> Prompts:

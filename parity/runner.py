@@ -18,10 +18,13 @@ from typing import Any
 from tqdm import tqdm
 
 from parity.candidates import resolve
+from parity.candidates.describe import Description
+from parity.candidates.probe import Probed, probe_in_process
 from parity.contract import DTYPES, Case, UsageError
 from parity.evidence import Evidence
 from parity.forced import cut
 from parity.process import Crash, Process, anonymous_bytes, started, wait_any
+from parity.record import last_asked
 from parity.trace import Trace
 
 SMALL_BYTES = 2 * 10**9  # of a checkpoint on disk: below, several implementations fit in memory side by side
@@ -30,7 +33,7 @@ FAR_POSITIONS = (8191, 8192, 131071)
 ROPE_POSITIONS = (*range(64), 511, 1023, 4095, *FAR_POSITIONS)
 
 
-CANDIDATE_KEYS = ("prompt_lengths", "too_large")  # of a case, which references need not know
+CANDIDATE_KEYS = ("prompt_lengths", "too_large", "vocab_size", "context")  # of a case, which references need not know
 TEXTS = " texts"  # ends the labels of witnesses
 # A case's questions that do not depend on the dtype, left out: asked once.
 NO_IDENTITY: dict[str, Any] = {"texts": None, "corpus": [], "dialogs": [], "weights": False, "spare_prompts": None}
@@ -224,7 +227,8 @@ class Runner:
                     if ended.label.endswith(TEXTS):
                         self.notices.append(f"{ended.label} were not read: {error}")
                     elif isinstance(error, Crash) and ended.label.startswith("candidate"):
-                        self.crashes.append(str(error))
+                        out = next(job.out for job in jobs if job.label == ended.label)
+                        self.crashes.append(f"{error}{while_asked(out)}")
                     else:
                         raise
         return {job.label: self._trace(job) for job in jobs if (job.out / "trace.json").is_file()}
@@ -236,8 +240,10 @@ class Runner:
         self.notices += [n for n in trace.meta.get("notices", []) if n not in self.notices]
         known = self.traces.setdefault(job.label, trace)
         if known is not trace:
-            for key in ("dtypes", "streamed", "generated", "self", "extra", "uncovered"):
+            for key in ("dtypes", "streamed", "generated", "self", "extra", "uncovered", "answers", "undone"):
                 known.meta[key] = known.meta.get(key, {}) | trace.meta.get(key, {})
+            old = known.meta.get("failures", [])
+            known.meta["failures"] = old + [f for f in trace.meta.get("failures", []) if f not in old]
         return known
 
     def _begin(self, stack: ExitStack, job: Job) -> Process:
@@ -251,10 +257,31 @@ class Runner:
         return stack.enter_context(started(job.label, job.module, list(job.arguments), log, self.bar, fed))
 
 
+def while_asked(out: Path) -> str:
+    """What a candidate's process was doing when it died, where that is known."""
+    asked = last_asked(out)
+    return f", while it was asked {asked}" if asked else ""
+
+
 def drop(folder: Path, dtypes: list[str]) -> None:
     """Delete the tensors of these dtypes; what was measured stays."""
     for dtype in dtypes:
         shutil.rmtree(folder / dtype, ignore_errors=True)
+
+
+def probed(name: str, checkpoint: Description, dtypes: list[str], device: str, folder: Path) -> Probed | None:
+    """The candidate loaded and asked, before the references run; None of nanollama, which is ours."""
+    if name == "nanollama":
+        return None
+    case = Case(
+        str(checkpoint.path.resolve()),
+        dtypes,
+        device=device,
+        threads=threads_for(checkpoint.stored_bytes),
+        too_large=too_large(checkpoint.parameters, dtypes),
+        vocab_size=checkpoint.config["vocab_size"],
+    )
+    return probe_in_process(name, case, folder, lambda label, stage, done: None)
 
 
 @contextmanager

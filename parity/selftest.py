@@ -18,7 +18,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from parity import record as recording
+from parity import recorder as recording
+from parity.candidates.interface import Interface
 from parity.checks import decoding, forward, identity, ops
 from parity.contract import Case, Result, Status, tap_names
 from parity.evidence import Evidence
@@ -157,7 +158,8 @@ def problems() -> list[str]:
 
 def rerun(folder: Path, step: float) -> float:
     case = Case("-", ["fp32"], prompts=[[1, 2, 3]], prompt_lengths=[3])
-    recorder = recording.Recorder(Flickers(step), case, "fp32", TraceWriter(folder / "rerun"), lambda stage, done: None)
+    writer, flickers = TraceWriter(folder / "rerun"), Interface(Flickers(step))
+    recorder = recording.Recorder(flickers, case, "fp32", writer, lambda stage, done: None)
     recorder._rerun([0])
     return recorder.out.same["rerun"]
 

@@ -4,6 +4,9 @@ python -m parity.synth --shape list
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
+
+from parity.contract import UsageError
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,11 @@ class Shape:
     ffn_dim_multiplier: float | None = None
     context: int = 8192  # tokens
     original_context: int = 8192  # tokens
+    own_head_dim: int | None = None  # None: dim / n_heads, the only one that Meta's format can say
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.n_heads
+        return self.own_head_dim or self.dim // self.n_heads
 
     @property
     def llama2(self) -> bool:
@@ -63,16 +67,65 @@ SHAPES: dict[str, Shape] = {
 }  # fmt: skip
 
 
+SIZES = {"dim": "width of the residual stream", "heads": "query heads", "kv_heads": "key and value heads",
+         "head_dim": "width of a head (hf alone; default: dim / heads)", "hidden": "width of the feed-forward",
+         "eps": "of the norms", "vocab": "rows of the embedding; other than 128256 there is no tokenizer"}  # fmt: skip
+FIELDS = {"heads": "n_heads", "kv_heads": "n_kv_heads", "head_dim": "own_head_dim", "hidden": "hidden_dim",
+          "eps": "norm_eps", "vocab": "vocab_size"}  # fmt: skip
+
+
+def resized(shape: Shape, **numbers: int | float | None) -> Shape:
+    """The shape with some numbers replaced, None for those that stay. Raises ValueError where they make no model.
+
+    With another `dim` and no `hidden_dim` the feed-forward has the size that the shape's own rule gives.
+    """
+    new = replace(shape, **{name: value for name, value in numbers.items() if value is not None})  # type: ignore[arg-type]
+    for name in ("dim", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size", "norm_eps"):
+        if not getattr(new, name) > 0:
+            raise ValueError(f"{name} is {getattr(new, name)}: expected more than 0")
+    if new.n_heads % new.n_kv_heads:
+        raise ValueError(f"{new.n_heads} heads are not a multiple of {new.n_kv_heads} kv heads")
+    if new.own_head_dim is None and new.dim % new.n_heads:
+        raise ValueError(f"dim {new.dim} is not a multiple of {new.n_heads} heads: give --head_dim")
+    if new.head_dim < 2 or new.head_dim % 2:
+        raise ValueError(f"head_dim {new.head_dim}: expected an even number, since RoPE rotates pairs")
+    plain = int(8 * new.dim / 3)
+    if numbers.get("hidden_dim") is None and numbers.get("dim") is not None:
+        rows = int((shape.ffn_dim_multiplier or 1.0) * plain)
+        return replace(new, hidden_dim=-(-rows // shape.multiple_of) * shape.multiple_of)
+    if numbers.get("hidden_dim") is None:
+        return new
+    # One multiple of itself: the pair by which Meta's params.json says any size.
+    return replace(
+        new,
+        multiple_of=new.hidden_dim,
+        ffn_dim_multiplier=None if plain <= new.hidden_dim else new.hidden_dim / plain,
+    )
+
+
+def sized(shape: Shape, layers: int | None, given: dict[str, Any], format: str) -> Shape:
+    """The shape with the numbers that the flags of parity.synth give. Raises UsageError."""
+    shape = replace(shape, n_layers=layers or shape.n_layers)
+    try:
+        shape = resized(shape, **{FIELDS.get(flag, flag): value for flag, value in given.items()})
+    except ValueError as error:
+        flags = " ".join(f"--{flag} {value}" for flag, value in given.items() if value is not None)
+        raise UsageError(f"{flags}: {error}") from None
+    if format == "meta" and shape.head_dim * shape.n_heads != shape.dim:
+        raise UsageError(f"--head_dim {shape.head_dim} is not dim / heads, which Meta's format cannot say: --format hf")
+    return shape
+
+
 def weight_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Meta's names -> shapes, in file order. Meta's files always hold output.weight."""
-    dim, kv = shape.dim, shape.n_kv_heads * shape.head_dim
+    dim, q, kv = shape.dim, shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
     names: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (shape.vocab_size, dim)}
     for i in range(shape.n_layers):
         layer = {
-            "attention.wq": (dim, dim),
+            "attention.wq": (q, dim),
             "attention.wk": (kv, dim),
             "attention.wv": (kv, dim),
-            "attention.wo": (dim, dim),
+            "attention.wo": (dim, q),
             "feed_forward.w1": (shape.hidden_dim, dim),
             "feed_forward.w2": (dim, shape.hidden_dim),
             "feed_forward.w3": (shape.hidden_dim, dim),

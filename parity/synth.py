@@ -1,6 +1,7 @@
 """Seeded checkpoints of any published Llama shape, made to show errors: see `VALUES` for the rules of the stimulus.
 
     python -m parity.synth --shape tiny --out /tmp/tiny        # prints: /tmp/tiny: 33,711,232 parameters, meta, ...
+    python -m parity.synth --dim 96 --heads 6 --kv_heads 3 --hidden 200 --eps 1e-6 --vocab 512 --out /tmp/odd
 
 A weight's numbers depend on the seed, its name and its row alone, so the same seed gives the same model in both
 formats, in any number of shards. Files are written through a memory map, one block of rows at a time: 405B-shaped needs
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from parity.cli import Parser
 from parity.contract import DTYPES, UsageError
-from parity.shapes import SHAPES, Shape, weight_shapes
+from parity.shapes import SHAPES, SIZES, Shape, sized, weight_shapes
 
 BLOCK_ELEMENTS = 1 << 24
 SAFETENSORS_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
@@ -348,6 +349,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shape", default="tiny", metavar="NAME", help="`list` prints them (default: tiny)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write")
     parser.add_argument("--layers", type=int, metavar="N", help="instead of the shape's own")
+    for flag, meaning in SIZES.items():
+        kind, name = (float, "X") if flag == "eps" else (int, "N")
+        parser.add_argument(f"--{flag}", type=kind, metavar=name, help=f"{meaning}, instead of the shape's own")
     parser.add_argument("--format", choices=("meta", "hf"), default="meta")
     parser.add_argument("--shards", type=int, default=1, choices=(1, 2, 4, 8, 16), help="model-parallel files (meta)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
@@ -369,7 +373,8 @@ def _main(args: argparse.Namespace) -> int:
         raise UsageError(f"--layers {args.layers}: expected at least 1")
     if args.tokenizer is not None and not args.tokenizer.is_file():
         raise UsageError(f"--tokenizer {args.tokenizer} does not exist")
-    shape = replace(SHAPES[args.shape], n_layers=args.layers or SHAPES[args.shape].n_layers)
+    given = {flag: getattr(args, flag) for flag in SIZES}
+    shape = sized(SHAPES[args.shape], args.layers, given, args.format)
     options = {k: getattr(args, k) for k in ("format", "seed", "shards", "dtype", "tokenizer")}
     synthesise(shape, args.out, **options)
     print(f"{args.out}: {parameters(shape):,} parameters, {args.format}, {args.dtype}, seed {args.seed}")

@@ -5,18 +5,24 @@ the first ones too, as a prompt's are. What must come out does not depend on how
 batch, a packed row with a document mask, and any split into micro-batches give one loss and one set of gradients.
 
 A candidate that trains has loss_and_grads(tokens, targets); one that can be asked for more has trainer(), an object
-with any of the methods of `Trainer`.
+with any of the methods of interface.TRAINER.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from parity import answers
+from parity.candidates.interface import TRAINER, Interface
+from parity.contract import Case
+from parity.recorder import Recording
 
 IGNORED = -100
 DTYPE = "fp32"  # in which training is judged: ten losses to five digits have no meaning in bf16
@@ -31,17 +37,6 @@ HYPER = {"lr": 2.0**-13, "betas": [0.875, 0.96875], "eps": 2.0**-27, "weight_dec
 
 Document = list[list[int]]  # token ids, labels
 Grads = dict[str, Tensor]  # by Meta's weight names
-
-
-class Trainer(Protocol):
-    """What can be asked of a candidate beyond loss_and_grads; losses are means over the labels not ignored."""
-
-    def packed(self, documents: list[Document]) -> tuple[Tensor, Grads]: ...  # all in one row
-    def accumulated(self, parts: list[list[Document]]) -> tuple[Tensor, Grads]: ...  # micro-batches of one step
-    def labels(self, documents: list[list[int]]) -> list[list[int]]: ...  # made by its own data path; one row packed
-    def adamw(self, steps: list[Callable[[Tensor], Tensor]], hyper: dict) -> list[Grads]: ...  # weights after each
-    def losses(self, batches: list[list[Document]], hyper: dict) -> list[float]: ...  # before each batch's step
-    def merged(self, tokens: Tensor) -> tuple[Tensor, Tensor]: ...  # logits with an adapter beside, and merged in
 
 
 def training_case(vocab_size: int, seed: int = 0) -> dict[str, Any]:
@@ -77,42 +72,71 @@ def made_up_gradient(weight: Tensor, step: int) -> Tensor:
     return (torch.frac(weight.detach().float() * (8191.0 * (step + 1))) - 0.5) * 1e-3
 
 
-def record_training(candidate: Any, training: dict[str, Any], prompt: list[int], folder: Path) -> dict[str, Any]:
+def record_training(candidate: Interface, case: Case, folder: Path, out: Recording) -> dict[str, Any]:
     """Run what the candidate can, write its tensors into `folder`; returns what belongs into trace.json.
 
-    prompt: token ids of a sequence whose logits the references recorded.
+    What goes wrong is left in `out`; a method that gave nothing is `uncovered`, with the reason.
     """
-    started, first, tensors = time.perf_counter(), training["batches"][0], dict[str, Tensor]()
-    meta: dict[str, Any] = {"by": {}, "uncovered": {}}
-    trainer: Any = candidate.trainer() if callable(getattr(candidate, "trainer", None)) else None
+    assert case.training is not None and case.prompts is not None
+    training, started, tensors = case.training, time.perf_counter(), dict[str, Tensor]()
+    first, prompt = training["batches"][0], torch.tensor([case.prompts[0]])
+    asks = Trains(candidate, out)
+    meta: dict[str, Any] = {"by": {}, "uncovered": asks.uncovered}
 
-    def ask(target: Any, method: str, *args: Any) -> Any:
-        """The method's answer; None where there is no such method, or it says that it cannot."""
-        try:
-            return getattr(target, method)(*args) if callable(getattr(target, method, None)) else None
-        except NotImplementedError as error:
-            meta["uncovered"][method] = str(error) or f"the candidate's {method}() cannot do it"
-            return None
-
-    def keep(prefix: str, found: tuple[Tensor, Grads] | None, into: dict[str, float], name: str) -> None:
+    def keep(prefix: str, found: tuple[float, Grads] | None, into: dict[str, float], name: str) -> None:
         if found is not None:
-            into[name] = float(found[0])
+            into[name] = found[0]
             tensors.update({f"{prefix}/{n}": g for n, g in found[1].items()})
 
-    keep("grad", ask(candidate, "loss_and_grads", *padded(first)), meta, "loss")
-    keep("packed", ask(trainer, "packed", first), meta["by"], "packed")
+    keep("grad", asks("loss_and_grads", answers.loss_and_grads, *padded(first)), meta, "loss")
+    keep("packed", asks("packed", answers.loss_and_grads, first), meta["by"], "packed")
     for name, parts in splits(first).items():
-        keep(name, ask(trainer, "accumulated", parts), meta["by"], name)
+        keep(name, asks("accumulated", answers.loss_and_grads, parts), meta["by"], name)
     makers = [lambda w, n=n: made_up_gradient(w, n) for n in range(MADE_STEPS)]
-    for n, weights in enumerate(ask(trainer, "adamw", makers, training) or [], 1):
+    steps = asks("adamw", lambda o, asked: answers.steps(o, asked, MADE_STEPS), makers, training)
+    for n, weights in enumerate(steps or [], 1):
         tensors |= {f"adamw/{n}/{name}": w for name, w in weights.items() if is_stepped(name, w)}
-    for name, args in {"labels": [[ids for ids, _ in first]], "losses": [training["batches"], training]}.items():
-        if (answer := ask(trainer, name, *args)) is not None:
+    rows = lambda o, asked: answers.each(o, asked, "label rows", answers.label_row)
+    losses = lambda o, asked: answers.each(o, asked, "losses", answers.number)
+    for name, read_, args in (("labels", rows, [[ids for ids, _ in first]]), ("losses", losses,
+                              [training["batches"], training])):  # fmt: skip
+        if (answer := asks(name, read_, *args)) is not None:
             meta[name] = answer
-    if (logits := ask(trainer, "merged", torch.tensor([prompt]))) is not None:
+    both = lambda o, asked: answers.two_logits(o, asked, prompt.shape[1], case.vocab_size)
+    if (logits := asks("merged", both, prompt)) is not None:
         tensors["merged/beside"], tensors["merged/in"] = logits
-    save_file({k: t.detach().float().contiguous().clone() for k, t in tensors.items()}, folder / FILE)
+    save_file({k: t.detach().float().cpu().contiguous().clone() for k, t in tensors.items()}, folder / FILE)
     return meta | {"seconds": time.perf_counter() - started}
+
+
+class Trains:
+    """Asks a candidate, or its trainer, for one thing after another."""
+
+    def __init__(self, candidate: Interface, out: Recording) -> None:
+        self.out, self.uncovered = out, dict[str, str]()
+        self.candidate, self.trainer = candidate, Interface(None, TRAINER)
+        with self.step("trainer", "trainer()"):
+            if "trainer" in candidate.has:
+                self.trainer = Interface(candidate.ask("trainer"), TRAINER, candidate.file, candidate.note)
+
+    @contextmanager
+    def step(self, method: str, metric: str) -> Iterator[None]:
+        kind = f"training {method}"
+        with self.out.step(kind, "training", "G8", metric):
+            yield
+        if kind in self.out.uncovered:
+            self.uncovered[method] = self.out.uncovered.pop(kind)
+
+    def __call__(self, method: str, read: Callable[[Any, str], Any], *args: Any) -> Any:
+        """The answer as `read` returns it; None where there is none."""
+        owner = self.candidate if method == "loss_and_grads" else self.trainer
+        if method not in owner.has:
+            self.uncovered[method] = self.uncovered.get("trainer", owner.lacks(method))
+            return None
+        row = owner.row(method)
+        with self.step(method, row.metric or "gradient"):
+            return read(owner.ask(method, *args), row.signature)
+        return None
 
 
 def is_stepped(name: str, weight: Tensor) -> bool:

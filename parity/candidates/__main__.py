@@ -7,6 +7,7 @@ PATH is the label of one of the candidate's paths, "-" for its only one. Speaks 
 progress as JSON lines on stdout, exit code 2 and one `error:` line for unusable input.
 """
 
+import faulthandler
 import json
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ def progress(stage: str, done: float) -> None:
 
 def main(argv: list[str]) -> int:
     name, path, case_file, out, *forced = argv
+    faulthandler.enable()  # a process that dies says where
     try:
         load = resolve(name)[None if path == "-" else path]
         case = Case.read(Path(case_file))

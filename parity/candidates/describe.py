@@ -25,6 +25,7 @@ class Description:
     parameters: int
     stored_bytes: int
     stored_dtype: str  # of the large matrices
+    context: int  # positions that the checkpoint was made for
     verified: list[str]  # files whose checksum was checked against a manifest
     notices: list[str]
 
@@ -44,7 +45,7 @@ def describe(path: str, tokenizer: str | None) -> Description:
     stored = sum(n * weights.dtypes[name].itemsize for name, n in numel.items())
     echo = config_echo(config)
     dtype = next(name for name, value in DTYPES.items() if value == weights.dtype)
-    sizes = (sum(numel.values()), stored, dtype)
+    sizes = (sum(numel.values()), stored, dtype, config.max_seq_len)
     return Description(opened.path, opened.format, echo, file, tokenizer is None, *sizes, verified, notices)
 
 

@@ -23,7 +23,12 @@ TIMEOUT_S = 600  # of one answer
 
 def endpoint_loader(url: str) -> Callable[[str, torch.dtype, str], "Endpoint"]:
     """load(checkpoint, dtype, device) of a server; the three are its own business."""
-    return lambda checkpoint, dtype, device: Endpoint(url.rstrip("/"))
+
+    def load(checkpoint: str, dtype: torch.dtype, device: str) -> Endpoint:
+        return Endpoint(url.rstrip("/"))
+
+    load.streams = True  # type: ignore[attr-defined]  # whether the model fits into memory is the server's own business
+    return load
 
 
 class Endpoint:

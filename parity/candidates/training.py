@@ -65,7 +65,7 @@ def run(model: Transformer, batches: list[Batch]) -> tuple[Tensor, Grads]:
 
 
 class NanoTrainer:
-    """What parity.training.Trainer asks for; mutants replace one method."""
+    """All that interface.TRAINER lists; mutants replace one method."""
 
     def __init__(self, nano: "Nano") -> None:
         self.nano = nano

@@ -11,8 +11,9 @@ def greedy(ev: Evidence) -> Iterator[Result]:
     """G6, free-running: the candidate's own greedy text leaves the reference's only where the oracle sees a tie."""
     for pair in ev.pairs():
         generated = ev.candidates[pair.path].meta.get("generated", {}).get(pair.dtype)
-        if not generated:
-            reason = "not covered: no greedy text was generated here; argmax judges the same positions teacher-forced"
+        if not any(generated or []):
+            none = "no greedy text was generated here; argmax judges the same positions teacher-forced"
+            reason = f"not covered: {ev.candidates[pair.path].meta.get('uncovered', {}).get('greedy', none)}"
             yield Result("greedy", "G6", Status.SKIP, required=False, reason=reason, **pair.labels)
             continue
         judged = [_first_departure(ev, pair, i, ids) for i, ids in enumerate(generated) if ids]

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
+from parity.candidates.interface import lacking
 from parity.contract import Result, Status, judge
+from parity.crash import unrun
 from parity.evidence import Evidence, Pair, worst_ratio
 from parity.metrics import percentile
 from parity.tolerances import BOUNDS, KL_FLOOR_NATS, KL_POSITIONS
@@ -24,7 +26,7 @@ def taps(ev: Evidence) -> Iterator[Result]:
         yield from broken_or_missing(ev, pair, "taps", "G3", [t for t in ev.candidate(pair).broken if t != "logits"])
         shared = [t for t in ev.shared(pair) if t != "logits"]
         if not shared:
-            reason = "not covered: the candidate has no taps()"
+            reason = f"not covered: {lacking(ev.candidates[pair.path].meta, 'taps')}"
             yield Result("taps", "G3", Status.SKIP, reason=reason, required=False, **pair.labels)
             continue
         ratios = {tap: ev.rho(pair, tap)[0] for tap in shared}
@@ -38,8 +40,7 @@ def logits(ev: Evidence) -> Iterator[Result]:
     for path, trace in ev.candidates.items():
         for dtype in ev.case.dtypes:
             if dtype not in trace.meta["dtypes"]:
-                reason = f"the model does not fit into memory at {dtype}, and the candidate has no stream()"
-                yield Result("logits", "G3", Status.SKIP, dtype=dtype, path=path, reason=reason)
+                yield from unrun(trace.meta, path, dtype)
     for pair in ev.pairs():
         yield from broken_or_missing(ev, pair, "logits", "G3", ["logits"])
         if "logits" in ev.candidate(pair).taps:
@@ -127,6 +128,8 @@ def argmax(ev: Evidence) -> Iterator[Result]:
     for pair in ev.pairs():
         mine = chosen_tokens(ev, pair)
         if not mine:
+            reason = "not covered: there are neither logits nor tokens to compare"
+            yield Result("argmax", "G6", Status.SKIP, reason=reason, **pair.labels)
             continue
         decided = [ev.decided(pair, i) & (m >= 0) for i, m in enumerate(mine)]
         best = [rows.argmax for rows in ev.oracle_rows(pair.dtype)]

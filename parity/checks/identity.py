@@ -5,9 +5,14 @@ finding about the checkpoint (`disagreements`). A candidate that follows one of 
 reference follows another: that reference does not judge it, and the report says which file it follows.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from parity.candidates.interface import lacking
 from parity.contract import Result, Status, judge
 from parity.evidence import Evidence
 from parity.tolerances import BOUNDS
@@ -18,22 +23,28 @@ Row = tuple[str, int, list[int], list[int]]  # list of a trace, index of the tex
 
 def tokens(ev: Evidence) -> Iterator[Result]:
     """G0: token ids of the prompts (with BOS) and of the corpus (without), id for id."""
-    yield from _equal_lists(ev, "tokens", "the candidate has no encode()")
+    yield from _equal_lists(ev, "tokens", "encode")
+    for path, trace in _first_candidate(ev):
+        for method, key in (("encode", "token_ids"), ("encode_plain", "corpus_ids")):
+            if not trace.meta.get(key) and any(trace.meta.get(k) for k in KEYS["tokens"]):  # the other one was judged
+                reason = f"not covered: {lacking(trace.meta, method)}"
+                yield Result("tokens", "G0", Status.SKIP, required=False, path=path, reason=reason)
 
 
 def chat(ev: Evidence) -> Iterator[Result]:
     """G0: token ids of rendered dialogs."""
-    yield from _equal_lists(ev, "chat", "the candidate has no encode_chat()")
+    yield from _equal_lists(ev, "chat", "encode_chat")
 
 
-def _equal_lists(ev: Evidence, check: str, lacking: str) -> Iterator[Result]:
+def _equal_lists(ev: Evidence, check: str, method: str) -> Iterator[Result]:
     for path, trace in _first_candidate(ev):
         for name, reference in ev.references.items():
             labels: dict[str, Any] = {"check": check, "gate": "G0", "reference": name, "path": path}
             compared = _compared(check, trace.meta, reference.meta)
             if not compared:
                 theirs = any(reference.meta.get(key) for key in KEYS[check])
-                reason = lacking if theirs else reference.meta.get("untexted") or NOTHING[check].format(name)
+                nothing = reference.meta.get("untexted") or NOTHING[check].format(name)
+                reason = lacking(trace.meta, method) if theirs else nothing
                 yield Result(status=Status.SKIP, required=False, reason=f"not covered: {reason}", **labels)
                 continue
             wrong, reason = _differing(compared), f"{len(compared)} texts"
@@ -132,7 +143,7 @@ def config(ev: Evidence) -> Iterator[Result]:
             mine, theirs = trace.meta.get("config"), reference.meta["config"]
             labels: dict[str, Any] = {"reference": name, "path": path}
             if not mine:
-                reason = "not covered: the candidate has no config()"
+                reason = f"not covered: {lacking(trace.meta, 'config')}"
                 yield Result("config", "G0", Status.SKIP, required=False, reason=reason, **labels)
                 continue
             wrong = [k for k in theirs if mine.get(k) != theirs[k]]
@@ -147,7 +158,8 @@ def weights(ev: Evidence) -> Iterator[Result]:
             mine, theirs = trace.meta.get("weights"), reference.meta.get("weights")
             labels: dict[str, Any] = {"reference": name, "path": path}
             if not mine or not theirs:
-                reason = "not covered: the candidate has no weights()" if theirs else "the reference hashed no weights"
+                why = lacking(trace.meta, "weights") if theirs else "the reference hashed no weights"
+                reason = f"not covered: {why}"
                 yield Result("weights", "G0", Status.SKIP, required=False, reason=reason, **labels)
                 continue
             names = sorted(set(mine) | set(theirs))
@@ -170,18 +182,30 @@ def rope(ev: Evidence) -> Iterator[Result]:
             mine, theirs = trace.rope(), reference.rope()
             labels: dict[str, Any] = {"reference": name, "path": path}
             if not mine or not theirs:
-                reason = "not covered: the candidate has no rope()"
+                reason = f"not covered: {lacking(trace.meta, 'rope') if theirs else 'the reference has no RoPE table'}"
                 yield Result("rope", "G1", Status.SKIP, required=False, reason=reason, **labels)
                 continue
-            worst, where = 0.0, None
-            for table in ("cos", "sin"):
-                error = (mine[table].double() - theirs[table].double()).abs()
-                at = int(error.argmax())
-                if not float(error.max()) <= worst:
-                    row, column = divmod(at, error.shape[1])
-                    worst = float(error.max())
-                    where = f"{table}, position {ev.case.rope_positions[row]}, pair {column}"
+            if wrong := [t for t in ("cos", "sin") if mine[t].shape != theirs[t].shape]:
+                reason = f"{wrong[0]} has shape {tuple(mine[wrong[0]].shape)}: expected {tuple(theirs[wrong[0]].shape)}"
+                yield Result("rope", "G1", Status.FAIL, reason=reason, where=wrong[0], **labels)
+                continue
+            worst, where = _worst_angle(mine, theirs, ev.case.rope_positions)
             yield judge(
                 worst / 2.0**-23, BOUNDS["G1"].value, check="rope", gate="G1", metric="max |difference|",
                 unit="ulp of 1.0", where=where, **labels,
             )  # fmt: skip
+
+
+def _worst_angle(mine: dict[str, Tensor], theirs: dict[str, Tensor], positions: list[int]) -> tuple[float, str | None]:
+    """The largest difference of two RoPE tables, and where; a NaN is the largest there is."""
+    worst, where = 0.0, None
+    for table in ("cos", "sin"):
+        error = (mine[table].double() - theirs[table].double()).abs()
+        at = int(error.nan_to_num(nan=torch.inf).argmax())
+        largest = float(error.flatten()[at])
+        if not largest <= worst:
+            row, column = divmod(at, error.shape[1])
+            worst, where = largest, f"{table}, position {positions[row]}, pair {column}"
+        if math.isnan(worst):
+            break
+    return worst, where

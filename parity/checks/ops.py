@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from parity.candidates.interface import lacking
 from parity.contract import Result, Status, judge
 from parity.evidence import Evidence, Pair, worst_ratio
 from parity.forced import op_names
@@ -70,7 +71,8 @@ def ops(ev: Evidence) -> Iterator[Result]:
         found = measure_ops(ev, pair)
         if found is None:
             small = pair.reference in ev.ops or not ev.candidates[pair.path].meta.get("ops")
-            reason = "the candidate has no ops()" if small else "operations are checked on small checkpoints"
+            lacks = lacking(ev.candidates[pair.path].meta, "ops")
+            reason = lacks if small else "operations are checked on small checkpoints"
             yield Result("ops", "G2", Status.SKIP, required=False, reason=f"not covered: {reason}", **pair.labels)
             continue
         for tap, reason in found.broken.items():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parity.candidates.interface import lacking
 from parity.contract import UNIT, Result, Status, judge
 from parity.evidence import Evidence, Pair
 from parity.metrics import ratio
@@ -28,8 +29,8 @@ def training(ev: Evidence) -> Iterator[Result]:
     for path, trace in ev.candidates.items():
         mine = trace.meta.get("training")
         if "loss" not in (mine or {}):
-            cannot = mine["uncovered"]["loss_and_grads"] if mine else "the candidate has no loss_and_grads()"
-            reason = f"not covered: {cannot}"
+            known = (mine or {}).get("uncovered", {})
+            reason = f"not covered: {known.get('loss_and_grads', lacking(trace.meta, 'loss_and_grads'))}"
             yield Result("training", "G8", Status.SKIP, required=False, path=path, reason=reason)
             continue
         yield from _alone(ev, trace, {"path": path, "dtype": DTYPE})
@@ -182,6 +183,9 @@ def _optimizer_step(mine: dict[str, Tensor], exact: dict[str, Tensor], lr: float
     """The largest error in ulp of max(|p|, lr), a step."""
     if absent := sorted(exact.keys() - mine.keys()):
         reason = f"{absent[0]} is missing (step/weight)"
+        return Result(**_fields("optimizer step"), status=Status.FAIL, reason=reason, **labels)
+    if wrong := [n for n in exact if mine[n].shape != exact[n].shape]:
+        reason = f"{wrong[0]} has shape {tuple(mine[wrong[0]].shape)} for {tuple(exact[wrong[0]].shape)} (step/weight)"
         return Result(**_fields("optimizer step"), status=Status.FAIL, reason=reason, **labels)
     ulp = {n: step_ulp(int(n.split("/")[0])) * exact[n].abs().clamp_min(lr) for n in exact}
     errors = {n: float(((mine[n].double() - exact[n]).abs() / ulp[n]).max()) for n in exact}

@@ -13,6 +13,7 @@ from parity.checks import CHECKS
 from parity.checks.identity import disagreements
 from parity.checks.training import gradient_noise
 from parity.contract import Result, Status
+from parity.crash import results_of
 from parity.evidence import Evidence, Pair
 from parity.localise import first_divergence, rho_curve
 from parity.metrics import LogitRows, noise, percentile, ratio
@@ -26,7 +27,8 @@ EXIT_CODES = {"pass": 0, "quantized": 0, "fail": 1, "limited": 3}
 
 def judge_all(ev: Evidence, checks: Sequence[str]) -> list[Result]:
     """The results of the named checks. A check that cannot finish is an error, never a skip."""
-    results: list[Result] = []
+    results = [r for path, trace in ev.candidates.items() for r in results_of(path, trace.meta)
+               if r.check in (*checks, "logits")]  # fmt: skip
     for name in checks:
         try:
             results += list(CHECKS[name](ev))
@@ -67,6 +69,11 @@ def compared_tensors(ev: Evidence) -> int:
         for dtype, _, trace in ev.per_dtype()
         for error in ev.measured(trace, dtype).taps.values()
     )  # fmt: skip
+
+
+def judged_dtypes(ev: Evidence) -> list[str]:
+    """The dtypes at which every path of the candidate was run."""
+    return [d for d in ev.case.dtypes if all(d in trace.meta["dtypes"] for trace in ev.candidates.values())]
 
 
 def noise_floor(ev: Evidence) -> list[dict[str, Any]]:
@@ -114,7 +121,7 @@ def summarise(ev: Evidence, results: list[Result], runner: Runner, seconds: floa
     """Everything a report shows. `checkpoint`: path, format."""
     first = next(iter(ev.references.values()))
     decided = decided_fraction(ev)
-    word, why = verdict(results, ev.case.dtypes, compared_tensors(ev))
+    word, why = verdict(results, judged_dtypes(ev), compared_tensors(ev))
     schemes = {str(trace.meta["integers"]) for trace in ev.candidates.values() if trace.meta.get("integers")}
     if word == "pass" and schemes:
         word = "quantized"
