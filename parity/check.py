@@ -207,7 +207,8 @@ def check(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[str, Any]:
         runner.notices += [*checkpoint.notices, *files.notices, *prompts.notices]
         ev = runner.run()
         ev.untrained = untrained or ""
-        results = summary.crash_results(runner.crashes) + summary.judge_all(ev, chosen["checks"])
+        ev, results = summary.judge_fairly(ev, chosen["checks"])
+        results = summary.crash_results(runner.crashes) + results
         entry = {"path": args.ckpt or "embedded default", "format": checkpoint.format, "verified": checkpoint.verified}
         return summary.summarise(ev, results, runner, clock(), entry)
 

@@ -100,7 +100,7 @@ def test_a_reference_that_is_wrong_widens_no_bound(wrong: str, made: Made) -> No
     far = lambda e: replace(e, error=[1e6 * x for x in e.error], worst=[1e3 * x for x in e.worst])
     lost = replace(found[wrong], taps={tap: far(e) for tap, e in found[wrong].taps.items()})
     measured = ev._measured | {(id(ev.references[wrong]), "fp32"): lost}
-    judges = Judges(replace(ev, _measured=measured, _noise={}), "fp32")
+    judges = Judges(replace(ev, _measured=measured, _noise={}, _strict={}), "fp32")
     for tap in ("layers.0.q", "logits"):
         floor = noise(found[right].taps[tap], "fp32")
         assert judges.smallest(lambda m, t=tap: noise(m.taps[t], "fp32")) == pytest.approx(floor)

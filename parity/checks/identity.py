@@ -8,6 +8,7 @@ reference follows another: that reference does not judge it, and the report says
 from collections.abc import Iterator
 from typing import Any
 
+from parity import table
 from parity.contract import Result, Status, judge
 from parity.evidence import Evidence
 from parity.tolerances import BOUNDS
@@ -161,7 +162,7 @@ def _hash(entry: dict[str, Any] | None) -> tuple[Any, ...] | None:
 
 
 def rope(ev: Evidence) -> Iterator[Result]:
-    """G1: float32 cos and sin at short positions and far ones, in ulp of 1.0 (2**-24 below 1)."""
+    """G1: cos and sin at short positions and far ones, near the reference's or exact ones as float32 can be."""
     for path, trace in _first_candidate(ev):
         for name, reference in ev.references.items():
             mine, theirs = trace.rope(), reference.rope()
@@ -170,15 +171,16 @@ def rope(ev: Evidence) -> Iterator[Result]:
                 reason = "not covered: the candidate has no rope()"
                 yield Result("rope", "G1", Status.SKIP, required=False, reason=reason, **labels)
                 continue
-            worst, where = 0.0, None
-            for table in ("cos", "sin"):
-                error = (mine[table].double() - theirs[table].double()).abs()
-                at = int(error.argmax())
-                if not float(error.max()) <= worst:
-                    row, column = divmod(at, error.shape[1])
-                    worst = float(error.max())
-                    where = f"{table}, position {ev.case.rope_positions[row]}, pair {column}"
+            config, positions = ev.oracle.meta["config"], ev.case.rope_positions
+            if mine["cos"].shape != theirs["cos"].shape or mine["sin"].shape != theirs["sin"].shape:
+                reason = f"cos and sin are {tuple(mine['cos'].shape)}, {tuple(theirs['cos'].shape)} is expected"
+                yield Result("rope", "G1", Status.FAIL, reason=reason, **labels)
+                continue
+            found = table.worst(mine, theirs, config, positions)
+            where = f"{found.table}, position {positions[found.row]}, pair {found.pair}: {found.ulp:.3g} ulp of 1.0"
+            beyond = not found.share <= BOUNDS["G1"].value
             yield judge(
-                worst / 2.0**-23, BOUNDS["G1"].value, check="rope", gate="G1", metric="max |difference|",
-                unit="ulp of 1.0", where=where, **labels,
+                found.share, BOUNDS["G1"].value, check="rope", gate="G1", metric="max |difference|",
+                unit=BOUNDS["G1"].unit, where=where if found.share != 0 else None,
+                reason=table.cause(mine, config, positions) if beyond else None, **labels,
             )  # fmt: skip
