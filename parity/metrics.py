@@ -54,11 +54,11 @@ class TapError:
     error: list[Tensor] = field(default_factory=list)  # sum of squared errors
     expected: list[Tensor] = field(default_factory=list)  # sum of squared expected values
     worst: list[Tensor] = field(default_factory=list)  # largest |error|, NaN where there is one
-    # Of a reference: the squared error that a coarse RoPE table makes there, which counts as rounding too.
-    drift: list[Tensor] = field(default_factory=list)
     width: int = 1  # numbers per position
     place: Place | None = None
     largest: float = -1.0
+    # Of a reference: the squared error that a coarse RoPE table makes there, which counts as rounding too.
+    drift: list[Tensor] = field(default_factory=list)
 
     def add(self, sequence: int, actual: Tensor, expected: Tensor) -> None:
         """actual, expected: (T, ...), any dtype. Shapes that differ raise ValueError."""

@@ -126,9 +126,9 @@ LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def imprecise(angle: Tensor, at: Tensor, config: dict[str, Any]) -> str | None:
     """The way to lose precision that leaves the least of the error of angle (T, P), if that is little."""
     error = wrap(angle - torch.outer(at, frequencies(config))).square().mean().sqrt()
-    left = {name: wrap(angle - other).square().mean().sqrt() for name, other in _ways(config, at)}
-    name = min(left, key=left.__getitem__)
-    return name if left[name] < IMPRECISE * error else None
+    ways = [(float(wrap(angle - other).square().mean().sqrt()), name) for name, other in _ways(config, at)]
+    left, name = min((left, name) for left, name in ways if math.isfinite(left))
+    return name if left < IMPRECISE * float(error) else None
 
 
 def _ways(config: dict[str, Any], at: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -143,10 +143,8 @@ def _ways(config: dict[str, Any], at: Tensor) -> Iterator[tuple[str, Tensor]]:
             products = [torch.tensor(1.0)]
             while len(products) < len(exact):
                 products.append(products[-1] * scale)
-            yield (
-                "RoPE frequencies are repeated products",
-                torch.outer(at, scaled(torch.stack(products).double(), config)),
-            )
+            made = scaled(torch.stack(products).double(), config).float()
+            yield "RoPE frequencies are repeated products", torch.outer(at.float(), made).double()  # angles in float32
 
 
 def slope(angle: Tensor, at: Tensor) -> Tensor | None:

@@ -192,7 +192,7 @@ def measured(ev: Evidence, path: str | None) -> Angles | None:
 
 def named(ev: Evidence, angles: Angles | None) -> str:
     if angles is None:
-        return "its error has the size of RoPE frequencies that are a few ulp off"
+        return "the error has the size of RoPE frequencies that are a few ulp from the references'"
     table = next(iter(ev.candidates.values())).rope()
     return cause(table, angles.config, ev.case.rope_positions) if table else angle_cause(angles)
 
