@@ -1,10 +1,13 @@
 """Do the gates cry wolf? Random Llama shapes: nanollama's exact path and SDPA against both references, every gate.
 
-    python -m benchmarks.random_shapes --draws 500 --json benchmarks/results/random_shapes.json
+    python -m benchmarks.random_shapes --draws 500 --json benchmarks/results/random_shapes.json --markdown margins.md
+
+A third path has RoPE frequencies in float64, rounded once: right as well, and judged where tables count as rounding.
 
 hypothesis draws the shapes: 1-6 layers, head_dim 8-128, 1-8 query heads a kv head, vocabulary 17-5000, theta 1e3-1e6,
 scaling on or off, lengths 1-300. The references run in this process, through their own file protocol: 2000 process
-starts would take longer than the sums. Prints the alarms and the largest value of each gate; exit code 1 if any.
+starts would take longer than the sums. Prints the alarms and each gate's margin, the largest value by its bound; exit
+code 1 if there is an alarm.
 """
 
 import argparse
@@ -23,19 +26,23 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from parity.candidates.mutants import benign
+from parity.candidates.mutants.edit import edited, with_table
 from parity.candidates.nano import PATHS, Nano
 from parity.checks import CHECKS
 from parity.contract import Case, Status
 from parity.evidence import Evidence
 from parity.forced import cut
 from parity.record import record
-from parity.report.summary import environment, judge_all
+from parity.report.summary import environment, judge_fairly
 from parity.shapes import Shape
 from parity.synth import write_hf, write_meta
+from parity.tolerances import TABLE_ULP
 from parity.trace import Trace, TraceWriter
 from reference import hf, meta, oracle
 
 DTYPES = ("fp32", "bf16")
+FLOAT64 = "float64 RoPE"  # a path of its own
 MAX_WIDTH = 512  # of all heads together
 THOROUGH = 5  # one draw in so many is judged by every check, the others by those on the forward pass
 
@@ -74,6 +81,9 @@ def draws(draw: st.DrawFn) -> Draw:
     )
     lengths = tuple(draw(st.lists(st.integers(1, 300), min_size=1, max_size=3)))
     return Draw(shape, draw(st.sampled_from(("meta", "hf"))), lengths, draw(st.integers(0, 2**20)))
+
+
+float64_frequencies = edited(with_table(benign.table_from(benign.float64_frequencies)))
 
 
 def limited(load: Any, thorough: bool) -> Any:
@@ -119,9 +129,11 @@ def evidence(drawn: Draw, folder: Path) -> Evidence:
         ops = replace(case, prompts=ev.forced[name].sequences, weights=False)
         given_inputs = ("--ops", str(ev.forced[name].folder))
         ev.ops[name] = reference_trace(oracle, ops, folder / f"ops-{name}", *given_inputs)
-    for path, load in PATHS.items():
+    coarse = ("--off_ulp", str(TABLE_ULP))
+    ev.coarse = reference_trace(oracle, replace(case, weights=False), folder / "coarse", *coarse)
+    for path, load in (*PATHS.items(), (FLOAT64, float64_frequencies)):
         writer = TraceWriter(folder / path)
-        record(limited(load, thorough), case, writer, lambda stage, done: None, ev.forced)
+        record(limited(load, thorough and path != FLOAT64), case, writer, lambda stage, done: None, ev.forced)
         ev.candidates[path] = Trace(folder / path)
     return ev
 
@@ -130,7 +142,9 @@ def judge(drawn: Draw) -> list[dict[str, Any]]:
     """Every result of every check on one draw."""
     with tempfile.TemporaryDirectory(prefix="random-shapes-") as folder:
         ev = evidence(drawn, Path(folder))
-        return [r.as_json() for r in judge_all(ev, list(CHECKS)) if r.status is not Status.SKIP]
+        parts = [{p: t for p, t in ev.candidates.items() if (p == FLOAT64) == alone} for alone in (False, True)]
+        results = [r for part in parts for r in judge_fairly(replace(ev, candidates=part), list(CHECKS))[1]]
+        return [r.as_json() for r in results if r.status is not Status.SKIP]
 
 
 @dataclass
@@ -148,7 +162,8 @@ class Tally:
         for r in results:
             if r["status"] in ("fail", "error"):
                 self.alarms.append({**r, "draw": asdict(drawn)})
-            key = " ".join((r["check"], r["gate"], r["metric"] or "", r["dtype"] or "")).strip()
+            kind = FLOAT64 if r["path"] == FLOAT64 else ""
+            key = " ".join(x for x in (r["check"], r["gate"], r["metric"], r["dtype"], kind) if x)
             if r["value"] is not None and r["value"] > self.largest.get(key, {"value": -1.0})["value"]:
                 self.largest[key] = {"value": r["value"], "bound": r["bound"], "where": r["where"], "path": r["path"]}
 
@@ -173,11 +188,22 @@ def run(n: int, start: int, after: Any = lambda tally: None) -> Tally:
     return tally
 
 
+def margins(largest: dict[str, dict[str, Any]], draws: int) -> str:
+    """A table of each gate's largest value by its bound."""
+    rows = [
+        f"| {name} | {found['value']:.3g} | {found['bound']:g} | {found['value'] / found['bound']:.2f} |"
+        for name, found in sorted(largest.items())
+        if found["bound"] and " style " not in name
+    ]
+    return "\n".join((f"| gate, {draws} shapes | worst | bound | share |", "| --- | --- | --- | --- |", *rows)) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path, help="write the table of margins")
     args = parser.parse_args()
     started = time.perf_counter()
 
@@ -192,8 +218,10 @@ def main() -> int:
             args.json.write_text(json.dumps(about | asdict(tally), indent=1) + "\n")
 
     tally = run(args.draws, args.seed, write)
-    for name, largest in tally.largest.items():
-        print(f"{name:48} largest {largest['value']:8.3g}, bound {largest['bound']:g}")
+    table = margins(tally.largest, tally.draws)
+    print(table)
+    if args.markdown is not None:
+        args.markdown.write_text(table)
     for alarm in tally.alarms:
         what = " ".join(str(alarm[key]) for key in ("check", "dtype", "path", "value", "where"))
         print(f"ALARM {what}, {alarm['draw']}")

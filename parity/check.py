@@ -223,7 +223,8 @@ def compare(
     runner.notices += [*checkpoint.notices, *files.notices, *prompts.notices]
     ev = runner.run()
     ev.untrained = untrained or ""
-    results = summary.crash_results(runner.crashes) + summary.judge_all(ev, chosen["checks"])
+    ev, results = summary.judge_fairly(ev, chosen["checks"])
+    results = summary.crash_results(runner.crashes) + results
     return summary.summarise(ev, results, runner, clock(), entry)
 
 

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from parity.contract import Case
-from parity.metrics import LogitRows, Measured, OracleRows, TapError, compare, measure, noise, oracle_rows, ratio
+from parity.metrics import (
+    LogitRows,
+    Measured,
+    OracleRows,
+    TapError,
+    compare,
+    measure,
+    noise,
+    oracle_rows,
+    own_noise,
+    relative,
+)
 from parity.tolerances import AGREE, DECIDED_MARGIN, FEW_POSITIONS, LONG_SEQUENCE_TOKENS
 from parity.trace import Trace
 
@@ -38,10 +49,14 @@ class Evidence:
     rounded: dict[str, Trace] = field(default_factory=dict)  # by scheme: the oracle with its weights as integers
     ops: dict[str, Trace] = field(default_factory=dict)  # the oracle's operations on these inputs, see checks/ops.py
     op_errors: dict[Any, Any] = field(default_factory=dict)  # kept by checks/ops.py
+    op_noise: dict[Any, Any] = field(default_factory=dict)  # kept by checks/ops.py: of the references
+    coarse: Trace | None = None  # the oracle with its RoPE frequencies TABLE_ULP off
+    lenient: bool = False  # whether what a table so coarse makes counts as rounding, see parity/table.py
     untrained: str = "training is checked on small checkpoints in fp32"  # why the case trains nothing
     _measured: dict[tuple[int, str], Measured] = field(default_factory=dict)
     _oracle_rows: dict[str, list[OracleRows]] = field(default_factory=dict)
     _pairwise: dict[tuple[Pair, str], TapError] = field(default_factory=dict)
+    _strict: dict[tuple[str, str], Measured] = field(default_factory=dict)
     _noise: dict[tuple[str, str], Measured] = field(default_factory=dict)
     _extra: dict[tuple[str | None, str, str, int], TapError] = field(default_factory=dict)
 
@@ -56,7 +71,7 @@ class Evidence:
             with ThreadPoolExecutor(workers) as pool:
                 list(pool.map(self.oracle_rows, dict.fromkeys(dtypes)))
                 runs = [(trace, dtype) for dtype, _, trace in self.per_dtype() if dtype in dtypes]
-                judges = (*self.references.values(), *self.rounded.values())
+                judges = (*self.references.values(), *self.rounded.values(), *([self.coarse] if self.coarse else ()))
                 runs += [(trace, dtype) for trace in judges for dtype in dtypes]
                 list(pool.map(lambda run: self.measured(*run), runs))
                 pairs = [pair for pair in self.pairs() if pair.dtype in dtypes]
@@ -117,12 +132,26 @@ class Evidence:
         """
         key = (pair.reference, pair.dtype)
         if key not in self._noise:
+            found = self.strict(pair)
+            if self.lenient and self.coarse is not None:
+                found = with_drift(found, self.measured(self.coarse, pair.dtype))
+            self._noise[key] = found
+        return self._noise[key]
+
+    def strict(self, pair: Pair) -> Measured:
+        """The same without an allowance for coarse RoPE tables."""
+        key = (pair.reference, pair.dtype)
+        if key not in self._strict:
             own = self.measured(self.judges(pair.path)[pair.reference], pair.dtype)
             others = [self.measured(t, pair.dtype) for n, t in self.references.items() if n != pair.reference]
             taps = {t: envelope(e, [o.taps[t] for o in others if t in o.taps]) for t, e in own.taps.items()}
             peers = [o for o in others if "logits" in o.taps and agree(own.taps["logits"], o.taps["logits"])]
-            self._noise[key] = replace(own, taps=taps, rows=largest_kl(own.rows, [o.rows for o in peers]))
-        return self._noise[key]
+            self._strict[key] = replace(own, taps=taps, rows=largest_kl(own.rows, [o.rows for o in peers]))
+        return self._strict[key]
+
+    def be_lenient(self) -> "Evidence":
+        """The same evidence, where a coarse RoPE table counts as rounding."""
+        return replace(self, lenient=True, op_errors={}, _noise={})
 
     def candidate(self, pair: Pair) -> Measured:
         return self.measured(self.candidates[pair.path], pair.dtype)
@@ -161,7 +190,7 @@ class Evidence:
         def rho(group: dict[int, list[int]]) -> float:
             errors = [self.error_at(pair.path, pair.dtype, kind, sequence) for sequence in group]
             together = TapError([e.error[0] for e in errors], width=errors[0].width)
-            return ratio(together.rms(), self.noise_at(pair, group))
+            return relative(together, self.reference_at(pair, group), pair.dtype)
 
         alone = {sequence: rho({sequence: positions}) for sequence, positions in at.items()}
         if not alone:
@@ -172,9 +201,14 @@ class Evidence:
 
     def noise_at(self, pair: Pair, places: dict[int, list[int]]) -> float:
         """The reference's error over these positions, by sequence, of its logits."""
+        return noise(self.reference_at(pair, places), pair.dtype)
+
+    def reference_at(self, pair: Pair, places: dict[int, list[int]]) -> TapError:
+        """The reference's logits at these positions, by sequence, alone."""
         whole = self.reference(pair).taps["logits"]
-        error, expected = ([sums[i][p] for i, p in places.items()] for sums in (whole.error, whole.expected))
-        return noise(TapError(error, expected, width=whole.width), pair.dtype)
+        kinds = (whole.error, whole.expected, whole.drift)
+        error, expected, drift = ([sums[i][p] for i, p in places.items()] if sums else [] for sums in kinds)
+        return TapError(error, expected, width=whole.width, drift=drift)
 
 
 def envelope(own: TapError, others: list[TapError]) -> TapError:
@@ -185,6 +219,17 @@ def envelope(own: TapError, others: list[TapError]) -> TapError:
             worst = [torch.maximum(a, b) for a, b in zip(own.worst, other.worst, strict=True)]
             own = replace(own, error=error, worst=worst)
     return own
+
+
+def with_drift(own: Measured, coarse: Measured) -> Measured:
+    """A reference's errors, and what a coarse RoPE table adds to them at each position; nothing at taps before RoPE."""
+    taps = {}
+    for tap, error in own.taps.items():
+        drift = coarse.taps[tap]
+        worst = [torch.hypot(a, b) for a, b in zip(error.worst, drift.worst, strict=True)]
+        taps[tap] = replace(error, drift=drift.error, worst=worst)
+    pairs = zip(own.rows, coarse.rows, strict=True)
+    return replace(own, taps=taps, rows=[replace(a, kl=a.kl + b.kl) for a, b in pairs])
 
 
 def agree(own: TapError, other: TapError) -> bool:
@@ -202,7 +247,7 @@ def largest_kl(own: list[LogitRows], others: list[list[LogitRows]]) -> list[Logi
 
 def worst_ratio(error: TapError, reference: TapError, dtype: str) -> tuple[float, int | None]:
     """Largest error ratio over all sequences together (None) and over each long sequence alone (its number)."""
-    found = [(ratio(error.rms(i), noise(reference, dtype, i)), i) for i in judged(error)]
+    found = [(relative(error, reference, dtype, i), i) for i in judged(error)]
     return max(found, key=lambda pair: float("inf") if pair[0] != pair[0] else pair[0])
 
 
@@ -214,6 +259,8 @@ def judged(error: TapError) -> list[int | None]:
 
 def position_ratios(error: TapError, reference: TapError, dtype: str, sequence: int) -> Tensor:
     """The error ratio of each position of one sequence (T,), against that sequence's noise."""
-    floor = noise(reference, dtype, sequence)
     rms = (error.error[sequence] / error.width).sqrt()
-    return torch.where(rms == 0, 0.0, rms / floor if floor > 0 else torch.inf)
+    floor = torch.full_like(rms, own_noise(reference, dtype, sequence))
+    if reference.drift:
+        floor = (floor.square() + reference.drift[sequence] / error.width).sqrt()
+    return torch.where(rms == 0, 0.0, rms / floor)  # inf where the floor is 0

@@ -17,6 +17,7 @@ from parity.evidence import Evidence, Pair, judged
 from parity.kit_arrays import Gate, KitWriter
 from parity.metrics import Measured, noise, percentile
 from parity.report.summary import count_parameters, decided_fraction, environment, noise_floor
+from parity.table import allowed
 from parity.tolerances import BOUNDS, KL_FLOOR_NATS, KL_POSITIONS
 from parity.training import DTYPE, FILE, MADE_STEPS, STEPS_FILE, made_up_gradient, padded, read
 
@@ -65,7 +66,7 @@ def write_forward(ev: Evidence, writer: KitWriter) -> None:
         best = torch.cat([rows.argmax for rows in ev.oracle_rows(dtype)])
         writer.add(name_of("best", dtype, ev), "inputs.i32", best, "the oracle's best token" + _rounded(dtype, ev))
     for dtype in ev.case.dtypes:
-        judges = Judges(ev, dtype)
+        judges = Judges(ev.be_lenient(), dtype)  # a port's RoPE table may be rounded otherwise
         meaning = f"1 where rounding in {dtype} cannot overturn the best token"
         writer.add(f"decided.{dtype}", "inputs.i32", judges.decided(), meaning)
         for tap in tap_names(ev.oracle.n_layers):
@@ -75,8 +76,15 @@ def write_forward(ev: Evidence, writer: KitWriter) -> None:
     writer.add("rope.positions", "inputs.i32", positions, "positions of the rows of rope.cos and rope.sin")
     for name in ("cos", "sin"):
         writer.add(f"rope.{name}", "expected.f64", table[name], "(positions, head_dim/2) of the float32 angles")
-        what = ("rope", "G1", "max", "max |difference|", BOUNDS["G1"].unit, 0, len(positions), 2.0**-23)
-        writer.gates += [Gate(f"rope.{name}", dtype, *what, BOUNDS["G1"].value) for dtype in ev.case.dtypes]
+        writer.gates += [gate for dtype in ev.case.dtypes for gate in rope_gates(ev, f"rope.{name}", dtype)]
+
+
+def rope_gates(ev: Evidence, array: str, dtype: str) -> Iterator[Gate]:
+    """G1, a gate a position: what float32 explains there, of the pair where it is most."""
+    ulp = allowed(ev.oracle.meta["config"], ev.case.rope_positions).amax(1) * 2.0**-23
+    for row, most in enumerate(ulp.tolist()):
+        what = ("rope", "G1", "max", "max |difference|", BOUNDS["G1"].unit, row, 1, most)
+        yield Gate(array, dtype, *what, BOUNDS["G1"].value)
 
 
 def name_of(name: str, dtype: str, ev: Evidence) -> str:

@@ -4,6 +4,7 @@ Everything is accumulated in float64, in row blocks: a (T, 128256) tensor needs 
 Each trace is read once; the gates are then arithmetic on these small tables.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -56,6 +57,8 @@ class TapError:
     width: int = 1  # numbers per position
     place: Place | None = None
     largest: float = -1.0
+    # Of a reference: the squared error that a coarse RoPE table makes there, which counts as rounding too.
+    drift: list[Tensor] = field(default_factory=list)
 
     def add(self, sequence: int, actual: Tensor, expected: Tensor) -> None:
         """actual, expected: (T, ...), any dtype. Shapes that differ raise ValueError."""
@@ -93,6 +96,9 @@ class TapError:
     def rms_expected(self, sequence: int | None = None) -> float:
         return self._rms(self.expected, sequence)
 
+    def rms_drift(self, sequence: int | None = None) -> float:
+        return self._rms(self.drift, sequence)
+
     def _rms(self, sums: list[Tensor], sequence: int | None) -> float:
         chosen = torch.cat(sums) if sequence is None else sums[sequence]
         return float((chosen.sum() / max(1, chosen.numel() * self.width)).sqrt())
@@ -100,7 +106,24 @@ class TapError:
 
 def noise(reference: TapError, dtype: str, sequence: int | None = None) -> float:
     """The error that counts as rounding: the reference's own, at least half a rounding of the oracle's values."""
+    own = own_noise(reference, dtype, sequence)
+    return math.hypot(own, reference.rms_drift(sequence)) if reference.drift else own
+
+
+def own_noise(reference: TapError, dtype: str, sequence: int | None = None) -> float:
+    """Noise without what a coarse RoPE table may add."""
     return max(reference.rms(sequence), UNIT[dtype] * reference.rms_expected(sequence) / 2)
+
+
+def relative(error: TapError, reference: TapError, dtype: str, sequence: int | None = None) -> float:
+    """The error ratio. What a table may add grows with the position, so each position is then held against its own."""
+    if not reference.drift:
+        return ratio(error.rms(sequence), own_noise(reference, dtype, sequence))
+    floor = own_noise(reference, dtype, sequence) ** 2
+    chosen = range(len(error.error)) if sequence is None else [sequence]
+    squares = torch.cat([error.error[i] for i in chosen]) / error.width
+    allowed = floor + torch.cat([reference.drift[i] for i in chosen]) / error.width
+    return ratio(float(torch.where(squares == 0, 0.0, squares / allowed).mean().sqrt()), 1.0)
 
 
 def ratio(error: float, floor: float) -> float:

@@ -71,11 +71,11 @@ def evaluate(base: Evidence, load: Any, folder: Path) -> tuple[Evidence, list[Re
     ev = replace(
         base, candidates={None: Trace(folder)}, op_errors={}, _measured=dict(base._measured), _pairwise={}, _extra={}
     )
-    return ev, summary.judge_all(ev, list(CHECKS))
+    return summary.judge_fairly(ev, list(CHECKS))
 
 
 def measure_references(base: Evidence) -> None:
-    for trace in base.references.values():
+    for trace in (*base.references.values(), *([base.coarse] if base.coarse else ())):
         for dtype in base.case.dtypes if base.case.record == "taps" else ():
             base.measured(trace, dtype)
 

@@ -4,12 +4,14 @@ Legend: T positions, H heads, P pairs of features (2j, 2j+1).
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 PRECISION_RAD = 0.1  # angle errors below this are rounding, above it another formula
+IMPRECISE = 0.25  # the part of it that a named way to lose precision may leave
 CLOSE = 0.1  # an explanation may leave this part of the angle error
 
 
@@ -17,6 +19,11 @@ def frequencies(config: dict[str, Any], theta: float | None = None, factor: floa
     """(P,) radians per position, float64. `factor`: -1 as configured, None no scaling."""
     D = config["head_dim"]
     base = (theta or config["rope_theta"]) ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+    return scaled(base, config, factor)
+
+
+def scaled(base: Tensor, config: dict[str, Any], factor: float | None = -1.0) -> Tensor:
+    """Unscaled frequencies (P,) float64 with the configured RoPE scaling; `factor` as above."""
     scaling = config["rope_scaling"]
     if factor is None or (factor == -1.0 and scaling is None):
         return base
@@ -60,6 +67,12 @@ def _other_pairs(x: Tensor, c: Tensor) -> str:
 
 def _named(angle: Tensor, at: Tensor, config: dict[str, Any]) -> str | None:
     """angle (T, P) measured, at (T,) positions."""
+    named = explained(angle, at, config) or imprecise(angle, at, config)
+    return named or _precision(wrap(angle - torch.outer(at, frequencies(config))), at)
+
+
+def explained(angle: Tensor, at: Tensor, config: dict[str, Any]) -> str | None:
+    """Another formula whose angles these are; None where none is near enough."""
     true = frequencies(config)
     error = wrap(angle - torch.outer(at, true))
 
@@ -83,22 +96,63 @@ def _named(angle: Tensor, at: Tensor, config: dict[str, Any]) -> str | None:
         says = f"the config says {scaling['factor']:g}" if scaling else "the config has none"
         scaled = torch.outer(at, frequencies(config, factor=found_factor))
         mistakes[f"RoPE is scaled by a factor of {found_factor:.3g}, {says}"] = scaled
-    found_theta = _theta(angle, at, config["head_dim"])
-    if found_theta is not None:
+    for name, band in _bands(scaling):
+        mistakes[name] = torch.outer(at, frequencies(config | {"rope_scaling": band}))
+    measured_theta = _theta(angle, at, config["head_dim"])
+    thetas = [] if measured_theta is None else dict.fromkeys((rounded(measured_theta), measured_theta))
+    for found_theta in thetas:
         for factor in (-1.0, None):
             name = f"the RoPE base looks like {found_theta:,.0f}, the config says {theta:,.0f}"
             name += "" if factor == -1.0 or scaling is None else ", and its scaling is dropped"
             mistakes[name] = torch.outer(at, frequencies(config, found_theta, factor))
     name = min(mistakes, key=lambda n: left(mistakes[n]))
-    if left(mistakes[name]) < CLOSE:
-        return name
-    return _precision(error, at)
+    return name if left(mistakes[name]) < CLOSE else None
+
+
+def _bands(scaling: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, scaling) with another constant in place of the config's."""
+    known = {"low_freq_factor": (1.0, 2.0, 4.0), "high_freq_factor": (2.0, 4.0, 8.0)}
+    known["original_context"] = (2048, 4096, 8192, 16384, 131072)
+    for key, values in known.items() if scaling else ():
+        for value in values:
+            other = (scaling or {}) | {key: value}
+            if other != scaling and other["low_freq_factor"] < other["high_freq_factor"]:
+                yield f"RoPE's {key} looks like {value:g}, the config says {(scaling or {})[key]:g}", other
+
+
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def imprecise(angle: Tensor, at: Tensor, config: dict[str, Any]) -> str | None:
+    """The way to lose precision that leaves the least of the error of angle (T, P), if that is little."""
+    error = wrap(angle - torch.outer(at, frequencies(config))).square().mean().sqrt()
+    ways = [(float(wrap(angle - other).square().mean().sqrt()), name) for name, other in _ways(config, at)]
+    left, name = min((left, name) for left, name in ways if math.isfinite(left))
+    return name if left < IMPRECISE * float(error) else None
+
+
+def _ways(config: dict[str, Any], at: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """(name, angles (T, P)) of ways to lose precision."""
+    exact = frequencies(config)
+    for name, dtype in LOW.items():
+        yield f"the RoPE frequencies are kept in {name}", torch.outer(at, exact.to(dtype).double())
+        yield f"positions are kept in {name}", torch.outer(at.to(dtype).double(), exact)
+    step = torch.tensor(config["rope_theta"] ** (-2 / config["head_dim"]))
+    for end in (0.0, 1.0):  # the step itself may be an ulp off
+        for scale in (step, torch.nextafter(step, torch.tensor(end))):
+            products = [torch.tensor(1.0)]
+            while len(products) < len(exact):
+                products.append(products[-1] * scale)
+            made = scaled(torch.stack(products).double(), config).float()
+            yield "RoPE frequencies are repeated products", torch.outer(at.float(), made).double()  # angles in float32
 
 
 def slope(angle: Tensor, at: Tensor) -> Tensor | None:
-    """(P,) radians per position, from neighbouring positions, then refined over the whole length."""
+    """(P,) radians per position, from the neighbouring positions at the start, refined over their whole length."""
     steps = at.diff()
-    if not bool((steps == 1).all()) or len(at) < 3:
+    end = int((steps != 1).nonzero()[0]) + 1 if bool((steps != 1).any()) else len(at)
+    at, angle = at[:end], angle[:end]
+    if end < 3:
         return None
     turn = torch.polar(torch.ones_like(angle), angle)
     rough = (turn[1:] * turn[:-1].conj()).sum(0).angle()
@@ -112,7 +166,7 @@ def _theta(angle: Tensor, at: Tensor, head_dim: int) -> float | None:
     found = slope(angle, at)
     if found is None or head_dim < 4 or not 0 < float(found[1]) < 1:
         return None
-    return rounded(float(found[1]) ** (-head_dim / 2))
+    return float(found[1]) ** (-head_dim / 2)
 
 
 def _factor(angle: Tensor, at: Tensor, config: dict[str, Any]) -> float | None:

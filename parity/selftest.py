@@ -28,7 +28,7 @@ from parity.report import summary
 from parity.trace import Trace, TraceWriter, by_part, part_of
 
 T, WIDTH, VOCAB = 131, 8, 11
-CONFIG = {"n_layers": 1, "norm_eps": 1e-5, "rope_theta": 1e4}
+CONFIG = {"n_layers": 1, "norm_eps": 1e-5, "rope_theta": 1e4, "rope_scaling": None, "head_dim": 8}
 
 
 # --- Made-up evidence ------------------------------------------------------------------------------------------------

@@ -5,9 +5,10 @@ upcast; run dtypes to which the stored weights convert without loss share one fo
 
 With --ops it computes every operation on another trace's own inputs instead, so that each operation of that trace
 can be judged alone. With --integers its linear layers' weights are rounded to integers first: the error that no
-quantised implementation can avoid.
+quantised implementation can avoid. With --off_ulp its RoPE frequencies are coarse: how much of a table's rounding
+reaches each tap.
 
-    python -m reference.oracle --case case.json --out DIR [--ops TRACE_DIR | --integers int8]
+    python -m reference.oracle --case case.json --out DIR [--ops TRACE_DIR | --integers int8 | --off_ulp 4]
     python -m reference.oracle --ckpt Meta-Llama-3.1-8B --prompt "Simply put,"    # likeliest next tokens, margins
 """
 
@@ -83,6 +84,7 @@ class Oracle:
     rounding: torch.dtype | None  # None: the stored numbers as they are
     integers: Integers | None = None  # of the linear layers and the head
     block_bytes: int = BLOCK_BYTES
+    off_ulp: float = 0.0  # of each RoPE frequency
 
     @property
     def config(self) -> dict[str, Any]:
@@ -94,7 +96,7 @@ class Oracle:
 
     def rope(self) -> tuple[Tensor, Tensor]:
         positions = torch.cat([torch.arange(len(sequence)) for sequence in self.sequences])
-        return ops.rope_table(self.config, positions)
+        return ops.rope_table(self.config, positions, self.off_ulp)
 
     def vector(self, name: str) -> Tensor:
         return self.checkpoint.weights.load(name, self.rounding or torch.float64).double()
@@ -237,7 +239,9 @@ def rounding_groups(checkpoint: Checkpoint, dtypes: tuple[str, ...]) -> dict[str
     return {name: None if all(name in LOSSLESS[kind] for kind in stored) else DTYPES[name] for name in dtypes}
 
 
-def run_case(case: Case, out: Path, ops_of: Path | None = None, integers: Integers | None = None) -> None:
+def run_case(
+    case: Case, out: Path, ops_of: Path | None = None, integers: Integers | None = None, off_ulp: float = 0.0
+) -> None:
     """Write the oracle's trace, or with `ops_of` its values of that trace's operations."""
     set_numerics(case.threads)
     checkpoint = open_folder(case.checkpoint)
@@ -254,7 +258,7 @@ def run_case(case: Case, out: Path, ops_of: Path | None = None, integers: Intege
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     for i, folder in enumerate(sorted(set(folders.values()), key=case.dtypes.index)):
-        oracle = Oracle(checkpoint, sequences, groups[folder], integers)
+        oracle = Oracle(checkpoint, sequences, groups[folder], integers, off_ulp=off_ulp)
         taps = Taps(
             out / folder,
             checkpoint.config,
@@ -272,7 +276,8 @@ def run_case(case: Case, out: Path, ops_of: Path | None = None, integers: Intege
         from reference.oracle_training import train  # which is built on this module
 
         training = train(checkpoint, case.training, out)
-    write_rope(out, *ops.rope_table(checkpoint.config, torch.tensor(case.rope_positions, dtype=torch.long)))
+    rows = torch.tensor(case.rope_positions, dtype=torch.long)
+    write_rope(out, *ops.rope_table(checkpoint.config, rows, off_ulp))
     write_json(
         out / "trace.json",
         {
@@ -347,10 +352,11 @@ def main(arguments: list[str]) -> None:
     flags = parser("reference.oracle", "The float64 forward pass that the references are judged by.")
     flags.add_argument("--ops", type=Path, help="trace folder whose operations are computed on its own inputs")
     flags.add_argument("--integers", metavar="SCHEME", help="round weights to int8 (a scale a row), int4/32, ... first")
+    flags.add_argument("--off_ulp", type=float, default=0.0, metavar="N", help="RoPE frequencies off by N ulp")
     options = parse(flags, arguments)
     integers = Integers.parse(options.integers) if options.integers else None
     if options.case is not None:
-        run_case(read_case(options.case), options.out, options.ops, integers)
+        run_case(read_case(options.case), options.out, options.ops, integers, options.off_ulp)
         return
     from reference.meta_text import open_text
 

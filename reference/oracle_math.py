@@ -37,9 +37,17 @@ def _scaled(frequency: Tensor, scaling: dict[str, float]) -> Tensor:
     return (1 - smooth) * frequency / scaling["factor"] + smooth * frequency
 
 
-def rope_table(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, (N, D/2) float32: of float32 angles, each correctly rounded."""
-    angles = positions.float()[:, None] * rope_frequencies(config)  # (N, D/2), rounded to float32
+def rope_table(config: Config, positions: Tensor, off_ulp: float = 0.0) -> tuple[Tensor, Tensor]:
+    """cos and sin, (N, D/2) float32: of float32 angles, each correctly rounded.
+
+    off_ulp: each frequency is so many ulp too high, then too low, in turns, as the pow of some libraries is; but for
+    the first, theta^0 = 1, which none misses.
+    """
+    frequencies = rope_frequencies(config)
+    turns = 1.0 - 2.0 * (torch.arange(len(frequencies)) % 2)  # +1, -1, +1, ...
+    turns[0] = 0.0
+    frequencies = frequencies * (1 + off_ulp * 2.0**-23 * turns)
+    angles = positions.float()[:, None] * frequencies  # (N, D/2), rounded to float32
     return angles.double().cos().float(), angles.double().sin().float()
 
 

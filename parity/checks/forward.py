@@ -1,5 +1,6 @@
 """Gates on the teacher-forced forward pass: G3 and G4 on taps and logits, G5 on KL, G6 on tokens, BIT."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -8,7 +9,7 @@ from parity.candidates.interface import lacking
 from parity.contract import Result, Status, judge
 from parity.crash import unrun
 from parity.evidence import Evidence, Pair, worst_ratio
-from parity.metrics import percentile
+from parity.metrics import own_noise, percentile
 from parity.tolerances import BOUNDS, KL_FLOOR_NATS, KL_POSITIONS
 
 
@@ -98,17 +99,36 @@ def kl(ev: Evidence) -> Iterator[Result]:
             ("max", torch.max),
         ):
             value = float(statistic(c)) / (float(statistic(r)) + KL_FLOOR_NATS)
+            bound, reason = BOUNDS[f"G5.{name}"].value, None
+            if name == "max" and bound < value < math.inf and ev.rho(pair, "logits")[0] <= BOUNDS["G3.logits"].value:
+                value, reason = kl_explained(ev, pair, c), "of what the logits' noise at that position explains"
             where = f"{float(statistic(c)):.3g} nats for {float(statistic(r)):.3g}"
             yield judge(
                 value,
-                BOUNDS[f"G5.{name}"].value,
+                bound,
                 check="kl",
                 gate="G5",
                 metric=f"KL {name}",
                 unit="x noise",
                 where=where,
+                reason=reason,
                 **pair.labels,
             )
+
+
+def kl_explained(ev: Evidence, pair: Pair, kl: torch.Tensor) -> float:
+    """The largest KL (N,) nats by what logits within their gate come to at its position.
+
+    The reference's own maximum is one draw, and may be a lucky one. KL is half the variance of the logits' errors under
+    the oracle's p: at most half the square of the largest error that the gate allows, were all of it at likely tokens.
+    """
+    noise = ev.reference(pair).taps["logits"]
+    squares = torch.cat(noise.error) / noise.width
+    squares = squares.clamp_min(own_noise(noise, pair.dtype) ** 2)
+    if noise.drift:
+        squares = squares + torch.cat(noise.drift) / noise.width
+    explained = BOUNDS["G3.logits"].value ** 2 * squares / 2
+    return float((kl / (explained + KL_FLOOR_NATS)).max())
 
 
 def chosen_tokens(ev: Evidence, pair: Pair) -> list[torch.Tensor]:

@@ -5,13 +5,10 @@ finding about the checkpoint (`disagreements`). A candidate that follows one of 
 reference follows another: that reference does not judge it, and the report says which file it follows.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from parity import table
 from parity.candidates.interface import lacking
 from parity.contract import Result, Status, judge
 from parity.evidence import Evidence
@@ -176,7 +173,7 @@ def _hash(entry: dict[str, Any] | None) -> tuple[Any, ...] | None:
 
 
 def rope(ev: Evidence) -> Iterator[Result]:
-    """G1: float32 cos and sin at short positions and far ones, in ulp of 1.0 (2**-24 below 1)."""
+    """G1: cos and sin at short positions and far ones, near the reference's or exact ones as float32 can be."""
     for path, trace in _first_candidate(ev):
         for name, reference in ev.references.items():
             mine, theirs = trace.rope(), reference.rope()
@@ -185,27 +182,16 @@ def rope(ev: Evidence) -> Iterator[Result]:
                 reason = f"not covered: {lacking(trace.meta, 'rope') if theirs else 'the reference has no RoPE table'}"
                 yield Result("rope", "G1", Status.SKIP, required=False, reason=reason, **labels)
                 continue
+            config, positions = ev.oracle.meta["config"], ev.case.rope_positions
             if wrong := [t for t in ("cos", "sin") if mine[t].shape != theirs[t].shape]:
                 reason = f"{wrong[0]} has shape {tuple(mine[wrong[0]].shape)}: expected {tuple(theirs[wrong[0]].shape)}"
                 yield Result("rope", "G1", Status.FAIL, reason=reason, where=wrong[0], **labels)
                 continue
-            worst, where = _worst_angle(mine, theirs, ev.case.rope_positions)
+            found = table.worst(mine, theirs, config, positions)
+            where = f"{found.table}, position {positions[found.row]}, pair {found.pair}: {found.ulp:.3g} ulp of 1.0"
+            beyond = not found.share <= BOUNDS["G1"].value
             yield judge(
-                worst / 2.0**-23, BOUNDS["G1"].value, check="rope", gate="G1", metric="max |difference|",
-                unit="ulp of 1.0", where=where, **labels,
+                found.share, BOUNDS["G1"].value, check="rope", gate="G1", metric="max |difference|",
+                unit=BOUNDS["G1"].unit, where=where if found.share != 0 else None,
+                reason=table.cause(mine, config, positions) if beyond else None, **labels,
             )  # fmt: skip
-
-
-def _worst_angle(mine: dict[str, Tensor], theirs: dict[str, Tensor], positions: list[int]) -> tuple[float, str | None]:
-    """The largest difference of two RoPE tables, and where; a NaN is the largest there is."""
-    worst, where = 0.0, None
-    for table in ("cos", "sin"):
-        error = (mine[table].double() - theirs[table].double()).abs()
-        at = int(error.nan_to_num(nan=torch.inf).argmax())
-        largest = float(error.flatten()[at])
-        if not largest <= worst:
-            row, column = divmod(at, error.shape[1])
-            worst, where = largest, f"{table}, position {positions[row]}, pair {column}"
-        if math.isnan(worst):
-            break
-    return worst, where

@@ -5,6 +5,7 @@ Each differs from the references in its last digits and in nothing else, so no g
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanollama.model import FeedForward, KVCache, TransformerBlock, causal_mask, repeat_kv, rope_frequencies
+from parity import rotation
 from parity.candidates.mutants.edit import Edit, linears, norms, override
 from parity.candidates.nano import Nano
 
@@ -92,6 +94,45 @@ def norm_by_length(norm: Any, x: Tensor) -> Tensor:
 def cos_sin_table(cfg: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
     angles = torch.outer(positions.float(), rope_frequencies(cfg))
     return angles.cos(), angles.sin()
+
+
+def table_from(frequencies: Callable[[Any], Tensor]) -> Callable[[Any, Tensor], tuple[Tensor, Tensor]]:
+    """The table of other frequencies, (D/2,) float32."""
+
+    def table(cfg: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
+        angles = torch.outer(positions.float(), frequencies(cfg))
+        return angles.cos(), angles.sin()
+
+    return table
+
+
+def as_config(cfg: Any) -> dict[str, Any]:
+    return {"head_dim": cfg.head_dim, "rope_theta": cfg.rope_theta,
+            "rope_scaling": asdict(cfg.rope_scaling) if cfg.rope_scaling else None}  # fmt: skip
+
+
+def float64_frequencies(cfg: Any) -> Tensor:
+    """Exact and rounded once, as NumPy, C, Go, Rust and JavaScript have them: nearer than the references'."""
+    return rotation.frequencies(as_config(cfg)).float()
+
+
+def repeated_products(cfg: Any) -> Tensor:
+    """ggml's way: one pow, and each frequency the one before times it, in float32."""
+    step, found = torch.tensor(cfg.rope_theta, dtype=torch.float32) ** (-2 / cfg.head_dim), [torch.tensor(1.0)]
+    while len(found) < cfg.head_dim // 2:
+        found.append(found[-1] * step)
+    return rotation.scaled(torch.stack(found).double(), as_config(cfg)).float()
+
+
+def coarse_pow(ulp: int) -> Callable[[Any], Tensor]:
+    """One frequency in eight, among them one that turns fast, is `ulp` off, as in TensorFlow (2) and tinygrad (4)."""
+
+    def frequencies(cfg: Any) -> Tensor:
+        found = rope_frequencies(cfg).clone()
+        found[max(1, len(found) // 8) :: 8] *= 1 + ulp * 2.0**-23
+        return found
+
+    return frequencies
 
 
 def real_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -43,6 +43,20 @@ def factor_8(cfg: ModelConfig) -> ModelConfig:
     return replace(cfg, rope_scaling=replace(cfg.rope_scaling, factor=8.0))
 
 
+def theta_off(cfg: ModelConfig) -> ModelConfig:
+    return replace(cfg, rope_theta=cfg.rope_theta * (1 + 1e-4))
+
+
+def low_factor_2(cfg: ModelConfig) -> ModelConfig:
+    assert cfg.rope_scaling is not None
+    return replace(cfg, rope_scaling=replace(cfg.rope_scaling, low_freq_factor=2.0))
+
+
+def high_factor_2(cfg: ModelConfig) -> ModelConfig:
+    assert cfg.rope_scaling is not None
+    return replace(cfg, rope_scaling=replace(cfg.rope_scaling, high_freq_factor=2.0))
+
+
 def default_eps(cfg: ModelConfig) -> ModelConfig:
     return replace(cfg, norm_eps=1e-5)
 
@@ -50,6 +64,15 @@ def default_eps(cfg: ModelConfig) -> ModelConfig:
 def bf16_table(cfg: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = rope_table(cfg, positions)
     return cos.bfloat16().float(), sin.bfloat16().float()
+
+
+def fp16_table(cfg: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = rope_table(cfg, positions)
+    return cos.half().float(), sin.half().float()
+
+
+def bf16_positions(cfg: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    return rope_table(cfg, positions.bfloat16().float())
 
 
 def bf16_frequencies(cfg: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
