@@ -111,7 +111,7 @@ def explained(angle: Tensor, at: Tensor, config: dict[str, Any]) -> str | None:
 
 def _bands(scaling: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, scaling) with another constant in place of the config's."""
-    known = {"low_freq_factor": (1.0, 2.0, 4.0), "high_freq_factor": (2.0, 4.0, 8.0)}
+    known: dict[str, tuple[float, ...]] = {"low_freq_factor": (1.0, 2.0, 4.0), "high_freq_factor": (2.0, 4.0, 8.0)}
     known["original_context"] = (2048, 4096, 8192, 16384, 131072)
     for key, values in known.items() if scaling else ():
         for value in values:

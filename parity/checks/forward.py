@@ -99,9 +99,9 @@ def kl(ev: Evidence) -> Iterator[Result]:
             ("max", torch.max),
         ):
             value = float(statistic(c)) / (float(statistic(r)) + KL_FLOOR_NATS)
-            bound, reason = BOUNDS[f"G5.{name}"].value, None
+            bound, explained = BOUNDS[f"G5.{name}"].value, None
             if name == "max" and bound < value < math.inf and ev.rho(pair, "logits")[0] <= BOUNDS["G3.logits"].value:
-                value, reason = kl_explained(ev, pair, c), "of what the logits' noise at that position explains"
+                value, explained = kl_explained(ev, pair, c), "of what the logits' noise at that position explains"
             where = f"{float(statistic(c)):.3g} nats for {float(statistic(r)):.3g}"
             yield judge(
                 value,
@@ -111,7 +111,7 @@ def kl(ev: Evidence) -> Iterator[Result]:
                 metric=f"KL {name}",
                 unit="x noise",
                 where=where,
-                reason=reason,
+                reason=explained,
                 **pair.labels,
             )
 
