@@ -134,7 +134,10 @@ class Run:
 
     def _loaded(self, dtype: str) -> Interface:
         refuse_undeclared(self.load, dtype)
-        note = lambda asked: (self.writer.folder / ASKED).write_text(f"{asked} at {dtype}") and None
+
+        def note(asked: str) -> None:
+            (self.writer.folder / ASKED).write_text(f"{asked} at {dtype}")
+
         candidate = loaded(self.load, self.case.checkpoint, dtype, self.case.device, note)
         refuse_undeclared(candidate.target, dtype)
         return candidate

@@ -134,9 +134,10 @@ class Trains:
             self.uncovered[method] = self.uncovered.get("trainer", owner.lacks(method))
             return None
         row = owner.row(method)
+        found = None  # where the step fails, which the step notes
         with self.step(method, row.metric or "gradient"):
-            return read(owner.ask(method, *args), row.signature)
-        return None
+            found = read(owner.ask(method, *args), row.signature)
+        return found
 
 
 def is_stepped(name: str, weight: Tensor) -> bool:
