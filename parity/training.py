@@ -137,7 +137,7 @@ class Trains:
         found = None  # where the step fails, which the step notes
         with self.step(method, row.metric or "gradient"):
             found = read(owner.ask(method, *args), row.signature)
-        return found
+        return found  # noqa: RET504 (the step may have swallowed an error)
 
 
 def is_stepped(name: str, weight: Tensor) -> bool:
