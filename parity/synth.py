@@ -21,7 +21,6 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from mmap import MAP_SHARED
 from pathlib import Path
 from typing import Any
