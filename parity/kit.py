@@ -6,6 +6,7 @@ Meta's code and transformers against a float64 oracle. See docs/kit.md, and test
     python -m parity.kit --out kit                  # prints: kit          kit: 10.6 MB ...
     python -m parity.kit --out kit --ckpt DIR --prompts prompts.jsonl
     python -m parity.kit --check kit --port OUT     # OUT/logits.f32, OUT/layers.0.q.f32, ...; ends: verdict      PASS
+    python -m parity.kit --check kit --candidate my_port.py:load        # the same, of a candidate of parity.check
 
 Exit codes of --check: 0 pass, 1 a parity failure, 2 unusable input, 3 nothing failed but not everything was judged.
 """
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from parity.candidates.describe import Description
     from parity.evidence import Evidence
+    from parity.kit_arrays import Kit
 
 DEFAULT_DTYPES = "fp32,bf16"
 SEEDED = "seeded, Llama 3.1-shaped"
@@ -49,6 +51,7 @@ def build_parser() -> Parser:
     add("--dtype", metavar="LIST", help="comma list of fp32, bf16, fp16 (default: fp32,bf16); with --check one (fp32)")
     add("--check", type=Path, metavar="DIR", help="a kit that a port is judged by")
     add("--port", type=Path, metavar="DIR", help="folder of NAME.f32 files that the port wrote")
+    add("--candidate", metavar="NAME", help="in place of --port: file.py:load, module:attr, cmd:PROGRAM or nanollama")
     add("--json", type=Path, metavar="PATH", help="with --check: write the whole report as JSON")
     add("--version", action="store_true", help="print the version and stop")
     return parser
@@ -66,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if (args.out is None) == (args.check is None):
         raise UsageError("give either --out DIR, to write a kit, or --check DIR --port DIR, to judge a port by one")
+    if args.check is not None and (args.port is None) == (args.candidate is None):
+        raise UsageError("--check: give either --port DIR, files that a port wrote, or --candidate file.py:load")
     return judge_port(args) if args.out is None else write_kit(args)
 
 
@@ -79,7 +84,7 @@ def refuse(args: argparse.Namespace, flags: tuple[str, ...], mode: str) -> None:
 
 
 def write_kit(args: argparse.Namespace) -> int:
-    refuse(args, ("port", "json"), "--out")
+    refuse(args, ("port", "candidate", "json"), "--out")
     dtypes = comma_list("--dtype", args.dtype or DEFAULT_DTYPES, tuple(DTYPES))
     for flag in ("ckpt", "tokenizer", "prompts"):
         path = getattr(args, flag)
@@ -195,7 +200,7 @@ def judge_port(args: argparse.Namespace) -> int:
     dtypes = comma_list("--dtype", args.dtype or "fp32", tuple(DTYPES))
     if len(dtypes) > 1:
         raise UsageError(f"--dtype {args.dtype}: with --check one, that in which the port computed")
-    if args.port is None or not args.port.is_dir():
+    if args.port is not None and not args.port.is_dir():
         raise UsageError(f"--port {args.port}: give the folder that holds the port's NAME.f32 files")
     if args.json is not None and not os.access(args.json.resolve().parent, os.W_OK):
         raise UsageError(f"--json {args.json}: its folder does not exist or cannot be written")
@@ -203,11 +208,28 @@ def judge_port(args: argparse.Namespace) -> int:
     from parity.kit_check import report
     from parity.report import summary, terminal
 
-    found = report(Kit(args.check), args.port, dtypes[0])
+    kit = Kit(args.check)
+    if args.candidate is None:
+        found = report(kit, args.port, dtypes[0])
+    else:
+        found = judge_candidate(kit, args.candidate, dtypes[0])
     print(terminal.render(found))
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     return summary.EXIT_CODES[found["verdict"]]
+
+
+def judge_candidate(kit: "Kit", name: str, dtype: str) -> dict[str, Any]:
+    """The report of a candidate, which is asked for what a port would have written."""
+    from parity.kit_candidate import Answers
+    from parity.kit_check import report
+    from parity.runner import workspace
+
+    with workspace() as folder:
+        (folder / "port").mkdir()
+        asked = Answers(kit, dtype, folder / "port")
+        asked.write(name, folder)
+        return report(kit, folder / "port", dtype, name, asked.results, asked.notices)
 
 
 if __name__ == "__main__":

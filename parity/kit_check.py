@@ -1,7 +1,7 @@
 """A port judged by a kit: its NAME.f32 files against the kit's gates, as a report of schema nanollama.parity/1."""
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf, prod
@@ -92,18 +92,30 @@ class Port:
         return own if own in self.kit.arrays else plain
 
 
-def report(kit: Kit, folder: Path, dtype: str) -> dict[str, Any]:
-    """The whole judgement, as parity.report.terminal renders it."""
+def report(
+    kit: Kit,
+    folder: Path,
+    dtype: str,
+    candidate: str | None = None,
+    said: Sequence[Result] = (),
+    notices: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The whole judgement, as parity.report.terminal renders it.
+
+    `said`, `notices`: of a candidate that wrote the files, what went wrong while it did and what it remarks.
+    """
     clock, port, table = Clock(), Port(kit, folder, dtype), kit.table
     results, compared = judge_all(port)
+    results = [*said, *results]
     word, why = verdict(results, [dtype], compared)
     lengths, decided = table["sequences"], {dtype: table["decided_fraction"][dtype]}
     return {
         "schema": SCHEMA,
         "verdict": word,
         "why": why,
-        "candidate": str(folder),
-        **{key: table[key] for key in ("references", "environment", "errata", "notices")},
+        "candidate": candidate or str(folder),
+        **{key: table[key] for key in ("references", "environment", "errata")},
+        "notices": [*table["notices"], *notices],
         "checkpoint": table["checkpoint"] | {"config": table["config"]},
         "results": [r.as_json() for r in results],
         "first_divergence": first_divergence(port) if word == "fail" else None,
