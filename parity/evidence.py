@@ -72,7 +72,7 @@ class Evidence:
                 list(pool.map(self.oracle_rows, dict.fromkeys(dtypes)))
                 runs = [(trace, dtype) for dtype, _, trace in self.per_dtype() if dtype in dtypes]
                 judges = (*self.references.values(), *self.rounded.values(), *([self.coarse] if self.coarse else ()))
-                runs += [(trace, dtype) for trace in judges for dtype in dtypes]
+                runs += [(trace, dtype) for trace in judges for dtype in dtypes if dtype in trace.meta["dtypes"]]
                 list(pool.map(lambda run: self.measured(*run), runs))
                 pairs = [pair for pair in self.pairs() if pair.dtype in dtypes]
                 list(pool.map(lambda job: self.pairwise(*job), [(p, t) for p in pairs for t in self.shared(p)]))
@@ -133,7 +133,8 @@ class Evidence:
         key = (pair.reference, pair.dtype)
         if key not in self._noise:
             found = self.strict(pair)
-            if self.lenient and self.coarse is not None:
+            # Of large checkpoints, dtypes run one after the other, and not every one was in doubt.
+            if self.lenient and self.coarse is not None and pair.dtype in self.coarse.meta["dtypes"]:
                 found = with_drift(found, self.measured(self.coarse, pair.dtype))
             self._noise[key] = found
         return self._noise[key]
