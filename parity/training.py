@@ -133,10 +133,10 @@ class Trains:
         if method not in owner.has:
             self.uncovered[method] = self.uncovered.get("trainer", owner.lacks(method))
             return None
-        row = owner.row(method)
+        row, answer = owner.row(method), list[Any]()
         with self.step(method, row.metric or "gradient"):
-            return read(owner.ask(method, *args), row.signature)
-        return None
+            answer.append(read(owner.ask(method, *args), row.signature))
+        return answer[0] if answer else None
 
 
 def is_stepped(name: str, weight: Tensor) -> bool:
