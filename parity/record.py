@@ -133,11 +133,10 @@ class Run:
             self.meta["failures"].append(failure(error, "logits", "G3", dtype).as_json())
 
     def _loaded(self, dtype: str) -> Interface:
-        refuse_undeclared(self.load, dtype)
-
         def note(asked: str) -> None:
             (self.writer.folder / ASKED).write_text(f"{asked} at {dtype}")
 
+        refuse_undeclared(self.load, dtype)
         candidate = loaded(self.load, self.case.checkpoint, dtype, self.case.device, note)
         refuse_undeclared(candidate.target, dtype)
         return candidate
