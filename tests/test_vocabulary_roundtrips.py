@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nanollama.checkpoint import convert, open_checkpoint
+from nanollama.checkpoint import convert, gguf_header, open_checkpoint
 from nanollama.tokenizer import Tokenizer, open_tokenizer
 from nanollama.vocabulary import TokenizerError
 from nanollama.vocabulary.write import LLAMA3_TEMPLATE
@@ -123,3 +123,14 @@ def test_transformers_gives_the_same_ids(source: tuple[str, Path], tmp_path: Pat
         assert ours.encode(text, bos=False) == plain, text
         assert ours.encode(text, bos=False, allowed_special="all") == theirs.encode(text, add_special_tokens=False)
     assert ours.encode("Once", bos=True) == theirs("Once").input_ids
+
+
+def test_gguf_names_the_ends_of_a_turn_and_of_a_message(sources: Callable[[str], Path], tmp_path: Path) -> None:
+    """llama.cpp stops at each of them."""
+    folder = VOCABULARIES["Llama 3"](tmp_path / "llama3", sources)
+    convert(folder, tmp_path / "x.gguf", "gguf")
+    keys = gguf_header.read(tmp_path / "x.gguf").keys
+    names = {
+        role: keys["tokenizer.ggml.tokens"][keys[f"tokenizer.ggml.{role}_token_id"]] for role in ("eot", "eom", "eos")
+    }
+    assert names == {"eot": "<|eot_id|>", "eom": "<|eom_id|>", "eos": "<|end_of_text|>"}

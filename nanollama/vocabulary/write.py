@@ -244,7 +244,7 @@ def gguf_keys(vocabulary: Vocabulary, rows: int) -> dict[str, Any]:
         keys |= {"remove_extra_whitespaces": True} if whole.remove_extra_whitespaces else {}
         keys |= {"unknown_token_id": whole.types.index(UNKNOWN)}
     ids = {"bos": whole.bos_id, "eos": whole.eos_id, "padding": whole.pad_id}
-    others = [i for i in whole.stop_ids if i != whole.eos_id]
+    others = sorted((i for i in whole.stop_ids if i != whole.eos_id), key=lambda i: whole.tokens[i] == b"<|eom_id|>")
     ids |= dict(zip(("eot", "eom"), others, strict=False))
     keys |= {f"{name}_token_id": i for name, i in ids.items() if i is not None and i < rows}
     keys |= {"add_bos_token": whole.add_bos, "add_eos_token": False}
