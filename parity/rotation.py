@@ -102,6 +102,8 @@ def explained(angle: Tensor, at: Tensor, config: dict[str, Any]) -> str | None:
     thetas = [] if measured_theta is None else dict.fromkeys((rounded(measured_theta), measured_theta))
     for found_theta in thetas:
         for factor in (-1.0, None):
+            if factor is None and abs(found_theta / theta - 1) < 1e-3:
+                continue  # the config's base without its scaling, which has its own name
             name = f"the RoPE base looks like {found_theta:,.0f}, the config says {theta:,.0f}"
             name += "" if factor == -1.0 or scaling is None else ", and its scaling is dropped"
             mistakes[name] = torch.outer(at, frequencies(config, found_theta, factor))
