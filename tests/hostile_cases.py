@@ -21,13 +21,13 @@ from parity.trace import Trace, TraceWriter, by_part
 from parity.training import FILE, MADE_STEPS, STEPS_FILE, training_case
 
 VOCAB, WIDTH, NEW, POSITIONS = 13, 8, 3, [0, 1, 5]
-CONFIG = {"n_layers": 1, "norm_eps": 1e-5, "rope_theta": 1e4, "vocab_size": VOCAB}
+CONFIG = {"n_layers": 1, "norm_eps": 1e-5, "rope_theta": 1e4, "rope_scaling": None, "head_dim": 8, "vocab_size": VOCAB}
 WEIGHTS = {"norm.weight": {"shape": [WIDTH], "crc32": 7}}
 IDS, PLAIN, DIALOG = [1, 2, 3], [2, 3], [4, 5, 6]
 GENERATOR = torch.Generator().manual_seed(0)
 TABLES = {t: torch.randn(VOCAB, VOCAB if t == "logits" else WIDTH, generator=GENERATOR).double() for t in tap_names(1)}
 TABLES["logits"][torch.arange(VOCAB), torch.randperm(VOCAB, generator=GENERATOR)] += 9  # a clear next token
-ANGLES = torch.randn(len(POSITIONS), 4, generator=GENERATOR)
+ANGLES = torch.outer(torch.tensor(POSITIONS).float(), 1e4 ** (-torch.arange(0, 8, 2).float() / 8))
 GRADIENT = torch.randn(WIDTH, generator=GENERATOR).double()
 TRAINING = training_case(VOCAB)
 LOSSES = [2.0 - 0.1 * n for n in range(len(TRAINING["batches"]))]
@@ -227,7 +227,7 @@ def spoil(kind: str, value: Any) -> Any:
         if kind == "one number off":
             return [spoil(kind, value[0]), *value[1:]]
         return [spoil(kind, entry) for entry in value]
-    return value if isinstance(value, str) else _number(kind, value)
+    return value if value is None or isinstance(value, str) else _number(kind, value)
 
 
 ANSWERS = ("NaN", "inf", "empty", "wrong shape", "wrong dtype", "too wide", "too narrow", "None", "raises",
