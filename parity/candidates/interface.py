@@ -133,7 +133,7 @@ ALSO: dict[str, tuple[str, ...]] = {
     "doc_ids": ("docs", "documents", "document_ids"),
     "targets": ("labels", "y", "target"),
     "name": ("op", "tap"),
-    "inputs": ("given", "taps"),
+    "inputs": ("given", "taps", "x"),
     "documents": ("docs",),
     "parts": ("micro_batches", "batches"),
     "makers": ("steps", "gradients"),
