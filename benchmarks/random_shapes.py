@@ -35,6 +35,7 @@ from parity.evidence import Evidence
 from parity.forced import cut
 from parity.record import record
 from parity.report.summary import environment, judge_fairly
+from parity.runner import CANDIDATE_KEYS
 from parity.shapes import Shape
 from parity.synth import write_hf, write_meta
 from parity.tolerances import TABLE_ULP
@@ -103,7 +104,7 @@ def limited(load: Any, thorough: bool) -> Any:
 
 def reference_trace(module: Any, case: Case, folder: Path, *more: str) -> Trace:
     """What `python -m reference.NAME --case ... --out ...` writes, without a process."""
-    file = case.write(folder.with_suffix(".json"), "prompt_lengths", "too_large")
+    file = case.write(folder.with_suffix(".json"), *CANDIDATE_KEYS)
     with contextlib.redirect_stdout(io.StringIO()):
         module.main(["--case", str(file), "--out", str(folder), *more])
     return Trace(folder)
