@@ -14,6 +14,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests that take minutes are named when they begin."""
+    chosen = config.getoption("markexpr")
+    if "slow" in chosen and "not slow" not in chosen:
+        config.option.verbose = max(1, config.option.verbose)
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Callable[[str], Path]:
     """`test_data(name)`: a file in $NANOLLAMA_TEST_DATA or ../shared/data; skips the test where it is missing."""

@@ -147,6 +147,7 @@ def test_damaged_files_are_refused_or_unharmed_or_caught_by_the_manifest(tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.parametrize("reader", READERS)
 def test_fuzz_20000_inputs(reader: str) -> None:
     """In its own process, whose memory is limited: an allocation by an absurd count would fail there."""

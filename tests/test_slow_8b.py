@@ -54,6 +54,7 @@ def run(tmp_path: Path, *argv: str) -> tuple[int, dict]:
     return code, json.loads(out.read_text())
 
 
+@pytest.mark.large
 def test_8b_passes_within_a_laptop(eight_b: Path, tmp_path: Path) -> None:
     code, report = run(tmp_path, "--ckpt", str(eight_b))
     assert code == 0, report["why"]
@@ -62,6 +63,7 @@ def test_8b_passes_within_a_laptop(eight_b: Path, tmp_path: Path) -> None:
     assert report["peak_anonymous_bytes"] <= 6 * 2**30
 
 
+@pytest.mark.large
 def test_8b_without_scaling_is_found(eight_b: Path, tmp_path: Path) -> None:
     port = tmp_path / "port.py"
     port.write_text(
@@ -78,6 +80,7 @@ def test_8b_without_scaling_is_found(eight_b: Path, tmp_path: Path) -> None:
     assert code == 1 and report["first_divergence"]["tap"] == "layers.0.q_rope"
 
 
+@pytest.mark.large
 @pytest.mark.weights
 @pytest.mark.skipif("NANOLLAMA_CKPT" not in os.environ, reason="needs the real weights at $NANOLLAMA_CKPT")
 def test_real_8b_completes_as_published() -> None:
@@ -96,6 +99,7 @@ def test_real_8b_completes_as_published() -> None:
         assert torch.equal(a.argmax(-1)[decided], published[decided])
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(("shape", "shards", "depths"), [("70B", 8, (2, 4)), ("405B", 8, (1, 2)), ("405B", 16, (1, 2))])
 def test_memory_does_not_grow_with_depth(
     shape: str, shards: int, depths: tuple[int, int], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory

@@ -149,7 +149,7 @@ def corrupt(data: bytes, draw: random.Random) -> bytes:
     )()
 
 
-@pytest.mark.parametrize("inputs", [40, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inputs", [40, pytest.param(20_000, marks=[pytest.mark.slow, pytest.mark.fuzz])])
 @pytest.mark.parametrize("kind", KINDS)
 def test_corrupted_files_are_refused_in_one_line_or_work(kind: str, inputs: int, tmp_path: Path) -> None:
     data, path = KINDS[kind](), tmp_path / "tokenizer"
