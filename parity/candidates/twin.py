@@ -72,7 +72,9 @@ def write(described: Description, folder: Path, seed: int = 0) -> Path:
         path = _write_as(opened, folder, config, weights, described.tokenizer)
         if (made := open_checkpoint(path).config) != config:
             differing = [name for name, value in vars(config).items() if getattr(made, name) != value]
-            raise UsageError(f"its {differing[0]} is not in the file and would be another with {config.n_layers} layers")
+            raise UsageError(
+                f"its {differing[0]} is not in the file and would be another with {config.n_layers} layers"
+            )
     except (CheckpointError, OSError) as error:
         raise UsageError(str(error)) from None
     return path
@@ -109,9 +111,7 @@ def _made(seed: int, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> L
     return Lazy(shape, dtype, read)
 
 
-def _write_as(
-    opened: Checkpoint, folder: Path, config: ModelConfig, weights: Weights, tokenizer: Path | None
-) -> Path:
+def _write_as(opened: Checkpoint, folder: Path, config: ModelConfig, weights: Weights, tokenizer: Path | None) -> Path:
     path = folder / opened.path.resolve().name
     if opened.format == "hf":
         _write_hf(opened.path, path, config, weights)

@@ -60,11 +60,8 @@ def _on_twin(twin: dict[str, Any]) -> list[str]:
     if twin.get("status") != "run":
         return []
     c, tokens = twin["checkpoint"], twin["tokens"]
-    size = f"{c['parameters']:,} parameters, {c['config']['n_layers']} layers"
-    return [
-        f"twin         seeded weights in the checkpoint's place ({c['format']}, {size}), {tokens['positions']} positions: "
-        f"{twin['verdict'].upper()}"
-    ]
+    size = f"{c['parameters']:,} parameters, {c['config']['n_layers']} layers, {tokens['positions']} positions"
+    return [f"twin         seeded weights in the checkpoint's place ({c['format']}, {size}): {twin['verdict'].upper()}"]
 
 
 def noise_lines(floors: list[dict[str, Any]]) -> list[str]:
