@@ -144,9 +144,8 @@ def _bring(tokenizer: Path, of: Path, twin: Path) -> None:
 
 def _write_hf(source: Path, folder: Path, config: ModelConfig, weights: Weights) -> None:
     """Several files with an index where the checkpoint has such; config.json is its own."""
-    index = source / "model.safetensors.index.json"
-    most = {"max_shard_bytes": _bytes(weights) // 2 + 1} if index.is_file() else {}
-    write_hf(folder, config, weights, **most)
+    indexed, whole = (source / "model.safetensors.index.json").is_file(), _bytes(weights)
+    write_hf(folder, config, weights, max_shard_bytes=whole // 2 + 1 if indexed else whole)
     own = _json(source / "config.json") | {"num_hidden_layers": config.n_layers}
     if isinstance(own.get("layer_types"), list):
         own["layer_types"] = own["layer_types"][: config.n_layers]

@@ -78,12 +78,12 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for r in report["results"]:
         if r["status"] != "skip":
-            key = (r["check"], r["gate"], r["metric"] or "", r["dtype"] or "", r["checkpoint"])
+            key = (r["check"], r["gate"], r["metric"] or "", r["dtype"] or "", _twin(r["checkpoint"]))
             groups.setdefault(key, []).append(r)
-    for (*key, checkpoint), results in groups.items():
+    for (*names, twin), results in groups.items():
         worst = max(results, key=lambda r: (SEVERITY[r["status"]], _size(r["value"])))
         values = (number(worst["value"]), number(worst["bound"]), MARKS[worst["status"]], str(len(results)))
-        yield (*key, *values, _twin(checkpoint))
+        yield (*names, *values, twin)
 
 
 def _twin(checkpoint: str) -> str:
