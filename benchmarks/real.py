@@ -41,7 +41,7 @@ PROMPTS = (
     "In the evening the sea was flat again, and nobody could say where the numbers had gone. " * 3,
 )
 # Edits of epsilon, RoPE table, softmax and precision: see `python -m parity.mutants --list`.
-MUTANTS = ("1", "6", "7", "10", "13", "21", "39")
+MUTANTS = ("1", "6", "7", "10", "10b", "13", "21", "39")
 KL_BOUNDS = {"int8": 0.01, "int4": 0.5}  # nats a token, mean over the text: int8 is hardly seen, int4 plainly
 LLAMA_CPP_BOUND = 2.0  # as in tests/interop: twice the error that the type of the weights makes by design
 
@@ -239,11 +239,15 @@ def chat_tune(work: Work) -> dict[str, Any]:
 
 
 def mutants(work: Work) -> dict[str, Any]:
-    """Planted errors are seen on trained weights too."""
+    """Planted errors are seen on trained weights, or on their seeded twin."""
     report = work.folder / "mutants.json"
     work.command("parity.mutants", "--only", ",".join(MUTANTS), "--ckpt", work.plain("hf"), "--json", report)
     found = jsonlib.loads(report.read_text())["mutants"]
-    return {m["number"]: {"what": m["what"], "killed_by": m["killed_by"], "found": m["found"]} for m in found}
+    figures = {}
+    for m in found:
+        fate = {name: {key: m[name][key] for key in ("killed_by", "found", "by_logits")} for name in ("alone", "twin")}
+        figures[m["number"]] = {"what": m["what"], **fate}
+    return figures
 
 
 STEPS: tuple[Callable[[Work], dict[str, Any]], ...] = (

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parity import twin
 from parity.cli import Parser
 from parity.contract import DTYPES, Case, UsageError
 from parity.process import Crash
@@ -27,6 +28,7 @@ from parity.training import training_case
 
 if TYPE_CHECKING:
     from parity.candidates.describe import Description
+    from parity.candidates.probe import Probed
 
 REFERENCES = ("meta", "hf")
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # org/name; a path that starts with a dot is none
@@ -52,6 +54,7 @@ def build_parser() -> Parser:
     add("--prompts", type=Path, metavar="FILE", help=r"one prompt a line (\n escapes), or .jsonl of token lists")
     add("--max_new_tokens", type=int, default=32, metavar="N", help="greedy tokens per prompt (default: 32)")
     add("--checks", metavar="LIST", help="comma list, or `list` to print them (default: all)")
+    add("--twin", default="on", choices=("on", "off"), help="a candidate of yours on seeded weights, too (default: on)")
     add("--json", type=Path, metavar="PATH", help="write the whole report as JSON")
     add("--junit", type=Path, metavar="PATH", help="write the results as JUnit XML")
     add("--html", type=Path, metavar="PATH", help="write the report as one HTML file")
@@ -166,7 +169,42 @@ def check(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[str, Any]:
         found = probed(args.candidate, checkpoint, chosen["dtypes"], args.device, folder)
         if found is not None and found.stops(chosen["dtypes"]):
             return unjudged.report(found, args.candidate, chosen, checkpoint, entry, clock())
-        return compare(args, chosen, checkpoint, entry, found.max_positions if found else None, folder, clock)
+        report = compare(args, chosen, checkpoint, entry, found.max_positions if found else None, folder, clock)
+        return twin.merge(report, check_twin(args, chosen, checkpoint, found, folder / "twin"))
+
+
+def check_twin(
+    args: argparse.Namespace,
+    chosen: dict[str, Any],
+    checkpoint: "Description",
+    found: "Probed | None",
+    folder: Path,
+) -> dict[str, Any] | twin.Absent:
+    """The report of the same candidate on the checkpoint's seeded twin, or why there is none."""
+    from parity.candidates.describe import describe
+    from parity.candidates.twin import write
+    from parity.runner import Clock, probed
+
+    clock = Clock()
+    if why := twin.absent(args, chosen["checks"], checkpoint):
+        return why
+    try:
+        path = write(checkpoint, folder / "checkpoint")
+        made = replace(describe(str(path), None), tokenizer=None)  # its prompts are ids
+        theirs = probed(args.candidate, made, chosen["dtypes"], args.device, folder)
+    except UsageError as error:
+        return twin.Absent("none", str(error))
+    if why := twin.unfit(found, theirs, chosen["dtypes"]):
+        return why
+    asked = argparse.Namespace(
+        **{**vars(args), "prompts": None, "max_new_tokens": min(args.max_new_tokens, twin.NEW_TOKENS)}
+    )
+    checks = chosen | {"checks": twin.twin_checks(chosen["checks"])}
+    positions = theirs.max_positions if theirs else None
+    try:
+        return compare(asked, checks, made, twin.entry(checkpoint.path, made), positions, folder / "run", clock)
+    except (Crash, UsageError) as error:
+        return twin.Absent("error", str(error))
 
 
 def compare(

@@ -76,6 +76,7 @@ class Result:
     where: str | None = None
     reason: str | None = None
     required: bool = True
+    checkpoint: str = "given"  # or "twin": its seeded twin, see parity/twin.py
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "status": self.status.value}

@@ -93,16 +93,18 @@ def build(
     return runner.run_references()
 
 
-def of_checkpoint(path: Path, folder: Path, progress: bool = False) -> Evidence:
+def of_checkpoint(path: Path, folder: Path, progress: bool = False, seeded_prompts: bool = False) -> Evidence:
     """A checkpoint of yours in a member's place: on text where it has a tokenizer, in fp32 and bf16."""
     described = describe(str(path), None)
+    if seeded_prompts:
+        described = replace(described, tokenizer=None)
     texts = [LONG] if described.tokenizer else None
     files = reference_files(described, folder / "converted", texts=texts)
     case = Case(**files.as_case(), dtypes=["fp32", "bf16"], rope_positions=list(ROPE_POSITIONS), max_new_tokens=8)
     tokens = None if texts else (seeded(described.config["vocab_size"]).tokens or [])[-1:]
     case = replace(case, texts=texts, prompts=tokens, weights=True)
-    (folder / "yours").mkdir()
-    return Runner(case, ["meta", "hf"], "", folder / "yours", progress).run_references()
+    folder.mkdir(exist_ok=True)
+    return Runner(case, ["meta", "hf"], "", folder, progress).run_references()
 
 
 def scale_queries(path: Path, factor: float) -> None:

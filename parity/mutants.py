@@ -3,7 +3,7 @@
     python -m parity.mutants                                    # the kill matrix, under 5 minutes on 2 cores
     python -m parity.mutants --json matrix.json --markdown docs/kill-matrix.md
     python -m parity.mutants --only 14,15                       # some mutants alone
-    python -m parity.mutants --only 1,10 --ckpt DIR             # the same edits on a checkpoint of yours
+    python -m parity.mutants --only 1,10 --ckpt DIR             # the same edits on a checkpoint of yours, and its twin
 
 Exit codes: 0 all killed and no false alarm; 1 a survivor, a false alarm, or a fault in the harness that went unnoticed.
 """
@@ -24,8 +24,11 @@ import torch
 from tqdm import tqdm
 
 from parity import family, usual
+from parity.candidates.describe import describe as describe_checkpoint
 from parity.candidates.interface import loaded
 from parity.candidates.mutants import MUTANTS, VARIANTS, Mutant
+from parity.candidates.twin import is_seeded
+from parity.candidates.twin import write as write_twin
 from parity.checks import CHECKS
 from parity.cli import Parser
 from parity.contract import Result, Status, UsageError
@@ -43,6 +46,7 @@ from parity.trace import Trace, TraceWriter
 ORDER = (*(name for name in CHECKS if name != "greedy"), "greedy")
 # Not a bug of any model, so no candidate: the prompts' lint has to remark it.
 LINT = {"number": "35", "what": "a prompt that ends in a space", "noticed": bool(warn(1, "Simply put, "))}
+BARE = ("logits", "kl", "argmax", "greedy")  # what is asked of a candidate without taps and operations
 GATES = ("G0", "G1", "G2", "G3", "G4", "G5", "G6", "G7", "G8")
 
 
@@ -56,6 +60,7 @@ class Row:
     cause: str | None
     usual: dict[str, dict[str, bool]]  # by dtype: criterion -> passed
     worst: dict[str, float]  # by dtype: largest value in % of its bound
+    by_logits: dict[str, bool]  # by dtype: whether it is killed as a bare callable would be, by logits alone
 
 
 def evaluate(base: Evidence, load: Any, folder: Path) -> tuple[Evidence, list[Result]]:
@@ -105,7 +110,8 @@ def row_of(ev: Evidence, results: list[Result]) -> Row:
     for r in results:
         if r.value is not None and r.bound and r.dtype and r.gate != "style":
             worst[r.dtype] = max(worst.get(r.dtype, 0.0), 100 * r.value / r.bound)
-    return Row(gates, killed_by, found, cause, usual.judge(ev), worst)
+    by_logits = {d: any(r.check in BARE and r.dtype == d for r in bad) for d in ev.case.dtypes}
+    return Row(gates, killed_by, found, cause, usual.judge(ev), worst, by_logits)
 
 
 # --- Workers: a process a core, since candidates patch the modules that they run in ----------------------------------
@@ -145,19 +151,23 @@ def _variant(index: int) -> tuple[Row, list[str]]:
 def run_all(
     folder: Path, chosen: list[int], variants: list[int], progress: bool, ckpt: Path | None = None
 ) -> dict[str, Any]:
-    """The kill matrix as one JSON-ready dict. ckpt: run the chosen mutants on it, not on the family."""
+    """The kill matrix as one JSON-ready dict. ckpt: run the chosen mutants on it and its twin, not on the family."""
     clock = Clock()
+    yours = build_yours(ckpt, folder, progress) if ckpt else []
     bases = {i: "yours" if ckpt else MUTANTS[i].member for i in chosen}
-    for name in (*family.FAMILY, "yours"):
+    for name in family.FAMILY:
         if name in bases.values() or (variants and name == "gqa"):
-            made = family.of_checkpoint(ckpt, folder, progress) if ckpt else None
-            (folder / f"{name}.pickle").write_bytes(pickle.dumps(made or family.build(name, folder, progress)))
+            (folder / f"{name}.pickle").write_bytes(pickle.dumps(family.build(name, folder, progress)))
     with ProcessPoolExecutor(cores(), get_context("spawn"), _start, (folder,)) as pool:
         rows = [pool.submit(_mutant, i, bases[i]) for i in chosen]
+        twins = [pool.submit(_mutant, i, "twin") for i in chosen if "twin" in yours]
         benign = [pool.submit(_variant, i) for i in variants]
-        for future in tqdm([*rows, *benign], disable=not progress, leave=False, desc="mutants and variants"):
+        for future in tqdm([*rows, *twins, *benign], disable=not progress, leave=False, desc="mutants and variants"):
             future.result()
     found = [describe(MUTANTS[i], bases[i], future.result()) for i, future in zip(chosen, rows, strict=True)]
+    if twins:
+        on_twin = [describe(MUTANTS[i], "twin", future.result()) for i, future in zip(chosen, twins, strict=True)]
+        found = [with_twin(own, twin) for own, twin in zip(found, on_twin, strict=True)]
     good = [describe_variant(i, *future.result()) for i, future in zip(variants, benign, strict=True)]
     faults = [LINT, *({"number": f.number, "what": f.what, "noticed": noticed(f)} for f in FAULTS)] if variants else []
     own = problems()
@@ -171,6 +181,16 @@ def run_all(
         "environment": summary.environment(1, "cpu"),
         **totals(found, good, faults, own),
     }
+
+
+def build_yours(ckpt: Path, folder: Path, progress: bool) -> list[str]:
+    """The checkpoint's evidence, and that of its seeded twin unless it is seeded itself; their names."""
+    described = describe_checkpoint(str(ckpt), None)
+    paths = {"yours": ckpt} | ({} if is_seeded(described) else {"twin": write_twin(described, folder / "written")})
+    for name, path in paths.items():
+        made = family.of_checkpoint(path, folder / name, progress, seeded_prompts=name == "twin")
+        (folder / f"{name}.pickle").write_bytes(pickle.dumps(made))
+    return list(paths)
 
 
 def changes_forward(mutant: Mutant) -> bool:
@@ -192,9 +212,17 @@ def describe(mutant: Mutant, base: str, row: Row) -> dict[str, Any]:
         "expected_tap": mutant.tap,
         "visible_in": list(mutant.dtypes),
         "gates": row.gates,
+        "by_logits": row.by_logits,
         "cause": row.cause,
         "usual": {} if mutant.killed_by == "training" else row.usual,  # which look at forward passes alone
     }
+
+
+def with_twin(own: dict[str, Any], twin: dict[str, Any]) -> dict[str, Any]:
+    """A mutant on a checkpoint of yours, together with its fate on the twin: where both let it through, it survives."""
+    survived = [dtype for dtype in own["survived_in"] if dtype in twin["survived_in"]]
+    first = {key: (own if own["killed_by"] else twin)[key] for key in ("killed_by", "found", "cause")}
+    return own | first | {"killed": not survived, "survived_in": survived, "alone": own, "twin": twin}
 
 
 def describe_variant(index: int, row: Row, alarms: list[str]) -> dict[str, Any]:
@@ -247,7 +275,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m parity.mutants", __doc__)
     parser.add_argument("--only", metavar="LIST", help="comma list of mutant numbers; no variants then")
-    parser.add_argument("--ckpt", type=Path, metavar="PATH", help="with --only: a checkpoint to run on")
+    parser.add_argument("--ckpt", type=Path, metavar="PATH", help="with --only: a checkpoint to run on, with its twin")
     parser.add_argument("--list", action="store_true", help="print the registry and stop")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the matrix as JSON")
     parser.add_argument("--markdown", type=Path, metavar="PATH", help="write the matrix as Markdown")

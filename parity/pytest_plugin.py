@@ -80,11 +80,15 @@ class ParityFailure(AssertionError):
 
 
 def describe(r: dict[str, Any]) -> str:
-    party = ", ".join(part for part in (r["dtype"], r["path"], r["reference"]) if part)
+    twin = "twin" if r["checkpoint"] == "twin" else None
+    party = ", ".join(part for part in (twin, r["dtype"], r["path"], r["reference"]) if part)
     beyond = f"{number(r['value'])} beyond {number(r['bound'])}" if r["value"] is not None else r["status"]
     return " ".join(part for part in (f"{r['check']} ({party}):", r["metric"], beyond, r["where"], r["reason"]) if part)
 
 
 def divergence(report: dict[str, Any]) -> str:
     first = report["first_divergence"]
-    return f"\nfirst departs at {first['tap']}: {first['probable_cause']}" if first else ""
+    if not first:
+        return ""
+    where = "first departs, in the twin, at" if first["checkpoint"] == "twin" else "first departs at"
+    return f"\n{where} {first['tap']}: {first['probable_cause']}"

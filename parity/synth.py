@@ -46,7 +46,12 @@ HEAD_SPREAD = 1.0
 GAINS = {"wq.weight": 2.0, "wk.weight": 2.0, "wo.weight": 0.5, "w2.weight": 0.5}
 
 
-def block_values(seed: int, name: str, start: int, rows: int, width: int, shape: Shape) -> Tensor:
+def block_rows(width: int) -> int:
+    """Rows that are made at once; a block begins at a multiple of them."""
+    return max(1, BLOCK_ELEMENTS // width)
+
+
+def block_values(seed: int, name: str, start: int, rows: int, width: int) -> Tensor:
     """Rows start..start+rows of a weight, (rows, width) float32, from a generator seeded by (seed, name, start)."""
     generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(f"{name}/{start}".encode()))
     x = torch.randn(rows, width, generator=generator)
@@ -65,12 +70,12 @@ def block_values(seed: int, name: str, start: int, rows: int, width: int, shape:
 def row_blocks(seed: int, name: str, size: tuple[int, ...], shape: Shape) -> Iterator[tuple[int, Tensor]]:
     """(first row, values) blocks that cover a weight; a norm is one row of `size[0]` values."""
     if len(size) == 1:
-        yield 0, block_values(seed, name, 0, 1, size[0], shape)[0]
+        yield 0, block_values(seed, name, 0, 1, size[0])[0]
         return
     source = "tok_embeddings.weight" if shape.tied and name == "output.weight" else name
-    step = max(1, BLOCK_ELEMENTS // size[1])
+    step = block_rows(size[1])
     for start in range(0, size[0], step):
-        yield start, block_values(seed, source, start, min(step, size[0] - start), size[1], shape)
+        yield start, block_values(seed, source, start, min(step, size[0] - start), size[1])
 
 
 def meta_params(shape: Shape) -> dict[str, Any]:

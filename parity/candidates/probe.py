@@ -7,6 +7,7 @@ In a process of its own: what a candidate allocates is gone before the reference
 
 import json
 import sys
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class Probed:
     failures: list[dict[str, Any]] = field(default_factory=list)  # as parity.crash.Failure
     notices: list[str] = field(default_factory=list)
     max_positions: int | None = None
+    answer: int | None = None  # a checksum of what it answered; None of one that was not asked
 
     def stops(self, dtypes: list[str]) -> bool:
         """Whether there is nothing that the references could be run for."""
@@ -50,7 +52,7 @@ def probe(load: Any, case: Case) -> Probed:
             found.notices = [*candidate.declared("notices"), *candidate.notices]
             found.max_positions = candidate.declared("max_positions") or found.max_positions
             assert candidate.integers is None or candidate.integers  # refuses a scheme that is none
-            ask(candidate, case)
+            found.answer = ask(candidate, case)
             names = declared_dtypes(candidate.target)
             others = [d for d in case.dtypes if names is not None and d not in names]
             found.undone |= {d: f"the candidate's dtypes are {', '.join(names or [])}" for d in others}
@@ -63,18 +65,22 @@ def probe(load: Any, case: Case) -> Probed:
     return found
 
 
-def ask(candidate: Interface, case: Case) -> None:
-    """Logits, or the next token, of three tokens; nothing of one that streams its layers."""
+def ask(candidate: Interface, case: Case) -> int | None:
+    """A checksum of the logits, or the next token, of three tokens; nothing of one that streams its layers."""
     ids = [n % (case.vocab_size or TOKENS) for n in range(1, TOKENS + 1)]
     with torch.no_grad():
         if "next_tokens" in candidate.has:
             asked = f"next_tokens({TOKENS} ids, 1)"
-            if not answers.ids(candidate.ask("next_tokens", ids, 1), asked, case.vocab_size):
+            found = answers.ids(candidate.ask("next_tokens", ids, 1), asked, case.vocab_size)
+            if not found:
                 raise Wrong(f"{asked} returned no token")
-        elif not candidate.declared("streamed"):
+            return found[0]
+        if not candidate.declared("streamed"):
             last = candidate.declared("last_only")
             out = candidate.ask("__call__", torch.tensor([ids], device=case.device))
-            answers.logits(out, candidate.row("__call__").signature, 1, TOKENS, case.vocab_size, last)
+            logits = answers.logits(out, candidate.row("__call__").signature, 1, TOKENS, case.vocab_size, last)
+            return zlib.crc32(logits.float().cpu().contiguous().numpy().tobytes())
+        return None
 
 
 def probe_in_process(name: str, case: Case, folder: Path, on_progress: Any) -> Probed:

@@ -29,7 +29,8 @@ def junit(report: dict[str, Any]) -> str:
 
 def _case(suite: ET.Element, r: dict[str, Any]) -> None:
     against = f"against {r['reference']}" if r["reference"] else None
-    name = ", ".join(part for part in (r["gate"], r["metric"], r["dtype"], r["path"], against) if part)
+    twin = "twin" if r["checkpoint"] == "twin" else None
+    name = ", ".join(part for part in (r["gate"], r["metric"], twin, r["dtype"], r["path"], against) if part)
     case = ET.SubElement(suite, "testcase", {"classname": f"parity.{r['check']}", "name": name, "time": "0"})
     if r["status"] in ("fail", "error"):
         kind = "failure" if r["status"] == "fail" else "error"

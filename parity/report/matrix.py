@@ -14,13 +14,31 @@ def text(report: dict[str, Any]) -> str:
     rows = [("#", "mutant", *GATES, "killed by", "found at", "")]
     rows += [(m["number"], m["what"][:48], *_gates(m), m["killed_by"] or "-", m["found"] or "-", _remark(m))
              for m in report["mutants"]]  # fmt: skip
-    lines = [*table(rows), "", "f, b, h: the gate failed in fp32, bf16, fp16. usual criteria, let through:"]
+    lines = [*table(rows), "", *_on_twins(report)]
+    lines += ["f, b, h: the gate failed in fp32, bf16, fp16. usual criteria, let through:"]
     lines += [f"  {name:20} {_let_through(report, name)}" for name in NAMES] + [""]
     if report["benign"]:
         lines += table([("benign variant", *("worst, % of bound",), ""), *map(_variant, report["benign"])]) + [""]
     lines += [f"{f['number']:4} {f['what']}: {'noticed' if f['noticed'] else 'NOT NOTICED'}" for f in report["harness"]]
     lines += [f"self-test: {line}" for line in report["self_test"]]
     return "\n".join([*lines, summary_line(report)])
+
+
+TWIN = ("#", "mutant", "trained weights alone", "by logits alone", "with the twin", "by logits alone")
+
+
+def twin_cells(m: dict[str, Any]) -> list[str]:
+    """In which dtypes a mutant of a checkpoint of yours is killed: by it alone, and by it or its seeded twin."""
+    own, twin = m["alone"], m["twin"]
+    gates = [{d for d, failed in row["gates"].items() if failed} for row in (own, twin)]
+    logits = [{d for d, killed in row["by_logits"].items() if killed} for row in (own, twin)]
+    columns = (gates[0], logits[0], gates[0] | gates[1], logits[0] | logits[1])
+    return [m["number"], m["what"], *(", ".join(d for d in own["gates"] if d in c) or "survives" for c in columns)]
+
+
+def _on_twins(report: dict[str, Any]) -> list[str]:
+    rows = [twin_cells(m) for m in report["mutants"] if "twin" in m]
+    return [*table([TWIN, *rows]), ""] if rows else []
 
 
 def summary_line(report: dict[str, Any]) -> str:
@@ -90,6 +108,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         *_grid(("#", "mutant", *GATES, "killed by", "found at", "remark"), report["mutants"], _mutant_cells),
         "",
+        *_twins(report),
         "## Probable causes",
         "",
         "What the report says of each, computed from the traces alone.",
@@ -116,6 +135,12 @@ def markdown(report: dict[str, Any]) -> str:
         "",
     ]  # fmt: skip
     return "\n".join(parts)
+
+
+def _twins(report: dict[str, Any]) -> list[str]:
+    entries = [m for m in report["mutants"] if "twin" in m]
+    text = "The dtypes in which each is killed, by a checkpoint of yours and with its seeded twin."
+    return ["## With the twin", "", text, "", *_grid(TWIN, entries, twin_cells), ""] if entries else []
 
 
 def _with_cause(report: dict[str, Any]) -> list[dict[str, Any]]:

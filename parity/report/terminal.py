@@ -34,24 +34,34 @@ def render(report: dict[str, Any]) -> str:
         f"tokens       {tokens['positions']} positions in {tokens['prompts']} prompts, longest {tokens['longest']}; "
         f"decided: {decided}",
         "",
-        *table([("check", "gate", "what", "dtype", "worst", "bound", "", "of"), *_rows(report)]),
+        *table([("check", "gate", "what", "dtype", "worst", "bound", "", "of", ""), *_rows(report)]),
         "",
     ]
     if report["training"]:
         lines += [*table(list(_losses(report["training"]))), ""]
-    lines += noise_lines(report["noise_floor"])
+    lines += _on_twin(report.get("twin", {})) + noise_lines(report["noise_floor"])
     lines += [text for found in report["quantized"] for text in _quantized(found)]
     lines += [f"not covered  {text}" for text in _uncovered(report)]
     lines += [f"erratum      {text}" for text in report["errata"]]
     lines += [f"note         {text}" for text in report["notices"]]
     lines += [f"problem      {text}" for text in _problems(report)]
-    lines += _divergence(report["first_divergence"])
+    first, second = report["first_divergence"], report.get("twin", {}).get("first_divergence")
+    lines += _divergence(first) + (_divergence(second) if second != first else [])
     lines += [
         f"verdict      {report['verdict'].upper()}: {report['why']}",
         f"             {report['seconds']:.1f} s, of which {report['seconds_in_forward']:.1f} s in forward passes; "
         f"peak {report['peak_anonymous_bytes'] / 2**20:,.0f} MiB a process",
     ]
     return "\n".join(lines)
+
+
+def _on_twin(twin: dict[str, Any]) -> list[str]:
+    """What was asked a second time, on which weights; a kit's report has no twin."""
+    if twin.get("status") != "run":
+        return []
+    c, tokens = twin["checkpoint"], twin["tokens"]
+    size = f"{c['parameters']:,} parameters, {c['config']['n_layers']} layers, {tokens['positions']} positions"
+    return [f"twin         seeded weights in the checkpoint's place ({c['format']}, {size}): {twin['verdict'].upper()}"]
 
 
 def noise_lines(floors: list[dict[str, Any]]) -> list[str]:
@@ -68,11 +78,16 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for r in report["results"]:
         if r["status"] != "skip":
-            groups.setdefault((r["check"], r["gate"], r["metric"] or "", r["dtype"] or ""), []).append(r)
-    for key, results in groups.items():
+            key = (r["check"], r["gate"], r["metric"] or "", r["dtype"] or "", _twin(r["checkpoint"]))
+            groups.setdefault(key, []).append(r)
+    for (*names, twin), results in groups.items():
         worst = max(results, key=lambda r: (SEVERITY[r["status"]], _size(r["value"])))
         values = (number(worst["value"]), number(worst["bound"]), MARKS[worst["status"]], str(len(results)))
-        yield (*key, *values)
+        yield (*names, *values, twin)
+
+
+def _twin(checkpoint: str) -> str:
+    return "twin" if checkpoint == "twin" else ""
 
 
 def _losses(losses: dict[str, list[float]]) -> Iterator[tuple[str, ...]]:
@@ -106,7 +121,7 @@ def _size(value: float | None) -> float:
 
 def _party(r: dict[str, Any]) -> str:
     against = f"against {r['reference']}" if r["reference"] else None
-    return ", ".join(part for part in (r["dtype"], r["path"], against) if part)
+    return ", ".join(part for part in (_twin(r["checkpoint"]), r["dtype"], r["path"], against) if part)
 
 
 def _uncovered(report: dict[str, Any]) -> list[str]:
@@ -134,7 +149,8 @@ def _divergence(first: dict[str, Any] | None) -> list[str]:
         return []
     place = f"sequence {first['sequence']}, position {first['position']}" if first["position"] is not None else ""
     values = f"worst {first['value']:.6g} for {first['expected']:.6g}" if first["value"] is not None else ""
-    head = f"first departs at {first['tap']} ({first['dtype']}, against {first['reference']})"
+    where = "first departs, in the twin, at" if first.get("checkpoint") == "twin" else "first departs at"
+    head = f"{where} {first['tap']} ({first['dtype']}, against {first['reference']})"
     return [
         f"divergence   {'; '.join(t for t in (head, place, values) if t)}",
         f"             {first['probable_cause']}",

@@ -34,6 +34,7 @@ def report(
         "environment": environment(threads_for(checkpoint.stored_bytes), "cpu"),
         "results": [r.as_json() for r in results],
         "first_divergence": None,
+        "twin": {"status": "none", "why": "the candidate could not be asked"},
         "errata": [],
         "notices": [*checkpoint.notices, *found.notices],
         "noise_floor": [],

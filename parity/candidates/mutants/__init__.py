@@ -78,6 +78,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _cache("9b", "cache slot off by one", decoding.previous_slot, "logits@cached"),
     Mutant("10", "eps 1e-6 in the norms, 2e-5 in the checkpoint", "gqa", edited(forward.tiny_eps), "ops",
            "layers.0.attn_norm"),
+    Mutant("10b", "eps 1e-6 in the final norm alone", "gqa", edited(forward.tiny_final_eps), "ops", "final_norm",
+           ("fp32",)),
     Mutant("11", "eps from a code default (1e-5)", "gqa", with_config(forward.default_eps), "config",
            "layers.0.attn_norm"),
     Mutant("13", "softmax summed in the low-precision dtype", "flat",

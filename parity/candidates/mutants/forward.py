@@ -111,6 +111,10 @@ def tiny_eps(nano: Nano) -> None:
         norm.eps = 1e-6
 
 
+def tiny_final_eps(nano: Nano) -> None:
+    nano.model.norm.eps = 1e-6
+
+
 def low_precision_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Exponentials and their running sum in the dtype of q."""
     n_rep = q.shape[2] // k.shape[2]
