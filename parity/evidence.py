@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from parity.contract import Case
+from parity.explained import Explained
 from parity.metrics import (
     LogitRows,
     Measured,
@@ -52,6 +53,7 @@ class Evidence:
     op_noise: dict[Any, Any] = field(default_factory=dict)  # kept by checks/ops.py: of the references
     coarse: Trace | None = None  # the oracle with its RoPE frequencies TABLE_ULP off
     lenient: bool = False  # whether what a table so coarse makes counts as rounding, see parity/table.py
+    explained: Explained | None = None  # what the table of mistakes says about the first divergence
     untrained: str = "training is checked on small checkpoints in fp32"  # why the case trains nothing
     _measured: dict[tuple[int, str], Measured] = field(default_factory=dict)
     _oracle_rows: dict[str, list[OracleRows]] = field(default_factory=dict)

@@ -119,6 +119,19 @@ class Runner:
             self.bar.close()
         return ev
 
+    def run_aside(self, label: str, module: str, case: Case, flags: tuple[str, ...]) -> Path | None:
+        """One more process on a case, after all others; its folder, None (and a notice) where it failed."""
+        job = self._job(module, label, case)
+        self.bar = Bar(1, self.progress)
+        try:
+            self._run([replace(job, arguments=(*job.arguments, *flags))])
+            return job.out
+        except (Crash, UsageError) as error:
+            self.notices.append(f"{label}: {error}")
+            return None
+        finally:
+            self.bar.close()
+
     def _references(self, dtypes: list[str], ev: Evidence | None) -> Evidence:
         """Run both references and the oracle at these dtypes; in later rounds, on the first round's token ids."""
         with ExitStack() as stack:

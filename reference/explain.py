@@ -19,7 +19,7 @@ from torch import Tensor
 from reference.command import parse, parser, run_command
 from reference.driver import set_numerics
 from reference.files import Checkpoint, open_folder
-from reference.mistakes import BF16, FP16, Mistake, mistakes
+from reference.mistakes import HALVES, Mistake, mistakes
 from reference.oracle import Oracle, forward, rounding_groups
 from reference.protocol import check_sequences, read_case, write_json
 from reference.readings import readings
@@ -75,8 +75,8 @@ def head(oracle: Oracle, normed: Tensor, mistake: Mistake) -> Tensor:
     parts, kind = chosen.split(HEAD_BLOCK), oracle.rounding or torch.float64
     load = oracle.checkpoint.weights.load
     rows = torch.cat([load(name, kind, start=int(part[0]), stop=int(part[-1]) + 1).double() for part in parts])
-    logits = oracle.inputs_as(normed) @ (mistake.head_as or oracle.weights_as)(rows).T
-    return logits if mistake.whole is None else {"bf16": BF16, "fp16": FP16}[mistake.whole](logits)
+    logits = oracle.rounded.inputs(normed) @ (mistake.head_as or oracle.rounded.weights)(rows).T
+    return logits if mistake.whole is None else HALVES[mistake.whole](logits)
 
 
 def whole_head(oracle: Oracle, normed: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def explain(question: Question, seconds: float) -> dict[str, Any]:
     """Every mistake with its share of the error, the best first; how many were asked within the time."""
     started = time.perf_counter()
     truth = _truth(question)
-    shares, sizes = dict[str, float](), dict[str, float]()
+    shares, sizes = dict[str, float](), dict[str, dict[str, float]]()
     error = squares(question.value - truth)
     loose = set()
     for name, other, free in readings(question.tap, question.value, truth):
@@ -110,7 +110,9 @@ def explain(question: Question, seconds: float) -> dict[str, Any]:
         if answer is not None and answer.shape == c.shape:
             shares[mistake.name] = 1 - squares(torch.nan_to_num(c - answer, nan=1e30)) / seen_error
             if mistake.whole is not None:
-                sizes[mistake.whole] = (squares(answer - o) / o.numel()) ** 0.5
+                made = answer - o
+                alike = float(((c - o) * made).sum()) / (seen_error * squares(made)) ** 0.5
+                sizes[mistake.whole] = {"rms": (squares(made) / o.numel()) ** 0.5, "alike": alike}
     best = sorted(shares, key=lambda name: (name not in loose and shares[name] >= NAMED, shares[name]), reverse=True)
     return {
         "tap": question.tap,

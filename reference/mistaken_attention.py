@@ -8,7 +8,7 @@ from torch import Tensor
 
 from reference.files import Config
 from reference.oracle import Operation
-from reference.rounding import Round, exact, to_float
+from reference.rounding import BF16, FP16, Round, exact
 
 See = Callable[[Tensor, Tensor], Tensor]  # positions of queries (T, 1) and keys (T,) -> True where seen
 
@@ -58,8 +58,6 @@ def capped(cap: float) -> Round:
 def not_itself(t: Tensor, s: Tensor) -> Tensor:
     return (s < t) | ((t == 0) & (s == 0))
 
-
-BF16, FP16 = to_float(torch.bfloat16), to_float(torch.float16)
 
 ATTENTION: dict[str, Operation] = {
     "query heads take kv heads in turn (h % K), not in blocks": mixed(heads=lambda x, n: x.repeat(1, n, 1)),

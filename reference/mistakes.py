@@ -15,11 +15,10 @@ from torch import Tensor
 
 from reference import oracle_math as ops
 from reference.files import Config
-from reference.mistaken_attention import ATTENTION, windows
+from reference.mistaken_attention import ATTENTION, mixed, windows
 from reference.oracle import STEPS, Layer, Operation, Oracle
-from reference.rounding import FLOATS, Round, exact, rounding, to_float
+from reference.rounding import BF16, FLOATS, FP16, NOTHING, Round, Rounded, exact, rounding
 
-BF16, FP16 = to_float(torch.bfloat16), to_float(torch.float16)
 HALVES: dict[str, Round] = {"bf16": BF16, "fp16": FP16}
 
 
@@ -30,17 +29,14 @@ class Mistake:
     name: str
     config: Mapping[str, Any] = field(default_factory=dict)  # what it takes for the config's
     changed: Mapping[str, Operation] = field(default_factory=dict)  # by tap
-    weights_as: Round = exact
-    inputs_as: Round = exact
-    cache_as: Round = exact
+    rounded: Rounded = NOTHING
     order: tuple[int, ...] | None = None  # of the layers
-    head_as: Round | None = None  # of the head's rows, where not as weights_as
+    head_as: Round | None = None  # of the head's rows, where not as the layers'
     whole: str | None = None  # the precision of all of its arithmetic, where that is the mistake
 
     def applied(self, right: Oracle) -> Oracle:
         checkpoint = replace(right.checkpoint, config=right.config | dict(self.config))
-        rounded = {"weights_as": self.weights_as, "inputs_as": self.inputs_as, "cache_as": self.cache_as}
-        return replace(right, checkpoint=checkpoint, order=self.order, changed=self.changed, **rounded)
+        return replace(right, checkpoint=checkpoint, order=self.order, changed=self.changed, rounded=self.rounded)
 
 
 def mistakes(config: Config, tokens: int) -> Iterator[Mistake]:
@@ -91,8 +87,7 @@ def _rope(config: Config) -> Iterator[Mistake]:
                 yield Mistake(f"RoPE's {key} is {value:g}, the config says {scaling[key]:g}", {"rope_scaling": other})
     yield Mistake("RoPE is not applied", changed=_rotations(lambda x, cos, sin: x))
     yield Mistake("RoPE is applied twice", changed=_rotations(lambda x, c, s: ops.rotate(ops.rotate(x, c, s), c, s)))
-    yield Mistake("RoPE turns keys and queries in the wrong direction", changed=_rotations(
-        lambda x, cos, sin: ops.rotate(x, cos, -sin)))  # fmt: skip
+    yield Mistake("RoPE turns in the wrong direction", changed=_rotations(lambda x, c, s: ops.rotate(x, c, -s)))
     yield Mistake("RoPE pairs features i and i + D/2, but the rows are in the order of pairs (2i, 2i+1)",
                   changed=_rotations(_half_split))  # fmt: skip
     yield Mistake("q/k rows of the Hugging Face file are not un-permuted", changed=_rotations(
@@ -100,11 +95,17 @@ def _rope(config: Config) -> Iterator[Mistake]:
     yield Mistake("only the first half of each head is rotated", changed=_rotations(_partial))
     yield Mistake("RoPE is applied to values too", changed={"v": lambda layer, x: layer.rotate(layer.v(x))})
     for name, low in HALVES.items():
-        yield Mistake(f"the cos/sin table is kept in {name}", changed=_rotations(
-            lambda x, cos, sin, low=low: ops.rotate(x, low(cos), low(sin))))  # fmt: skip
-        yield Mistake(f"the RoPE frequencies are kept in {name}", changed=_tables(
-            lambda at, f, low=low: at * low(f)))  # fmt: skip
-        yield Mistake(f"positions are kept in {name}", changed=_tables(lambda at, f, low=low: low(at) * f))
+        yield Mistake(f"the cos/sin table is kept in {name}", changed=_rotations(_table_as(low)))
+        yield Mistake(f"the RoPE frequencies are kept in {name}", changed=_tables(_angles(exact, low)))
+        yield Mistake(f"positions are kept in {name}", changed=_tables(_angles(low, exact)))
+
+
+def _table_as(low: Round) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda x, cos, sin: ops.rotate(x, low(cos), low(sin))
+
+
+def _angles(positions_as: Round, frequencies_as: Round) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda at, frequencies: positions_as(at) * frequencies_as(frequencies)
 
 
 def _rotations(turn: Callable[..., Tensor]) -> dict[str, Operation]:
@@ -198,6 +199,14 @@ def _norms(config: Config) -> Iterator[Mistake]:
         "mid": lambda layer, x, y: layer.attn_norm(x + y),
         "ffn_norm": lambda layer, x: x,
         "out": lambda layer, x, y: layer.ffn_norm(x + y)})  # fmt: skip
+    yield Mistake("the feed-forward's residual is taken after the norm", changed={
+        "out": lambda layer, x, y: layer.ffn_norm(x) + y})  # fmt: skip
+    yield Mistake("the attention's residual is taken after the norm", changed={
+        "mid": lambda layer, x, y: layer.attn_norm(x) + y})  # fmt: skip
+    yield Mistake("the attention's output is not added", changed={"mid": lambda layer, x, y: x})
+    yield Mistake("the feed-forward's output is not added", changed={"out": lambda layer, x, y: x})
+    yield Mistake("the residual around attention is lost", changed={"mid": lambda layer, x, y: y})
+    yield Mistake("the residual around the feed-forward is lost", changed={"out": lambda layer, x, y: y})
     root = math.sqrt(config["dim"])
     yield Mistake("the embedding is multiplied by sqrt(dim)", changed={"embed": lambda oracle: oracle.embed() * root})
     yield Mistake("queries and keys are normed (QK-norm)", changed={
@@ -245,7 +254,7 @@ def _layers(config: Config) -> Iterator[Mistake]:
 
 def _cache() -> Iterator[Mistake]:
     for name in (*FLOATS, "int8", "int4"):
-        yield Mistake(f"keys and values are kept in {name}", cache_as=rounding(name))
+        yield Mistake(f"keys and values are kept in {name}", rounded=Rounded(cache=rounding(name)))
 
 
 INTEGERS = ("int8", "int8/32", "int8/64", "int8/128", "int4/32", "int4/64", "int4/128", "int4", "int6/16", "int5/32")
@@ -275,31 +284,38 @@ def _weights() -> Iterator[Mistake]:
     both = [("int8/32", "int8/32"), ("int8", "int8"), ("int4/32 as ggml's Q4_0", "int8/32")]
     both += [("fp8 with a scale for each row", "fp8 with a scale for each row")]
     for name, way in ways.items():
-        yield Mistake(f"weights are rounded to {name}", weights_as=way)
-        yield Mistake(f"weights of the layers, not of the head, are rounded to {name}", weights_as=way, head_as=exact)
+        yield Mistake(f"weights are rounded to {name}", rounded=Rounded(weights=way))
+        yield Mistake(
+            f"weights of the layers, not of the head, are rounded to {name}",
+            rounded=Rounded(weights=way),
+            head_as=exact,
+        )
     for weights, inputs in both:
         yield Mistake(f"weights are rounded to {weights}, the inputs of linear layers to {inputs}",
-                      weights_as=ways[weights], inputs_as=ways[inputs])  # fmt: skip
+                      rounded=Rounded(ways[weights], ways[inputs]))  # fmt: skip
     for name in ("int8/32", "int8", *FLOATS):
-        yield Mistake(f"the inputs of linear layers are rounded to {name}", inputs_as=rounding(name))
+        yield Mistake(f"the inputs of linear layers are rounded to {name}", rounded=Rounded(inputs=rounding(name)))
     for name, low in HALVES.items():
-        yield Mistake(f"linear layers compute in {name}: their weights and inputs", weights_as=low, inputs_as=low)
+        yield Mistake(f"linear layers compute in {name}: their weights and inputs", rounded=Rounded(low, low))
 
 
 def _precision() -> Iterator[Mistake]:
     for name, low in HALVES.items():
         rounded: Operation = lambda layer, x, y, low=low: low(x + y)
         yield Mistake(f"the residual stream is kept in {name}", changed={"mid": rounded, "out": rounded})
-        yield Mistake(f"it computes in {name}", changed=everything(low), weights_as=low, inputs_as=low, whole=name)
+        yield Mistake(f"it computes in {name}", changed=everything(low), rounded=Rounded(low, low), whole=name)
 
 
 def everything(low: Round) -> dict[str, Operation]:
-    """Each operation's result rounded."""
+    """Each operation's result rounded, and where most write several operations, each of theirs."""
+    normed = _all_norms(lambda x, w, eps: low(low(ops.rms_norm(x, torch.ones_like(w), eps)) * w))
+    right: dict[str, Operation] = {tap: operation for tap, _, operation in STEPS} | normed
+    right |= {"embed": Oracle.embed, "attn_mix": mixed(scores_as=low, weights_as=low)}
+    right["ffn_mix"] = lambda layer, gate, up: low(torch.nn.functional.silu(gate)) * up
 
-    def rounded(right: Operation) -> Operation:
-        return lambda layer, *inputs: low(right(layer, *inputs))
+    def rounded(operation: Operation) -> Operation:
+        return lambda layer, *inputs: low(operation(layer, *inputs))
 
-    right = {"embed": Oracle.embed, "final_norm": Oracle.final_norm} | {tap: f for tap, _, f in STEPS}
     return {tap: rounded(operation) for tap, operation in right.items()}
 
 

@@ -36,7 +36,7 @@ from reference.protocol import (
     read_case,
     write_json,
 )
-from reference.rounding import Integers, Round, exact, rounding
+from reference.rounding import NOTHING, Rounded
 from reference.weights import DTYPES, Unusable, row_blocks
 
 BLOCK_BYTES = 1 << 28  # of float64 weights at a time
@@ -60,9 +60,7 @@ class Oracle:
     rounding: torch.dtype | None  # of all weights; None: the stored numbers as they are
     block_bytes: int = BLOCK_BYTES
     off_ulp: float = 0.0  # of each RoPE frequency
-    weights_as: Round = exact  # the linear layers' and the head's, rows of them (n, K)
-    inputs_as: Round = exact  # of these layers, (N, K)
-    cache_as: Round = exact  # rotated keys, and values, (N, K, D)
+    rounded: Rounded = NOTHING
     order: tuple[int, ...] | None = None  # of the layers; None: each once
     changed: Mapping[str, Operation] = field(default_factory=dict)  # by tap, of every layer: in place of the right one
 
@@ -86,7 +84,7 @@ class Oracle:
         shape = self.checkpoint.weights.shapes[name]
         for start, stop in row_blocks(shape, torch.float64, self.block_bytes):
             rows = self.checkpoint.weights.load(name, self.rounding or torch.float64, start=start, stop=stop).double()
-            yield start, stop, self.weights_as(rows)
+            yield start, stop, self.rounded.weights(rows)
 
     def embed(self) -> Tensor:
         tokens = torch.tensor([token for sequence in self.sequences for token in sequence])
@@ -97,7 +95,7 @@ class Oracle:
 
     def logit_blocks(self, normed: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """(N, dim) -> (start, stop, (N, stop - start)) over the vocabulary."""
-        inputs = self.inputs_as(normed)
+        inputs = self.rounded.inputs(normed)
         for start, stop, rows in self.blocks(self.checkpoint.head):
             yield start, stop, inputs @ rows.T
 
@@ -114,7 +112,7 @@ class Layer:
     def _linear(self, name: str, x: Tensor) -> Tensor:
         name = f"layers.{self.index}.{name}.weight"
         return ops.linear(
-            self.oracle.inputs_as(x), self.oracle.blocks(name), self.oracle.checkpoint.weights.shapes[name][0]
+            self.oracle.rounded.inputs(x), self.oracle.blocks(name), self.oracle.checkpoint.weights.shapes[name][0]
         )
 
     def _heads(self, name: str, x: Tensor) -> Tensor:
@@ -140,7 +138,7 @@ class Layer:
         return ops.rotate(x, self.cos, self.sin)
 
     def attn_mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = self.oracle.cache_as(k), self.oracle.cache_as(v)
+        k, v = self.oracle.rounded.cache(k), self.oracle.rounded.cache(v)
         parts = zip(self.oracle.split(q), self.oracle.split(k), self.oracle.split(v), strict=True)
         return torch.cat([ops.attention(*part) for part in parts])
 
@@ -225,17 +223,10 @@ def rounding_groups(checkpoint: Checkpoint, dtypes: tuple[str, ...]) -> dict[str
     return {name: None if all(name in LOSSLESS[kind] for kind in stored) else DTYPES[name] for name in dtypes}
 
 
-def conditions(integers: str | None, activations: str | None, kv: str | None) -> dict[str, Round]:
-    """What a candidate declares, as fields of Oracle. Raises Unusable for a scheme that is none."""
-    rounded = {"weights_as": Integers.parse(integers).round} if integers else {}
-    rounded |= {"inputs_as": rounding(activations)} if activations else {}
-    return rounded | ({"cache_as": rounding(kv)} if kv else {})
-
-
 def run_case(
-    case: Case, out: Path, ops_of: Path | None = None, rounded: Mapping[str, Round] | None = None, off_ulp: float = 0.0
+    case: Case, out: Path, ops_of: Path | None = None, rounded: Rounded = NOTHING, off_ulp: float = 0.0
 ) -> None:
-    """Write the oracle's trace, or with `ops_of` its values of that trace's operations. `rounded`: fields of Oracle."""
+    """Write the oracle's trace, or with `ops_of` its values of that trace's operations."""
     set_numerics(case.threads)
     checkpoint = open_folder(case.checkpoint)
     groups = rounding_groups(checkpoint, case.dtypes)
@@ -251,7 +242,7 @@ def run_case(
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     for i, folder in enumerate(sorted(set(folders.values()), key=case.dtypes.index)):
-        oracle = Oracle(checkpoint, sequences, groups[folder], off_ulp=off_ulp, **(rounded or {}))
+        oracle = Oracle(checkpoint, sequences, groups[folder], off_ulp=off_ulp, rounded=rounded)
         taps = Taps(
             out / folder,
             checkpoint.config,
@@ -330,10 +321,10 @@ def _prompts(case: Case, checkpoint: Checkpoint) -> list[list[int]]:
 
 
 def next_tokens(
-    checkpoint: Checkpoint, tokens: list[int], dtype: str, rounded: Mapping[str, Round] | None = None, count: int = 5
+    checkpoint: Checkpoint, tokens: list[int], dtype: str, rounded: Rounded = NOTHING, count: int = 5
 ) -> list[tuple[int, float]]:
     """The likeliest next tokens with their logits."""
-    oracle = Oracle(checkpoint, [tokens], rounding_groups(checkpoint, (dtype,))[dtype], **(rounded or {}))
+    oracle = Oracle(checkpoint, [tokens], rounding_groups(checkpoint, (dtype,))[dtype], rounded=rounded)
     with torch.inference_mode():
         last = forward(oracle, lambda name, value: None)[-1:]
         logits = torch.cat([block[0] for _, _, block in oracle.logit_blocks(last)])
@@ -349,7 +340,7 @@ def main(arguments: list[str]) -> None:
     flags.add_argument("--kv", metavar="SCHEME", help="round keys and values: fp16, bf16, fp8, int8 (a scale a head)")
     flags.add_argument("--off_ulp", type=float, default=0.0, metavar="N", help="RoPE frequencies off by N ulp")
     options = parse(flags, arguments)
-    rounded = conditions(options.integers, options.activations, options.kv)
+    rounded = Rounded.declared(options.integers, options.activations, options.kv)
     if options.case is not None:
         run_case(read_case(options.case), options.out, options.ops, rounded, options.off_ulp)
         return

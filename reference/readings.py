@@ -13,8 +13,9 @@ from reference.rounding import FLOATS, to_float
 CAPS = (15.0, 20.0, 30.0, 50.0, 100.0)  # of logits, as models that have them write
 FEW_ROWS = 8  # fewer positions tell no number a feature from chance
 QUIET = 1e-3  # of the squared error, that may lie outside of the tokens that are said to be wrong
-Reading = tuple[str, Tensor, bool]
 SAME = 0.9  # correlation from which two features may be one in another place
+
+Reading = tuple[str, Tensor, bool]
 
 
 def readings(tap: str, c: Tensor, o: Tensor) -> Iterator[Reading]:
@@ -58,6 +59,7 @@ def _tail(c: Tensor, o: Tensor) -> Iterator[Reading]:
         yield (
             f"the logits of tokens {start} and up are {abs(float(shift)):.3g} {lower}: a tail of the vocabulary",
             changed,
+            False,
         )
         replaced = torch.cat((o[:, :start], c[:, start:].mean().expand_as(o[:, start:])), -1)
         yield f"the logits of tokens {start} and up are all {float(c[:, start:].mean()):.3g}", replaced, False

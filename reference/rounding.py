@@ -65,3 +65,27 @@ def rounding(scheme: str) -> Round:
     if scheme.startswith("int"):
         return Integers.parse(scheme).round
     raise Unusable(f"{scheme!r} names no rounding: expected {', '.join(FLOATS)}, int8, int8/32, ...")
+
+
+BF16, FP16 = rounding("bf16"), rounding("fp16")
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What a forward pass rounds, beyond floating point."""
+
+    weights: Round = exact  # of the linear layers and the head, rows of them (n, K)
+    inputs: Round = exact  # of these layers, (N, K)
+    cache: Round = exact  # rotated keys, and values, (N, heads, D)
+
+    @classmethod
+    def declared(cls, integers: str | None, activations: str | None, kv: str | None) -> "Rounded":
+        """As a candidate declares it. Raises Unusable for a scheme that is none."""
+        return cls(
+            Integers.parse(integers).round if integers else exact,
+            rounding(activations) if activations else exact,
+            rounding(kv) if kv else exact,
+        )
+
+
+NOTHING = Rounded()
