@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from parity.conditions import Conditions
 from parity.evidence import Evidence, Pair
 from parity.explained import NAMED, Explained, of_size
 from parity.localise import first_divergence
@@ -44,7 +45,15 @@ def explain(ev: Evidence, runner: Runner) -> Evidence:
     folder.mkdir(exist_ok=True)
     save_file({"value": value.contiguous(), "rows": rows}, folder / "value.safetensors")
     case = replace(ev.case, prompts=[tokens], dtypes=[pair.dtype], training=None, **NO_IDENTITY)
-    flags = ("--of", str(folder / "value.safetensors"), "--tap", tap.split("@")[0], "--seconds", str(SECONDS))
+    flags: tuple[str, ...] = (
+        "--of",
+        str(folder / "value.safetensors"),
+        "--tap",
+        tap.split("@")[0],
+        "--seconds",
+        str(SECONDS),
+    )
+    flags += Conditions.of(trace.meta).flags
     out = runner.run_aside("explain", "reference.explain", case, flags)
     return (
         ev

@@ -20,14 +20,15 @@ from reference.command import parse, parser, run_command
 from reference.driver import set_numerics
 from reference.files import Checkpoint, open_folder
 from reference.mistakes import HALVES, Mistake, mistakes
-from reference.oracle import Oracle, forward, rounding_groups
+from reference.oracle import Oracle, add_conditions, forward, rounding_groups
 from reference.protocol import check_sequences, read_case, write_json
 from reference.readings import readings
+from reference.rounding import NOTHING, Rounded
 from reference.weights import Unusable
 
-NAMED = 0.9  # of the error explained: below it, a mistake has no name
 ENOUGH = 0.999  # of the error explained: after EARLY_S, nothing else is asked
 EARLY_S = 5.0
+LOOSE = 4  # times as much must be explained by what takes a number for each position or feature
 KEPT = 8  # of the best that are written
 HEAD_ROWS = 8192  # of the vocabulary, spread over it, are computed for each mistake
 HEAD_BLOCK = 512
@@ -56,6 +57,16 @@ class Question:
         normed = forward(oracle, emit)
         return head(oracle, normed[self.rows], mistake) if self.tap == "logits" else found.get(self.tap)
 
+    def truth(self) -> Tensor:
+        """The right values, of the logits all columns."""
+        if self.tap == "logits":
+            normed = forward(self.right, lambda tap, value: None)[self.rows]
+            return torch.cat([block for _, _, block in self.right.logit_blocks(normed)], -1)
+        right = self.answer(Mistake("none"))
+        if right is None:
+            raise Unusable(f"--tap {self.tap!r} is no tap of this checkpoint")
+        return right
+
     def seen(self, x: Tensor) -> Tensor:
         """The columns of whole logits that `answer` gives."""
         return x[:, columns(x.shape[1])] if self.tap == "logits" else x
@@ -75,12 +86,9 @@ def head(oracle: Oracle, normed: Tensor, mistake: Mistake) -> Tensor:
     parts, kind = chosen.split(HEAD_BLOCK), oracle.rounding or torch.float64
     load = oracle.checkpoint.weights.load
     rows = torch.cat([load(name, kind, start=int(part[0]), stop=int(part[-1]) + 1).double() for part in parts])
-    logits = oracle.rounded.inputs(normed) @ (mistake.head_as or oracle.rounded.weights)(rows).T
+    rounded = oracle.rounded if mistake.head else NOTHING
+    logits = rounded.inputs(normed) @ rounded.weights(rows).T
     return logits if mistake.whole is None else HALVES[mistake.whole](logits)
-
-
-def whole_head(oracle: Oracle, normed: Tensor) -> Tensor:
-    return torch.cat([block for _, _, block in oracle.logit_blocks(normed)], -1)
 
 
 def squares(x: Tensor) -> float:
@@ -90,7 +98,7 @@ def squares(x: Tensor) -> float:
 def explain(question: Question, seconds: float) -> dict[str, Any]:
     """Every mistake with its share of the error, the best first; how many were asked within the time."""
     started = time.perf_counter()
-    truth = _truth(question)
+    truth = question.truth()
     shares, sizes = dict[str, float](), dict[str, dict[str, float]]()
     error = squares(question.value - truth)
     loose = set()
@@ -113,7 +121,7 @@ def explain(question: Question, seconds: float) -> dict[str, Any]:
                 made = answer - o
                 alike = float(((c - o) * made).sum()) / (seen_error * squares(made)) ** 0.5
                 sizes[mistake.whole] = {"rms": (squares(made) / o.numel()) ** 0.5, "alike": alike}
-    best = sorted(shares, key=lambda name: (name not in loose and shares[name] >= NAMED, shares[name]), reverse=True)
+    best = sorted(shares, key=lambda name: (1 - shares[name]) * (LOOSE if name in loose else 1))
     return {
         "tap": question.tap,
         "tokens": len(question.right.sequences[0]),
@@ -127,21 +135,18 @@ def explain(question: Question, seconds: float) -> dict[str, Any]:
     }
 
 
-def _truth(question: Question) -> Tensor:
-    """The right values, of the logits all columns."""
-    if question.tap != "logits":
-        right = question.answer(Mistake("none"))
-        if right is None:
-            raise Unusable(f"--tap {question.tap!r} is no tap of this checkpoint")
-        return right
-    normed = forward(question.right, lambda tap, value: None)
-    return whole_head(question.right, normed[question.rows])
-
-
-def asked(checkpoint: Checkpoint, tokens: list[int], dtype: str, tap: str, value: Tensor, rows: Tensor) -> Question:
-    """A question about one sequence; `value` (R, ...) in any dtype."""
+def asked(
+    checkpoint: Checkpoint,
+    tokens: list[int],
+    dtype: str,
+    tap: str,
+    value: Tensor,
+    rows: Tensor,
+    rounded: Rounded = NOTHING,
+) -> Question:
+    """A question about one sequence; `value` (R, ...) in any dtype; `rounded`: what is so by declaration."""
     check_sequences([tokens], checkpoint.config["vocab_size"])
-    right = Oracle(checkpoint, [tokens], rounding_groups(checkpoint, (dtype,))[dtype])
+    right = Oracle(checkpoint, [tokens], rounding_groups(checkpoint, (dtype,))[dtype], rounded=rounded)
     return Question(right, tap, value.double(), rows)
 
 
@@ -150,6 +155,7 @@ def main(arguments: list[str]) -> None:
     flags.add_argument("--of", type=Path, required=True, help="file with the candidate's value (R, ...) and rows (R,)")
     flags.add_argument("--tap", default="logits", help="which tap it is (default: logits)")
     flags.add_argument("--seconds", type=float, default=60.0, help="no mistake is begun after so long (default: 60)")
+    add_conditions(flags)
     options = parse(flags, arguments)
     if options.case is None:
         raise Unusable("give --case and --out")
@@ -157,9 +163,12 @@ def main(arguments: list[str]) -> None:
     if not case.prompts or len(case.prompts) != 1 or len(case.dtypes) != 1:
         raise Unusable(f"{options.case}: expected one prompt of token ids and one dtype")
     set_numerics(case.threads)
+    rounded = Rounded.declared(options.integers, options.activations, options.kv)
     given, checkpoint = load_file(options.of), open_folder(case.checkpoint)
     with torch.inference_mode():
-        question = asked(checkpoint, case.prompts[0], case.dtypes[0], options.tap, given["value"], given["rows"])
+        question = asked(
+            checkpoint, case.prompts[0], case.dtypes[0], options.tap, given["value"], given["rows"], rounded
+        )
         found = explain(question, options.seconds)
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / "explained.json", found)

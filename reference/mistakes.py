@@ -31,12 +31,13 @@ class Mistake:
     changed: Mapping[str, Operation] = field(default_factory=dict)  # by tap
     rounded: Rounded = NOTHING
     order: tuple[int, ...] | None = None  # of the layers
-    head_as: Round | None = None  # of the head's rows, where not as the layers'
+    head: bool = True  # whether the output head is rounded as the layers are
     whole: str | None = None  # the precision of all of its arithmetic, where that is the mistake
 
     def applied(self, right: Oracle) -> Oracle:
         checkpoint = replace(right.checkpoint, config=right.config | dict(self.config))
-        return replace(right, checkpoint=checkpoint, order=self.order, changed=self.changed, rounded=self.rounded)
+        rounded = right.rounded if self.rounded is NOTHING else self.rounded
+        return replace(right, checkpoint=checkpoint, order=self.order, changed=self.changed, rounded=rounded)
 
 
 def mistakes(config: Config, tokens: int) -> Iterator[Mistake]:
@@ -283,18 +284,16 @@ def _weights() -> Iterator[Mistake]:
     ways |= {"fp8 with a scale for each row": scaled_fp8, "int4/32 as ggml's Q4_0": ggml_q4_0}
     both = [("int8/32", "int8/32"), ("int8", "int8"), ("int4/32 as ggml's Q4_0", "int8/32")]
     both += [("fp8 with a scale for each row", "fp8 with a scale for each row")]
-    for name, way in ways.items():
-        yield Mistake(f"weights are rounded to {name}", rounded=Rounded(weights=way))
-        yield Mistake(
-            f"weights of the layers, not of the head, are rounded to {name}",
-            rounded=Rounded(weights=way),
-            head_as=exact,
-        )
+    for head, layers in ((True, ""), (False, " of the layers, not of the head,")):
+        for name, way in ways.items():
+            yield Mistake(f"weights{layers} are rounded to {name}", rounded=Rounded(weights=way), head=head)
+        for name in ("int8/32", "int8", *FLOATS):
+            rounded = Rounded(inputs=rounding(name))
+            yield Mistake(f"the inputs of linear layers{', not of the head,' * (not head)} are rounded to {name}",
+                          rounded=rounded, head=head)  # fmt: skip
     for weights, inputs in both:
         yield Mistake(f"weights are rounded to {weights}, the inputs of linear layers to {inputs}",
                       rounded=Rounded(ways[weights], ways[inputs]))  # fmt: skip
-    for name in ("int8/32", "int8", *FLOATS):
-        yield Mistake(f"the inputs of linear layers are rounded to {name}", rounded=Rounded(inputs=rounding(name)))
     for name, low in HALVES.items():
         yield Mistake(f"linear layers compute in {name}: their weights and inputs", rounded=Rounded(low, low))
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from reference import oracle_math as ops
-from reference.command import parse, parser, run_command
+from reference.command import Parser, parse, parser, run_command
 from reference.driver import set_numerics, versions, weight_hashes, write_rope
 from reference.files import Checkpoint, open_folder
 from reference.oracle_trace import OtherTrace
@@ -332,12 +332,17 @@ def next_tokens(
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
-def main(arguments: list[str]) -> None:
-    flags = parser("reference.oracle", "The float64 forward pass that the references are judged by.")
-    flags.add_argument("--ops", type=Path, help="trace folder whose operations are computed on its own inputs")
+def add_conditions(flags: Parser) -> None:
+    """What is rounded, by declaration."""
     flags.add_argument("--integers", metavar="SCHEME", help="round weights to int8 (a scale a row), int4/32, ... first")
     flags.add_argument("--activations", metavar="SCHEME", help="round the inputs of linear layers: int8/32, fp16, ...")
     flags.add_argument("--kv", metavar="SCHEME", help="round keys and values: fp16, bf16, fp8, int8 (a scale a head)")
+
+
+def main(arguments: list[str]) -> None:
+    flags = parser("reference.oracle", "The float64 forward pass that the references are judged by.")
+    flags.add_argument("--ops", type=Path, help="trace folder whose operations are computed on its own inputs")
+    add_conditions(flags)
     flags.add_argument("--off_ulp", type=float, default=0.0, metavar="N", help="RoPE frequencies off by N ulp")
     options = parse(flags, arguments)
     rounded = Rounded.declared(options.integers, options.activations, options.kv)

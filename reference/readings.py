@@ -19,7 +19,7 @@ Reading = tuple[str, Tensor, bool]
 
 
 def readings(tap: str, c: Tensor, o: Tensor) -> Iterator[Reading]:
-    """(name, values (R, F), whether a number is taken from c for each position) of all that apply to this tap."""
+    """(name, values (R, F), whether many numbers are taken from c) of all that apply to this tap."""
     what = {"logits": "the logits", "embed": "the embedding"}.get(tap, f"{tap.split('.')[-1]}'s values")
     c, o = c.flatten(1), o.flatten(1)
     if not torch.isfinite(c).all():
@@ -29,7 +29,7 @@ def readings(tap: str, c: Tensor, o: Tensor) -> Iterator[Reading]:
     for name, kind in FLOATS.items():
         yield f"{what} are rounded to {name}", to_float(kind)(o), False
     if len(c) >= FEW_ROWS:
-        yield f"a bias is added: {what} are off alike at every position", o + (c - o).mean(0), False
+        yield f"a bias is added: {what} are off alike at every position", o + (c - o).mean(0), True
         yield from _permuted(what, c, o)
     if tap == "logits":
         yield from _logits(c, o)

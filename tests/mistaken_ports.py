@@ -188,13 +188,13 @@ PLANTED: list[tuple[str, Edit, str, str, str]] = [
     ("window of 64", masked(lambda t, s: (s <= t) & (t - s < 64)), "window of 64", "layers.0.attn_mix", "of 64"),
     ("sink", with_attention(sunk), "sink", "layers.0.attn_mix", "sink"),
     ("int8 weights", integers("int8"), "rounded to int8", "layers.0.q", "rounded to int8"),
-    ("int4 weights", integers("int4"), "rounded to int4", "layers.0.q", "rounded to int4"),
+    ("int4/32 weights", weights(lambda w: by_rows(w, 7, 32)), "rounded to int4/32", "layers.0.q", "to int4/32"),
     ("int8/32 weights", weights(lambda w: by_rows(w, 127, 32)), "rounded to int8/32", "layers.0.q", "to int8/32"),
     ("int8/32, not the head", weights(lambda w: by_rows(w, 127, 32), head=False), "not of the head, are rounded to"
      " int8/32", "layers.0.q", "to int8/32"),
     ("fp8 weights", weights(fp8), "weights are rounded to fp8", "layers.0.q", "rounded to fp8"),
-    ("int8/32 inputs", inputs(lambda x: by_rows(x, 127, 32)), "inputs of linear layers are rounded to int8/32",
-     "layers.0.q", "inputs of linear layers are rounded to int8/32"),
+    ("int8/32 inputs", inputs(lambda x: by_rows(x, 127, 32)), "inputs of linear layers, not of the head, are"
+     " rounded to int8/32", "layers.0.q", "inputs of linear layers are rounded to int8/32"),
     ("bf16 logits", logits(lambda x: x.bfloat16().float()), "rounded to bf16", "logits", "rounded to bf16"),
     ("logits times 1.0001", logits(lambda x: x * 1.0001), "1.0001 times", "logits", "1.0001 times"),
     ("capped logits", logits(lambda x: 30 * (x / 30).tanh()), "capped at 30", "logits", "capped at 30"),
