@@ -72,11 +72,16 @@ def best(c: Tensor, o: Tensor, mistakes: Mapping[str, Tensor | None]) -> str | N
 def scaled(c: Tensor, o: Tensor) -> dict[str, Tensor | None]:
     """The one factor between c and o, as the mistake that it would be."""
     factor = float((c * o).sum() / o.square().sum())
-    return {f"the values are {factor:.4g} times what they should be": factor * o} if abs(factor - 1) > 1e-3 else {}
+    return {f"the values are {factor:.6g} times what they should be": factor * o}
 
 
 def probable_cause(view: View, tap: str) -> str | None:
-    """None where no signature fits."""
+    """The signature that fits, else a guess; None where there is neither."""
+    return signature(view, tap) or guess(view, tap)
+
+
+def signature(view: View, tap: str) -> str | None:
+    """The mistake that explains the tap's error; None where none does."""
     c, o = view.c(tap), view.o(tap)
     if c is None or o is None or c.shape != o.shape:
         return None
@@ -85,6 +90,15 @@ def probable_cause(view: View, tap: str) -> str | None:
     if found is None and name not in ("q_rope", "k_rope"):
         found = best(c, o, scaled(c, o))
     return found
+
+
+def guess(view: View, tap: str) -> str | None:
+    """What the tap looks like; None where it looks like nothing known."""
+    c, o = view.c(tap), view.o(tap)
+    prefix, _, name = tap.rpartition(".")
+    if c is None or o is None or c.shape != o.shape or name not in GUESSES:
+        return None
+    return GUESSES[name](view, prefix + "." if prefix else "", c, o)
 
 
 # --- Embedding, norms, projections -----------------------------------------------------------------------------------
@@ -188,11 +202,17 @@ def _projection(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
         "its heads are in reverse order": o.flip(1),
     }
     mistakes |= {f"it holds what {n} should hold: weights exchanged": x for n, x in other.items() if x is not o}
-    named = best(c, o, mistakes)
-    if named is None:
-        rows = [x.flatten(1).sort(-1).values for x in (c, o)]
-        named = best(rows[0], o.flatten(1), {"the right numbers in another order: rows permuted": rows[1]})
-    return named
+    return best(c, o, mistakes | permuted(c, o))
+
+
+def permuted(c: Tensor, o: Tensor) -> dict[str, Tensor | None]:
+    """The rows of a projection in another order, where each of them is found: (T, heads, D) each."""
+    a, b = c.flatten(1), o.flatten(1)
+    alike = (a / a.norm(dim=0).clamp_min(1e-300)).T @ (b / b.norm(dim=0).clamp_min(1e-300))  # (rows of c, rows of o)
+    order = alike.argmax(1)
+    if len(order.unique()) < len(order) or torch.equal(order, torch.arange(len(order))):
+        return {}
+    return {"the right numbers in another order: rows permuted": b[:, order].view_as(o)}
 
 
 # --- Attention -------------------------------------------------------------------------------------------------------
@@ -231,14 +251,22 @@ def _attn_mix(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
         ),
         "heads and features change places when they are joined": true.unflatten(1, (-1, D)).transpose(1, 2).flatten(1),
     }  # fmt: skip
-    named = best(c, true, mistakes)
-    heads = [x.unflatten(1, (-1, D)) for x in (c, true)]
+    return best(c, true, mistakes)
+
+
+def _softmax(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
+    q, k, v = (view.i(prefix + t) for t in ("q_rope", "k_rope", "v"))
+    if q is None or k is None or v is None or view.positions is not None:
+        return None
+    causal = torch.ones(len(q), len(q), dtype=torch.bool).tril()
+    true = attention(q, k, v, mask=causal, scale=q.shape[-1] ** -0.5)
+    heads = [x.unflatten(1, (-1, q.shape[-1])) for x in (c, true)]
     factor = (heads[0] * heads[1]).sum(-1, keepdim=True) / heads[1].square().sum(-1, keepdim=True)  # (T, H, 1)
-    if named is None and rms(heads[0] - factor * heads[1]) < 2 * EXPLAINS * rms(c - true):
+    if rms(heads[0] - factor * heads[1]) < 2 * EXPLAINS * rms(c - true):
         return "the attention weights do not sum to 1: the softmax's sum runs in too low a precision"
-    if named is None and rms(c - true) < SMALL * rms(true):
+    if rms(c - true) < SMALL * rms(true):
         return "the softmax or its sums run in too low a precision"
-    return named
+    return None
 
 
 # --- Feed-forward, residual, head ------------------------------------------------------------------------------------
@@ -297,11 +325,13 @@ def _logits(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
         "the vocabulary is shifted by one": o.roll(1, -1),
         "the vocabulary is shifted by one back": o.roll(-1, -1),
     }
-    named = best(c, o, mistakes)
-    alike = float(torch.cosine_similarity(c.flatten(), o.flatten(), dim=0))
-    if named is None and alike < 0.3:
+    return best(c, o, mistakes)
+
+
+def _unrelated(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
+    if float(torch.cosine_similarity(c.flatten(), o.flatten(), dim=0)) < 0.3:
         return "the output head is unrelated to the checkpoint's: random, left uninitialised, or another matrix"
-    return named
+    return None
 
 
 NONE: Callable[..., str | None] = lambda view, prefix, c, o: None
@@ -324,3 +354,5 @@ SIGNATURES: dict[str, Callable[[View, str, Tensor, Tensor], str | None]] = {
     "final_norm": _final_norm,
     "logits": _logits,
 }
+# What a tap looks like, where nothing explains it: said last.
+GUESSES: dict[str, Callable[[View, str, Tensor, Tensor], str | None]] = {"attn_mix": _softmax, "logits": _unrelated}

@@ -218,6 +218,7 @@ def compare(
 ) -> dict[str, Any]:
     """References, oracle and candidate, judged. `max_positions`: what the candidate holds, where it says so."""
     from parity.candidates.describe import reference_files
+    from parity.explain import explain
     from parity.report import summary
     from parity.runner import ROPE_POSITIONS, SMALL_BYTES, Runner, threads_for, too_large
 
@@ -262,6 +263,8 @@ def compare(
     ev = runner.run()
     ev.untrained = untrained or ""
     ev, results = summary.judge_fairly(ev, chosen["checks"])
+    if summary.fails_behind_rope(results):
+        ev = explain(ev, runner)
     results = summary.crash_results(runner.crashes) + results
     return summary.summarise(ev, results, runner, clock(), entry)
 

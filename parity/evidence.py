@@ -1,5 +1,6 @@
 """Evidence: the traces of one run and what was measured on them, each measured once however many checks ask."""
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -8,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parity.conditions import Conditions
 from parity.contract import Case
+from parity.explained import Explained
 from parity.metrics import (
     LogitRows,
     Measured,
@@ -46,12 +49,13 @@ class Evidence:
     candidates: dict[str | None, Trace]  # by path; {None: trace} for a candidate with one path
     witnesses: list[Trace] = field(default_factory=list)  # token ids alone, by references that do not judge
     forced: dict[str, Trace] = field(default_factory=dict)  # the references, cut short: inputs of the op gates
-    rounded: dict[str, Trace] = field(default_factory=dict)  # by scheme: the oracle with its weights as integers
+    rounded: dict[str, Trace] = field(default_factory=dict)  # by conditions: the oracle that rounds so
     ops: dict[str, Trace] = field(default_factory=dict)  # the oracle's operations on these inputs, see checks/ops.py
     op_errors: dict[Any, Any] = field(default_factory=dict)  # kept by checks/ops.py
     op_noise: dict[Any, Any] = field(default_factory=dict)  # kept by checks/ops.py: of the references
     coarse: Trace | None = None  # the oracle with its RoPE frequencies TABLE_ULP off
     lenient: bool = False  # whether what a table so coarse makes counts as rounding, see parity/table.py
+    explained: Explained | None = None  # what the table of mistakes says about the first divergence
     untrained: str = "training is checked on small checkpoints in fp32"  # why the case trains nothing
     _measured: dict[tuple[int, str], Measured] = field(default_factory=dict)
     _oracle_rows: dict[str, list[OracleRows]] = field(default_factory=dict)
@@ -100,10 +104,10 @@ class Evidence:
                     yield from (Pair(judge, dtype, path) for judge in self.judges(path))
 
     def judges(self, path: str | None) -> dict[str, Trace]:
-        """Whose error a path of the candidate is measured by: the references', or of weights that are integers, the
-        error that rounding them makes in the oracle itself."""
-        scheme = self.candidates[path].meta.get("integers")
-        return self.references if scheme is None else {f"oracle {scheme}": self.rounded[scheme]}
+        """Whose error a path of the candidate is measured by: the references', or under declared conditions, the error
+        that such rounding makes in the oracle itself."""
+        said = Conditions.of(self.candidates[path].meta)
+        return {f"oracle {said}": self.rounded[str(said)]} if said else self.references
 
     def per_dtype(self) -> Iterator[tuple[str, str | None, Trace]]:
         """(dtype, path, trace) of each candidate run, for checks that need no reference."""
@@ -145,8 +149,12 @@ class Evidence:
         if key not in self._strict:
             own = self.measured(self.judges(pair.path)[pair.reference], pair.dtype)
             others = [self.measured(t, pair.dtype) for n, t in self.references.items() if n != pair.reference]
-            taps = {t: envelope(e, [o.taps[t] for o in others if t in o.taps]) for t, e in own.taps.items()}
-            peers = [o for o in others if "logits" in o.taps and agree(own.taps["logits"], o.taps["logits"])]
+            # The oracle that rounds as declared computes in float64: a reference's rounding comes on top.
+            if rounded := pair.reference not in self.references:
+                others = sorted(others, key=lambda o: o.taps["logits"].rms() if "logits" in o.taps else math.inf)[:1]
+            taps = {t: envelope(e, [o.taps[t] for o in others if t in o.taps], rounded) for t, e in own.taps.items()}
+            peers = [o for o in others if "logits" in o.taps]
+            peers = [o for o in peers if rounded or agree(own.taps["logits"], o.taps["logits"])]
             self._strict[key] = replace(own, taps=taps, rows=largest_kl(own.rows, [o.rows for o in peers]))
         return self._strict[key]
 
@@ -212,10 +220,10 @@ class Evidence:
         return TapError(error, expected, width=whole.width, drift=drift)
 
 
-def envelope(own: TapError, others: list[TapError]) -> TapError:
-    """The errors of `own`, raised at each position to the largest of those that agree with it."""
+def envelope(own: TapError, others: list[TapError], all_count: bool = False) -> TapError:
+    """The errors of `own`, raised at each position to the largest of those that agree with it, or of all."""
     for other in others:
-        if agree(own, other):
+        if all_count or agree(own, other):
             error = [torch.maximum(a, b) for a, b in zip(own.error, other.error, strict=True)]
             worst = [torch.maximum(a, b) for a, b in zip(own.worst, other.worst, strict=True)]
             own = replace(own, error=error, worst=worst)

@@ -50,7 +50,7 @@ class Answers:
             candidate = loaded(load, str(folders[-1]), self.dtype, "cpu")
         refuse_undeclared(candidate.target, self.dtype)
         self.notices += [*candidate.declared("notices"), *candidate.notices]
-        if "__call__" not in candidate.has or candidate.integers is not None:
+        if "__call__" not in candidate.has or candidate.conditions:
             raise UsageError("a kit judges logits in floating point: use python -m parity.check for this candidate")
         return candidate
 

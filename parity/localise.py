@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from parity.causes import View
-from parity.causes import probable_cause as signature
+from parity.causes import View, guess, probable_cause, signature
 from parity.checks.ops import first_wrong, measure_ops
 from parity.contract import tap_names
 from parity.evidence import Evidence, Pair, position_ratios
+from parity.explained import Explained
 from parity.metrics import TapError
 from parity.tolerances import BOUNDS, LONG_SEQUENCE_TOKENS
 from parity.trace import Trace
@@ -44,13 +44,15 @@ def _free_running(ev: Evidence, pair: Pair) -> dict[str, Any] | None:
     candidate, reference = ev.candidate(pair), ev.reference(pair)
     for tap in tap_names(ev.oracle.n_layers):
         if tap in candidate.broken:
-            return _describe(ev, pair, tap, None, None, None, f"{candidate.broken[tap]}; {cause(ev, pair, tap, None)}")
+            why = f"{candidate.broken[tap]}; {cause(ev, pair, tap, None)[0]}"
+            return _describe(ev, pair, tap, None, None, None, why)
         if tap not in candidate.taps or tap not in reference.taps:
             continue
         rho, sequence = ev.rho(pair, tap)
         if not rho <= bound_of(tap):
             at, position = first_position(ev, pair, tap, sequence)
-            return _describe(ev, pair, tap, at, position, rho, cause(ev, pair, tap, at))
+            why, named = cause(ev, pair, tap, at)
+            return _describe(ev, pair, tap, at, position, rho, why, named)
     return None
 
 
@@ -73,8 +75,17 @@ def actual_position(ev: Evidence, tap: str, sequence: int, row: int) -> int:
 
 
 def _describe(
-    ev: Evidence, pair: Pair, tap: str, sequence: int | None, position: int | None, rho: float | None, why: str
+    ev: Evidence,
+    pair: Pair,
+    tap: str,
+    sequence: int | None,
+    position: int | None,
+    rho: float | None,
+    why: str,
+    named: bool = True,
 ) -> dict[str, Any]:
+    """`named`: whether the table of mistakes (parity/explain.py) has nothing to add."""
+    explained = explained_at(ev, pair, tap)
     layer = int(tap.split(".")[1]) if tap.startswith("layers.") else None
     place = ev.candidate(pair).taps[tap].place if tap in ev.candidate(pair).taps else None
     return {
@@ -82,6 +93,8 @@ def _describe(
         "layer": layer,
         "position": position,
         "probable_cause": why,
+        "named": named,
+        "explained": explained.as_json() if explained else None,
         "sequence": sequence,
         "rho": rho,
         "value": place.value if place else None,
@@ -115,17 +128,34 @@ ABOUT = {
 }
 
 
-def cause(ev: Evidence, pair: Pair, tap: str, sequence: int | None) -> str:
-    """In words: the signature that fits, else what the tap is about; and what its pattern says."""
+NO_TAPS = "the candidate has no taps(): only its logits can be judged"
+
+
+def explained_at(ev: Evidence, pair: Pair, tap: str) -> Explained | None:
+    """What the table of mistakes said, if it was asked about this tap."""
+    found = ev.explained
+    fits = found is not None and (found.tap, found.dtype, found.path) == (tap, pair.dtype, pair.path)
+    return found if fits else None
+
+
+def cause(ev: Evidence, pair: Pair, tap: str, sequence: int | None) -> tuple[str, bool]:
+    """In words: the signature that fits, else what the table of mistakes says, else what the tap is about; and what
+    its pattern says. And whether it is a signature."""
     measured = ev.candidate(pair)
+    explained = explained_at(ev, pair, tap)
     if tap == "logits" and "final_norm" not in measured.taps:
-        return "the candidate has no taps(): only its logits can be judged"
+        return "; ".join([*([str(explained)] if explained else []), NO_TAPS]), False
     trace, about = ev.candidates[pair.path], ABOUT[tap.split(".")[-1]]
-    named = None
+    named, guessed = None, None
     if sequence is not None:
         positions = ev.case.positions[sequence] if ev.case.positions and tap != "logits" else None
-        named = signature(View(trace, ev.oracle, trace, pair.dtype, sequence, positions), tap)
-    return "; ".join([named or about, *_patterns(ev, pair, tap, sequence)])
+        view = View(trace, ev.oracle, trace, pair.dtype, sequence, positions)
+        named = signature(view, tap)
+        guessed = None if named or (explained and explained.told) else guess(view, tap)
+    words = named or guessed or (str(explained) if explained and explained.told else about)
+    if explained and not explained.told:
+        words += f"; {explained}"
+    return "; ".join([words, *_patterns(ev, pair, tap, sequence)]), named is not None
 
 
 def _patterns(ev: Evidence, pair: Pair, tap: str, sequence: int | None) -> Iterator[str]:
@@ -166,7 +196,7 @@ def _teacher_forced(ev: Evidence, pair: Pair) -> dict[str, Any] | None:
     oracle, given = ev.ops[pair.reference], ev.forced[pair.reference]
     mine = Trace(ev.candidates[pair.path].folder / "ops" / pair.reference)
     longest = max(range(len(given.sequences)), key=lambda i: len(given.sequences[i]))
-    named = signature(View(mine, oracle, given, pair.dtype, longest, None), tap)
+    named = probable_cause(View(mine, oracle, given, pair.dtype, longest, None), tap)
     why = f"{named or ABOUT[tap.split('.')[-1]]}; seen on the reference's own inputs, hidden in the whole pass"
     return _describe(ev, pair, tap, longest, None, found.ratios[tap], why)
 
@@ -187,9 +217,10 @@ def _other_ways(ev: Evidence, pair: Pair) -> dict[str, Any] | None:
     positions = ev.candidates[pair.path].meta["extra"][pair.dtype][kind][str(sequence)]
     row = _first_row(ev, pair, error, sequence, positions)
     place = error.place
-    found = _describe(
-        ev, pair, f"logits@{kind}", sequence, positions[row], rho, _way_cause(set(wrong), kind, error, row)
-    )
+    why, tap = _way_cause(set(wrong), kind, error, row), f"logits@{kind}"
+    explained = explained_at(ev, pair, tap)
+    why = f"{explained}; {why}" if explained and explained.told else why
+    found = _describe(ev, pair, tap, sequence, positions[row], rho, why, named=kind != "cached")
     return found | {"value": place.value if place else None, "expected": place.expected if place else None}
 
 

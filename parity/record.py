@@ -6,6 +6,7 @@ What each dtype found is on disk before the next one begins, so that nothing fin
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from parity import answers, training
 from parity.candidates.interface import Interface, asking, loaded, refuse_undeclared
+from parity.conditions import Conditions
 from parity.contract import Case
 from parity.crash import Crashed, Failure, Wrong, failure
 from parity.forced import finish_ops, record_ops
@@ -85,7 +87,7 @@ def record(
 
     `forced`: by reference, the cut traces whose inputs its operations are given (see parity/forced.py).
 
-    A candidate whose weights are integers (attribute `integers`) is judged by the error that such rounding makes in
+    A candidate that declares what it rounds (parity/conditions.py) is judged by the error that such rounding makes in
     the oracle; one that has `next_tokens` has no logits to give; one that says `streamed` is run layer by layer, and
     only its forward pass is judged. Dtypes at which the model does not fit into memory are asked only of a `load`
     whose attribute `streams` is True.
@@ -94,7 +96,9 @@ def record(
     lengths = case.prompt_lengths or [len(p) for p in case.prompts]
     meta: dict[str, Any] = {"implementation": "candidate", "sequences": case.prompts, "prompt_lengths": lengths}
     meta |= {"positions": case.positions, "dtypes": {}, "seconds_forward": 0.0, "generated": {}, "self": {}}
-    meta |= {"extra": {}, "uncovered": {}, "streamed": {}, "errata": [], "notices": [], "ops": [], "integers": None}
+    meta |= {"extra": {}, "uncovered": {}, "streamed": {}, "errata": [], "notices": [], "ops": []} | asdict(
+        Conditions()
+    )
     meta |= {"answers": {}, "undone": {}, "failures": [], "lacking": {}}
     run = Run(load, case, writer, progress, forced or {}, meta)
     for dtype in case.dtypes:
@@ -148,7 +152,7 @@ class Run:
             found = record_identity(candidate, case, self.writer)
             meta["failures"] += found.pop("failures")
             meta |= found
-        meta["integers"] = candidate.integers
+        meta |= asdict(candidate.conditions)
         meta["streamed"][dtype] = candidate.declared("streamed")
         meta["notices"] = list(dict.fromkeys([*meta["notices"], *candidate.declared("notices"), *candidate.notices]))
         if "next_tokens" in candidate.has:
@@ -158,7 +162,7 @@ class Run:
         else:
             out = Recorder(candidate, case, dtype, self.writer, self.progress).run()
         self._keep(out)
-        if out.done and "ops" in candidate.has and meta["integers"] is None and not meta["streamed"][dtype]:
+        if out.done and "ops" in candidate.has and not Conditions.of(meta) and not meta["streamed"][dtype]:
             self._ops(candidate, out)
         if out.done and case.training is not None and dtype == training.DTYPE:
             self._train(candidate, out)

@@ -6,6 +6,7 @@ the other, so that memory and disk hold one model and a few traces.
 """
 
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from parity.candidates import resolve
 from parity.candidates.describe import Description
 from parity.candidates.probe import Probed, probe_in_process
+from parity.conditions import Conditions
 from parity.contract import DTYPES, Case, Status, UsageError
 from parity.evidence import Evidence
 from parity.forced import cut
@@ -119,6 +121,19 @@ class Runner:
             self.bar.close()
         return ev
 
+    def run_aside(self, label: str, module: str, case: Case, flags: tuple[str, ...]) -> Path | None:
+        """One more process on a case, after all others; its folder, None (and a notice) where it failed."""
+        job = self._job(module, label, case)
+        self.bar = Bar(1, self.progress)
+        try:
+            self._run([replace(job, arguments=(*job.arguments, *flags))])
+            return job.out
+        except (Crash, UsageError) as error:
+            self.notices.append(f"{label}: {error}")
+            return None
+        finally:
+            self.bar.close()
+
     def _references(self, dtypes: list[str], ev: Evidence | None) -> Evidence:
         """Run both references and the oracle at these dtypes; in later rounds, on the first round's token ids."""
         with ExitStack() as stack:
@@ -160,8 +175,9 @@ class Runner:
             jobs = {path: self._candidate_job(path, ev, dtypes, first_round and path == paths[0]) for path in group}
             traces = self._run(list(jobs.values()))
             ev.candidates |= {path: traces[job.label] for path, job in jobs.items() if job.label in traces}
-            for scheme in {trace.meta["integers"] for trace in traces.values()} - {None, *ev.rounded}:
-                self._round_oracle(ev, scheme)
+            for said in {Conditions.of(trace.meta) for trace in traces.values()}:
+                if said and str(said) not in ev.rounded:
+                    self._round_oracle(ev, said)
             ev.prepare(cores(), dtypes)
             if in_doubt(ev, dtypes):
                 self._coarse_oracle(ev, dtypes)
@@ -175,12 +191,11 @@ class Runner:
         elif any(trace.meta.get("ops") for trace in ev.candidates.values()):
             self._oracle_ops(ev)
 
-    def _round_oracle(self, ev: Evidence, scheme: str) -> None:
-        """The oracle with its weights rounded to the candidate's integers, at every dtype."""
-        label = f"oracle {scheme}"
-        case = replace(ev.case, training=None, **NO_IDENTITY)
-        job = self._job("reference.oracle", label.replace(" ", "-").replace("/", "-"), case)
-        ev.rounded[scheme] = self._run([replace(job, arguments=(*job.arguments, "--integers", scheme))])[job.label]
+    def _round_oracle(self, ev: Evidence, said: Conditions) -> None:
+        """The oracle that rounds as the candidate declares, at every dtype."""
+        label = "oracle-" + re.sub(r"[^\w]+", "-", str(said))
+        job = self._job("reference.oracle", label, replace(ev.case, training=None, **NO_IDENTITY))
+        ev.rounded[str(said)] = self._run([replace(job, arguments=(*job.arguments, *said.flags))])[job.label]
 
     def _coarse_oracle(self, ev: Evidence, dtypes: list[str]) -> None:
         """The oracle with a coarse RoPE table: how much of its error reaches each tap."""

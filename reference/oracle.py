@@ -4,18 +4,17 @@ It judges the other two: their rounding error is measured against it. Weights ar
 upcast; run dtypes to which the stored weights convert without loss share one folder of results.
 
 With --ops it computes every operation on another trace's own inputs instead, so that each operation of that trace
-can be judged alone. With --integers its linear layers' weights are rounded to integers first: the error that no
-quantised implementation can avoid. With --off_ulp its RoPE frequencies are coarse: how much of a table's rounding
-reaches each tap.
+can be judged alone. With --integers its linear layers' weights are rounded to integers first, with --activations these
+layers' inputs, with --kv the keys and values: the error that no implementation of such numbers can avoid. With
+--off_ulp its RoPE frequencies are coarse: how much of a table's rounding reaches each tap.
 
-    python -m reference.oracle --case case.json --out DIR [--ops TRACE_DIR | --integers int8 | --off_ulp 4]
+    python -m reference.oracle --case case.json --out DIR [--ops TRACE_DIR | --integers int8 | --kv fp16 | --off_ulp 4]
     python -m reference.oracle --ckpt Meta-Llama-3.1-8B --prompt "Simply put,"    # likeliest next tokens, margins
 """
 
-import re
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from reference import oracle_math as ops
-from reference.command import parse, parser, run_command
+from reference.command import Parser, parse, parser, run_command
 from reference.driver import set_numerics, versions, weight_hashes, write_rope
 from reference.files import Checkpoint, open_folder
 from reference.oracle_trace import OtherTrace
@@ -37,6 +36,7 @@ from reference.protocol import (
     read_case,
     write_json,
 )
+from reference.rounding import NOTHING, Rounded
 from reference.weights import DTYPES, Unusable, row_blocks
 
 BLOCK_BYTES = 1 << 28  # of float64 weights at a time
@@ -48,43 +48,21 @@ LOSSLESS = {  # stored dtype -> run dtypes that hold its numbers exactly
 }
 
 Emit = Callable[[str, Tensor], None]
-
-
-@dataclass(frozen=True)
-class Integers:
-    """Weights as integers of so many bits, symmetric about 0: one scale for a row, or for each group of its inputs."""
-
-    bits: int
-    group: int | None = None
-
-    @classmethod
-    def parse(cls, scheme: str) -> "Integers":
-        """From "int8" (a scale for each row) or "int4/32" (one for each 32 inputs). Raises Unusable."""
-        match = re.fullmatch(r"int([2-8])(?:/([1-9]\d*))?", scheme)
-        if match is None:
-            raise Unusable(f"{scheme!r} names no integers: expected int8, or int4/32 with one scale for 32 inputs")
-        return cls(int(match[1]), int(match[2]) if match[2] else None)
-
-    def round(self, rows: Tensor) -> Tensor:
-        """(N, K) float64 -> the nearest representable, rows of one scale at a time."""
-        largest = 2 ** (self.bits - 1) - 1
-        parts = []
-        for part in rows.split(self.group or rows.shape[1], dim=1):
-            scales = part.abs().amax(1, keepdim=True) / largest
-            parts.append((part / scales.clamp(min=1e-300)).round() * scales)
-        return torch.cat(parts, dim=1)
+Operation = Callable[..., Tensor]  # (layer, inputs as in STEPS); of embed and final_norm: (oracle, inputs)
 
 
 @dataclass(frozen=True)
 class Oracle:
-    """A checkpoint, all sequences of a case one after another (N tokens), and how weights are rounded."""
+    """A checkpoint, a case's sequences one after another (N tokens), what is rounded, and what is done otherwise."""
 
     checkpoint: Checkpoint
     sequences: list[list[int]]
-    rounding: torch.dtype | None  # None: the stored numbers as they are
-    integers: Integers | None = None  # of the linear layers and the head
+    rounding: torch.dtype | None  # of all weights; None: the stored numbers as they are
     block_bytes: int = BLOCK_BYTES
     off_ulp: float = 0.0  # of each RoPE frequency
+    rounded: Rounded = NOTHING
+    order: tuple[int, ...] | None = None  # of the layers; None: each once
+    changed: Mapping[str, Operation] = field(default_factory=dict)  # by tap, of every layer: in place of the right one
 
     @property
     def config(self) -> dict[str, Any]:
@@ -106,7 +84,7 @@ class Oracle:
         shape = self.checkpoint.weights.shapes[name]
         for start, stop in row_blocks(shape, torch.float64, self.block_bytes):
             rows = self.checkpoint.weights.load(name, self.rounding or torch.float64, start=start, stop=stop).double()
-            yield start, stop, rows if self.integers is None else self.integers.round(rows)
+            yield start, stop, self.rounded.weights(rows)
 
     def embed(self) -> Tensor:
         tokens = torch.tensor([token for sequence in self.sequences for token in sequence])
@@ -117,8 +95,9 @@ class Oracle:
 
     def logit_blocks(self, normed: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """(N, dim) -> (start, stop, (N, stop - start)) over the vocabulary."""
+        inputs = self.rounded.inputs(normed)
         for start, stop, rows in self.blocks(self.checkpoint.head):
-            yield start, stop, normed @ rows.T
+            yield start, stop, inputs @ rows.T
 
 
 @dataclass(frozen=True)
@@ -132,7 +111,9 @@ class Layer:
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         name = f"layers.{self.index}.{name}.weight"
-        return ops.linear(x, self.oracle.blocks(name), self.oracle.checkpoint.weights.shapes[name][0])
+        return ops.linear(
+            self.oracle.rounded.inputs(x), self.oracle.blocks(name), self.oracle.checkpoint.weights.shapes[name][0]
+        )
 
     def _heads(self, name: str, x: Tensor) -> Tensor:
         return self._linear(name, x).unflatten(-1, (-1, self.oracle.config["head_dim"]))
@@ -157,6 +138,7 @@ class Layer:
         return ops.rotate(x, self.cos, self.sin)
 
     def attn_mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = self.oracle.rounded.cache(k), self.oracle.rounded.cache(v)
         parts = zip(self.oracle.split(q), self.oracle.split(k), self.oracle.split(v), strict=True)
         return torch.cat([ops.attention(*part) for part in parts])
 
@@ -203,18 +185,20 @@ STEPS: tuple[tuple[str, tuple[str, ...], Callable[..., Tensor]], ...] = (  # tap
 
 def forward(oracle: Oracle, emit: Emit, stage: Callable[[int], None] = lambda layer: None) -> Tensor:
     """Free-running: each operation on the oracle's own values. Returns the final norm, (N, dim)."""
-    x = oracle.embed()
+    x = oracle.changed.get("embed", Oracle.embed)(oracle)
     emit("embed", x)
     cos, sin = oracle.rope()
-    for index in range(oracle.config["n_layers"]):
-        stage(index)
+    order = range(oracle.config["n_layers"]) if oracle.order is None else oracle.order
+    for place, index in enumerate(order):
+        stage(place)
         layer, values = Layer(oracle, index, cos, sin), {"in": x}
-        for tap, inputs, operation in STEPS:
+        for tap, inputs, right in STEPS:
+            operation = oracle.changed.get(tap, right)
             values[tap] = operation(layer, *(values[name] for name in inputs))
             if tap != "mid":
-                emit(f"layers.{index}.{tap}", values[tap])
+                emit(f"layers.{place}.{tap}", values[tap])
         x = values["out"]
-    normed = oracle.final_norm(x)
+    normed = oracle.changed.get("final_norm", Oracle.final_norm)(oracle, x)
     emit("final_norm", normed)
     return normed
 
@@ -240,7 +224,7 @@ def rounding_groups(checkpoint: Checkpoint, dtypes: tuple[str, ...]) -> dict[str
 
 
 def run_case(
-    case: Case, out: Path, ops_of: Path | None = None, integers: Integers | None = None, off_ulp: float = 0.0
+    case: Case, out: Path, ops_of: Path | None = None, rounded: Rounded = NOTHING, off_ulp: float = 0.0
 ) -> None:
     """Write the oracle's trace, or with `ops_of` its values of that trace's operations."""
     set_numerics(case.threads)
@@ -258,7 +242,7 @@ def run_case(
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     for i, folder in enumerate(sorted(set(folders.values()), key=case.dtypes.index)):
-        oracle = Oracle(checkpoint, sequences, groups[folder], integers, off_ulp=off_ulp)
+        oracle = Oracle(checkpoint, sequences, groups[folder], off_ulp=off_ulp, rounded=rounded)
         taps = Taps(
             out / folder,
             checkpoint.config,
@@ -337,10 +321,10 @@ def _prompts(case: Case, checkpoint: Checkpoint) -> list[list[int]]:
 
 
 def next_tokens(
-    checkpoint: Checkpoint, tokens: list[int], dtype: str, integers: Integers | None = None, count: int = 5
+    checkpoint: Checkpoint, tokens: list[int], dtype: str, rounded: Rounded = NOTHING, count: int = 5
 ) -> list[tuple[int, float]]:
     """The likeliest next tokens with their logits."""
-    oracle = Oracle(checkpoint, [tokens], rounding_groups(checkpoint, (dtype,))[dtype], integers)
+    oracle = Oracle(checkpoint, [tokens], rounding_groups(checkpoint, (dtype,))[dtype], rounded=rounded)
     with torch.inference_mode():
         last = forward(oracle, lambda name, value: None)[-1:]
         logits = torch.cat([block[0] for _, _, block in oracle.logit_blocks(last)])
@@ -348,15 +332,22 @@ def next_tokens(
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
+def add_conditions(flags: Parser) -> None:
+    """What is rounded, by declaration."""
+    flags.add_argument("--integers", metavar="SCHEME", help="round weights to int8 (a scale a row), int4/32, ... first")
+    flags.add_argument("--activations", metavar="SCHEME", help="round the inputs of linear layers: int8/32, fp16, ...")
+    flags.add_argument("--kv", metavar="SCHEME", help="round keys and values: fp16, bf16, fp8, int8 (a scale a head)")
+
+
 def main(arguments: list[str]) -> None:
     flags = parser("reference.oracle", "The float64 forward pass that the references are judged by.")
     flags.add_argument("--ops", type=Path, help="trace folder whose operations are computed on its own inputs")
-    flags.add_argument("--integers", metavar="SCHEME", help="round weights to int8 (a scale a row), int4/32, ... first")
+    add_conditions(flags)
     flags.add_argument("--off_ulp", type=float, default=0.0, metavar="N", help="RoPE frequencies off by N ulp")
     options = parse(flags, arguments)
-    integers = Integers.parse(options.integers) if options.integers else None
+    rounded = Rounded.declared(options.integers, options.activations, options.kv)
     if options.case is not None:
-        run_case(read_case(options.case), options.out, options.ops, integers, options.off_ulp)
+        run_case(read_case(options.case), options.out, options.ops, rounded, options.off_ulp)
         return
     from reference.meta_text import open_text
 
@@ -365,7 +356,7 @@ def main(arguments: list[str]) -> None:
     text = open_text(checkpoint, options.tokenizer)
     tokens = text.encode(options.prompt, bos=True)
     check_sequences([tokens], checkpoint.config["vocab_size"])
-    best = next_tokens(checkpoint, tokens, options.dtype, integers)
+    best = next_tokens(checkpoint, tokens, options.dtype, rounded)
     print(f"{'token':>7} {'logit':>9} {'margin':>9}  text")
     for token, logit in best:
         print(f"{token:7d} {logit:9.4f} {best[0][1] - logit:9.4f}  {text.decode([token])!r}")

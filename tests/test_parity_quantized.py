@@ -10,7 +10,7 @@ import torch
 from parity.check import main
 from parity.shapes import SHAPES
 from parity.synth import synthesise
-from reference.oracle import Integers
+from reference.rounding import Integers
 from reference.weights import Unusable
 
 PORTS = Path(__file__).parent / "ports" / "integer_ports.py"

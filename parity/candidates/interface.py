@@ -7,7 +7,6 @@ report says about a missing method stands in it. To add a method, add a row, and
 """
 
 import inspect
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,10 +14,9 @@ from typing import Any, Literal
 
 import torch
 
+from parity.conditions import Conditions
 from parity.contract import DTYPES, UsageError
 from parity.crash import Crashed
-
-SCHEME = r"int[2-8](/[1-9]\d*)?"  # integers of so many bits, one scale for each row or for so many inputs of it
 
 
 @dataclass(frozen=True)
@@ -113,6 +111,9 @@ def _hashable(value: Any) -> bool:
 ATTRIBUTES: tuple[Attribute, ...] = (
     Attribute("dtypes", "what it computes in: other dtypes are not covered", '`("fp32", "bf16")`', _are_dtypes),
     Attribute("integers", "its weights are integers (below)", '`"int8"`, `"int4/32"`', lambda v: isinstance(v, str)),
+    Attribute("activations", "it rounds the inputs of its linear layers", '`"int8/32"`, `"int8"`, `"fp8"`, `"fp16"`',
+              lambda v: isinstance(v, str)),
+    Attribute("kv", "it rounds keys and values", '`"fp16"`, `"bf16"`, `"fp8"`, `"int8"`', lambda v: isinstance(v, str)),
     Attribute("max_positions", "how many positions it holds: prompts are kept within them", "an int",
               lambda v: type(v) is int and v > 0),
     Attribute("last_only", "model(tokens) returns the last token's logits alone, `(B, 1, V)`: it is asked prefix by"
@@ -253,14 +254,9 @@ class Interface:
         return declared(self.target, name)
 
     @property
-    def integers(self) -> str | None:
-        """The declared scheme. Raises UsageError for one that is none."""
-        scheme = self.declared("integers")
-        if scheme is not None and not re.fullmatch(SCHEME, scheme):
-            raise UsageError(
-                f"the candidate's integers are {scheme!r}: expected int8, or int4/32 (a scale for 32 inputs)"
-            )
-        return scheme
+    def conditions(self) -> Conditions:
+        """What is declared of rounding. Raises UsageError for a scheme that is none."""
+        return Conditions(*(self.declared(name) for name in ("integers", "activations", "kv")))
 
 
 def lacking(meta: dict[str, Any], name: str) -> str:

@@ -51,7 +51,7 @@ def probe(load: Any, case: Case) -> Probed:
             refuse_undeclared(candidate.target, dtype)
             found.notices = [*candidate.declared("notices"), *candidate.notices]
             found.max_positions = candidate.declared("max_positions") or found.max_positions
-            assert candidate.integers is None or candidate.integers  # refuses a scheme that is none
+            str(candidate.conditions)  # refuses a scheme that is none
             found.answer = ask(candidate, case)
             names = declared_dtypes(candidate.target)
             others = [d for d in case.dtypes if names is not None and d not in names]

@@ -12,6 +12,7 @@ import torch
 from parity.checks import CHECKS
 from parity.checks.identity import disagreements
 from parity.checks.training import gradient_noise
+from parity.conditions import Conditions
 from parity.contract import Result, Status
 from parity.crash import results_of
 from parity.evidence import Evidence, Pair
@@ -140,10 +141,7 @@ def summarise(ev: Evidence, results: list[Result], runner: Runner, seconds: floa
     first = next(iter(ev.references.values()))
     decided = decided_fraction(ev)
     word, why = verdict(results, judged_dtypes(ev), compared_tensors(ev))
-    schemes = {str(trace.meta["integers"]) for trace in ev.candidates.values() if trace.meta.get("integers")}
-    if word == "pass" and schemes:
-        word = "quantized"
-        why += f"; the error is that of rounding weights to {', '.join(sorted(schemes))}, not that of floating point"
+    word, why = under_conditions(ev, word, why)
     errata = [e for trace in ev.references.values() for e in trace.meta.get("errata", [])] + disagreements(ev)
     lengths, tables = [len(s) for s in ev.oracle.sequences], grades(ev, ev.lenient and not fails_behind_rope(results))
     return {
@@ -162,7 +160,7 @@ def summarise(ev: Evidence, results: list[Result], runner: Runner, seconds: floa
         "noise_floor": noise_floor(ev),
         "rho": {_key(pair): rho_curve(ev, pair) for pair in ev.pairs()},
         "training": training_losses(ev),
-        "quantized": [quantized(ev, pair) for pair in ev.pairs() if ev.candidates[pair.path].meta.get("integers")],
+        "quantized": [quantized(ev, pair) for pair in ev.pairs() if conditions_of(ev, pair)],
         "streamed": {dtype: trace.meta["streamed"].get(dtype) for dtype, _, trace in ev.per_dtype()},
         "tokens": {
             "prompts": len(lengths),
@@ -178,13 +176,28 @@ def summarise(ev: Evidence, results: list[Result], runner: Runner, seconds: floa
     }
 
 
-def quantized(ev: Evidence, pair: Pair) -> dict[str, Any]:
-    """How far integer weights are from the model itself: KL in nats, and the margins at which tokens flip.
+def conditions_of(ev: Evidence, pair: Pair) -> Conditions:
+    return Conditions.of(ev.candidates[pair.path].meta)
 
-    `rounding` has the same of the oracle with its weights so rounded. Margins are in units of the oracle's logits: how
+
+def under_conditions(ev: Evidence, word: str, why: str) -> tuple[str, str]:
+    """A pass under declared conditions says so, and is none in floating point where integers are among them."""
+    said = {c for trace in ev.candidates.values() if (c := Conditions.of(trace.meta))}
+    if word != "pass" or not said:
+        return word, why
+    names = ", ".join(sorted(map(str, said)))
+    what = "weights to " if all(c == Conditions(c.integers) for c in said) else "as declared: "
+    why += f"; the error is that of rounding {what}{names}, not that of floating point"
+    return ("quantized" if any(c.quantized for c in said) else "pass"), why
+
+
+def quantized(ev: Evidence, pair: Pair) -> dict[str, Any]:
+    """How far declared rounding is from the model itself: KL in nats, and the margins at which tokens flip.
+
+    `rounding` has the same of the oracle that rounds so. Margins are in units of the oracle's logits: how
     far its best token was ahead of the next at the positions where the candidate prefers another.
     """
-    scheme = ev.candidates[pair.path].meta["integers"]
+    scheme = str(conditions_of(ev, pair))
     found = {"scheme": scheme, "dtype": pair.dtype, "path": pair.path, **far(ev, ev.candidate(pair).rows, pair.dtype)}
     rounded = ev.measured(ev.rounded[scheme], pair.dtype)
     return found | {"rounding": far(ev, rounded.rows, pair.dtype)}

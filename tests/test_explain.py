@@ -1,0 +1,119 @@
+"""Planted mistakes are named from logits alone, and at the first wrong tap; what is right or unheard of never is."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mistaken_ports import PLANTED, UNKNOWN
+from parity.candidates.mutants.edit import Edit, edited
+from parity.candidates.mutants.forward import NOTHING
+from parity.causes import View, signature
+from parity.explained import Explained, of_size
+from parity.family import FAMILY
+from parity.synth import write_meta
+from reference.explain import Question, asked, explain
+from reference.files import open_folder
+from reference.mistakes import Mistake
+from reference.oracle import Oracle, forward
+
+TOKENS = torch.randint(0, 512, (120,), generator=torch.Generator().manual_seed(1)).tolist()
+ROWS = torch.linspace(0, len(TOKENS) - 1, 48).long()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("gqa")
+    write_meta(folder, FAMILY["gqa"].shape, 0, "bf16", 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield folder
+    torch.set_num_threads(threads)
+
+
+class Remembered(Question):
+    """The oracle's mistakes are the same whoever is asked about: each is computed once."""
+
+    def answer(self, mistake: Mistake) -> Tensor | None:
+        return remembered(self.tap, mistake.name, lambda: super(Remembered, self).answer(mistake))
+
+    def truth(self) -> Tensor:
+        found = remembered(self.tap, "truth", super().truth)
+        assert found is not None
+        return found
+
+
+KNOWN: dict[tuple[str, str], Tensor | None] = {}
+
+
+def remembered(tap: str, name: str, compute: Callable[[], Tensor | None]) -> Tensor | None:
+    if (tap, name) not in KNOWN:
+        KNOWN[tap, name] = compute()
+    return KNOWN[tap, name]
+
+
+@torch.inference_mode()
+def said(checkpoint: Path, edit: Edit, tap: str, dtype: torch.dtype = torch.float32) -> Explained:
+    candidate = edited(edit)(str(checkpoint), dtype, "cpu")
+    tokens = torch.tensor([TOKENS])
+    value = (candidate(tokens) if tap == "logits" else candidate.taps(tokens)[tap])[0]
+    rows = ROWS if tap == "logits" else torch.arange(len(TOKENS))
+    question = asked(open_folder(checkpoint), TOKENS, "fp32", tap, value[rows], rows)
+    found = explain(Remembered(**vars(question)), 60.0)
+    sizes = {name: (size["rms"], "that of a forward pass", size["alike"]) for name, size in found["sizes"].items()}
+    return Explained(tap, "fp32", None, found["found"], of_size(found["error"], sizes), 120, 0, found["of"])
+
+
+@dataclass
+class Held:
+    """Taps of one sequence, as causes.py reads them."""
+
+    taps: dict[str, Tensor]
+    meta: dict[str, Any]
+    sequences: list[list[int]]
+
+    def has(self, dtype: str, sequence: int, tap: str) -> bool:
+        return tap in self.taps
+
+    def get(self, dtype: str, sequence: int, tap: str) -> Tensor:
+        return self.taps[tap]
+
+
+def view(checkpoint: Path, taps: dict[str, Tensor]) -> View:
+    """A candidate's taps (1, T, ...) beside the oracle's."""
+    right, oracle = Oracle(open_folder(checkpoint), [TOKENS], None), dict[str, Tensor]()
+    normed = forward(right, oracle.__setitem__)
+    oracle["logits"] = torch.cat([block for _, _, block in right.logit_blocks(normed)], -1)
+    meta = {"config": right.config}
+    mine = Held({name: tap[0] for name, tap in taps.items()}, meta, [TOKENS])
+    return View(mine, Held(oracle, meta, [TOKENS]), mine, "fp32", 0, None)
+
+
+@pytest.mark.parametrize(("edit", "words"), [c[1:3] for c in PLANTED if c[2]], ids=[c[0] for c in PLANTED if c[2]])
+def test_a_planted_mistake_is_named_from_logits_alone(edit: Edit, words: str, checkpoint: Path) -> None:
+    found = said(checkpoint, edit, "logits")
+    assert found.name is not None, str(found)
+    assert words in found.name
+
+
+@pytest.mark.parametrize("edit", [NOTHING, *(c[1] for c in UNKNOWN)], ids=["right", *(c[0] for c in UNKNOWN)])
+def test_what_is_right_or_unheard_of_has_no_name(edit: Edit, checkpoint: Path) -> None:
+    found = said(checkpoint, edit, "logits")
+    assert found.name is None, str(found)
+    assert str(found).startswith("unexplained: of ")
+
+
+@pytest.mark.parametrize(("edit", "tap", "words"), [(c[1], *c[3:]) for c in PLANTED], ids=[c[0] for c in PLANTED])
+def test_a_planted_mistake_is_named_at_its_tap(edit: Edit, tap: str, words: str, checkpoint: Path) -> None:
+    candidate = edited(edit)(str(checkpoint), torch.float32, "cpu")
+    taps = candidate.taps(torch.tensor([TOKENS]))
+    named = signature(view(checkpoint, taps), tap)
+    if named is None:
+        found = said(checkpoint, edit, tap)
+        assert found.name is not None, str(found)
+        named = found.name
+    assert words in named
