@@ -46,6 +46,11 @@ def build_parser() -> Parser:
         metavar="NAME",
         help="nanollama, module:attr, file.py:attr, cmd:PROGRAM ... or http://host:port/v1",
     )
+    add(
+        "--candidate_python",
+        metavar="PYTHON",
+        help="run it under this Python: VENV/bin/python, with packages of its own",
+    )
     add("--references", default="meta,hf", metavar="LIST", help="comma list of meta, hf (default: both)")
     add("--dtype", default="fp32,bf16", metavar="LIST", help="comma list of fp32, bf16, fp16 (default: fp32,bf16)")
     add("--device", default="cpu", choices=("cpu", "cuda", "mps"))
@@ -126,6 +131,10 @@ def run(args: argparse.Namespace) -> int:
     chosen = validate(args)
     from parity.candidates import resolve
 
+    if args.candidate_python is not None:
+        from parity.candidates.environment import within as in_environment
+
+        args.candidate = in_environment(args.candidate_python, args.candidate)
     resolve(args.candidate)
     try:
         report = check(args, chosen)
