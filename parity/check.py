@@ -57,6 +57,12 @@ def build_parser() -> Parser:
     add("--prompts", type=Path, metavar="FILE", help=r"one prompt a line (\n escapes), or .jsonl of token lists")
     add("--max_new_tokens", type=int, default=32, metavar="N", help="greedy tokens per prompt (default: 32)")
     add("--checks", metavar="LIST", help="comma list, or `list` to print them (default: all)")
+    add(
+        "--cache",
+        default="on",
+        choices=("on", "off"),
+        help="keep the references' traces for the next run (default: on)",
+    )
     add("--json", type=Path, metavar="PATH", help="write the whole report as JSON")
     add("--junit", type=Path, metavar="PATH", help="write the results as JUnit XML")
     add("--html", type=Path, metavar="PATH", help="write the report as one HTML file")
@@ -188,9 +194,10 @@ def compare(
     clock: Callable[[], float],
 ) -> dict[str, Any]:
     """References, oracle and candidate, judged. `max_positions`: what the candidate holds, where it says so."""
+    from parity.cache import trace_cache
     from parity.candidates.describe import reference_files
     from parity.report import summary
-    from parity.runner import ROPE_POSITIONS, SMALL_BYTES, Runner, threads_for, too_large
+    from parity.runner import ROPE_POSITIONS, SMALL_BYTES, Runner, cache_folder, threads_for, too_large
 
     context = min(checkpoint.context, max_positions or checkpoint.context)
     prompts, new_tokens = choose_within(args.prompts, checkpoint, context, args.max_new_tokens)
@@ -228,6 +235,7 @@ def compare(
         large=large,
         first=files.first,
         witnesses=witnesses(chosen, files.checkpoint) if checkpoint.tokenizer else (),
+        cache=trace_cache(cache_folder()) if args.cache == "on" else None,
     )
     runner.notices += [*checkpoint.notices, *files.notices, *prompts.notices]
     ev = runner.run()

@@ -36,6 +36,7 @@ def report(
         "first_divergence": None,
         "errata": [],
         "notices": [*checkpoint.notices, *found.notices],
+        "cached": [],
         "noise_floor": [],
         "rho": {},
         "training": {},
