@@ -48,6 +48,11 @@ def build_parser() -> Parser:
         metavar="NAME",
         help="nanollama, module:attr, file.py:attr, cmd:PROGRAM ... or http://host:port/v1",
     )
+    add(
+        "--candidate_python",
+        metavar="PYTHON",
+        help="run it under this Python: VENV/bin/python, with packages of its own",
+    )
     add("--references", default="meta,hf", metavar="LIST", help="comma list of meta, hf (default: both)")
     add("--dtype", default="fp32,bf16", metavar="LIST", help="comma list of fp32, bf16, fp16 (default: fp32,bf16)")
     add("--device", default="cpu", choices=("cpu", "cuda", "mps"))
@@ -55,6 +60,12 @@ def build_parser() -> Parser:
     add("--max_new_tokens", type=int, default=32, metavar="N", help="greedy tokens per prompt (default: 32)")
     add("--checks", metavar="LIST", help="comma list, or `list` to print them (default: all)")
     add("--twin", default="on", choices=("on", "off"), help="a candidate of yours on seeded weights, too (default: on)")
+    add(
+        "--cache",
+        default="on",
+        choices=("on", "off"),
+        help="keep the references' traces for the next run (default: on)",
+    )
     add("--json", type=Path, metavar="PATH", help="write the whole report as JSON")
     add("--junit", type=Path, metavar="PATH", help="write the results as JUnit XML")
     add("--html", type=Path, metavar="PATH", help="write the report as one HTML file")
@@ -129,6 +140,10 @@ def run(args: argparse.Namespace) -> int:
     chosen = validate(args)
     from parity.candidates import resolve
 
+    if args.candidate_python is not None:
+        from parity.candidates.environment import within as in_environment
+
+        args.candidate = in_environment(args.candidate_python, args.candidate)
     resolve(args.candidate)
     try:
         report = check(args, chosen)
@@ -217,10 +232,11 @@ def compare(
     clock: Callable[[], float],
 ) -> dict[str, Any]:
     """References, oracle and candidate, judged. `max_positions`: what the candidate holds, where it says so."""
+    from parity.cache import trace_cache
     from parity.candidates.describe import reference_files
     from parity.explain import explain
     from parity.report import summary
-    from parity.runner import ROPE_POSITIONS, SMALL_BYTES, Runner, threads_for, too_large
+    from parity.runner import ROPE_POSITIONS, SMALL_BYTES, Runner, cache_folder, threads_for, too_large
 
     context = min(checkpoint.context, max_positions or checkpoint.context)
     prompts, new_tokens = choose_within(args.prompts, checkpoint, context, args.max_new_tokens)
@@ -258,6 +274,7 @@ def compare(
         large=large,
         first=files.first,
         witnesses=witnesses(chosen, files.checkpoint) if checkpoint.tokenizer else (),
+        cache=trace_cache(cache_folder()) if args.cache == "on" else None,
     )
     runner.notices += [*checkpoint.notices, *files.notices, *prompts.notices]
     ev = runner.run()

@@ -3,19 +3,12 @@
 A crash is an error of the check that the method feeds, an answer of the wrong kind its failure; neither ends the run.
 """
 
-import sys
-import sysconfig
-import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from parity.contract import Result, Status
-
-OURS = str(Path(__file__).resolve().parent)
-LIBRARIES = tuple(dict.fromkeys(sysconfig.get_paths()[kind] for kind in ("stdlib", "purelib", "platlib")))
+from parity.outside import own_frame, what
 
 
 class Crashed(Exception):
@@ -27,26 +20,11 @@ class Crashed(Exception):
 
     @classmethod
     def of(cls, error: BaseException, asked: str, file: str | None) -> "Crashed":
-        said = str(error).strip().splitlines()
-        what = type(error).__name__ + (f": {said[0].strip()}" if said else "")
-        return cls(f"{asked} raised {what}", own_frame(error.__traceback__, file))
+        return cls(f"{asked} raised {what(error)}", own_frame(error.__traceback__, file))
 
 
 class Wrong(Exception):
     """An answer that is none: of another type, shape or dtype than the interface's."""
-
-
-def own_frame(tb: TracebackType | None, file: str | None) -> str | None:
-    """The innermost line of the candidate's own file; else of any that is neither a library's nor the harness's."""
-    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(tb)]
-    mine = [f for f in frames if file is not None and _same(f[0], file)]
-    others = [f for f in frames if not f[0].startswith((OURS, *LIBRARIES, sys.prefix, "<"))]
-    chosen = (mine or others)[-1:]
-    return f"{Path(chosen[0][0]).name}:{chosen[0][1]}" if chosen else None
-
-
-def _same(a: str, b: str) -> bool:
-    return Path(a).resolve() == Path(b).resolve()
 
 
 @dataclass(frozen=True)

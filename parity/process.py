@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parity.contract import UsageError
-from parity.crash import LIBRARIES, OURS
+from parity.outside import LIBRARIES, OURS
 
 POLL_S = 0.05
 

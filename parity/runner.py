@@ -5,6 +5,7 @@ candidate's paths see the same token ids. Small checkpoints run side by side; la
 the other, so that memory and disk hold one model and a few traces.
 """
 
+import json
 import os
 import re
 import shutil
@@ -16,8 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from parity.cache import TraceCache
 from parity.candidates import resolve
 from parity.candidates.describe import Description
 from parity.candidates.probe import Probed, probe_in_process
@@ -26,6 +26,7 @@ from parity.contract import DTYPES, Case, Status, UsageError
 from parity.evidence import Evidence
 from parity.forced import cut
 from parity.process import Crash, Process, anonymous_bytes, started, wait_any
+from parity.progress import Bar
 from parity.record import last_asked
 from parity.table import has_worse_table
 from parity.tolerances import TABLE_ULP
@@ -53,24 +54,6 @@ class Job:
     out: Path
 
 
-class Bar:
-    """One progress bar over all jobs; each job counts as one unit."""
-
-    def __init__(self, jobs: int, enabled: bool) -> None:
-        style = "{desc:44.44} {percentage:3.0f}%|{bar:24}| {elapsed}, {remaining} left"
-        self.tqdm = tqdm(total=jobs, disable=not enabled, bar_format=style, leave=False)
-        self.done: dict[str, float] = {}
-
-    def __call__(self, label: str, stage: str, done: float) -> None:
-        self.done[label] = max(self.done.get(label, 0.0), min(done, 1.0))
-        self.tqdm.set_description_str(f"{label}: {stage}", refresh=False)
-        self.tqdm.n = sum(self.done.values())
-        self.tqdm.refresh()
-
-    def close(self) -> None:
-        self.tqdm.close()
-
-
 @dataclass
 class Runner:
     """Runs the processes of one request and keeps what they cost."""
@@ -93,6 +76,8 @@ class Runner:
     first: str | None = None  # the reference that turns texts into ids and continues them; else the first of them
     witnesses: tuple[str, ...] = ()  # references that are asked for the ids of the case's texts alone
     large: bool = False  # one dtype and one process at a time; a candidate's trace goes when it is measured
+    cache: TraceCache | None = None  # of the references' and the oracle's traces; not used for large checkpoints
+    cached: list[str] = field(default_factory=list)  # labels of jobs whose traces came from there
 
     def run(self) -> Evidence:
         """Raises UsageError for unusable input and process.Crash when a reference fails."""
@@ -137,7 +122,9 @@ class Runner:
     def _references(self, dtypes: list[str], ev: Evidence | None) -> Evidence:
         """Run both references and the oracle at these dtypes; in later rounds, on the first round's token ids."""
         with ExitStack() as stack:
-            if not self.large:  # the others' imports take seconds: let them begin while the first one runs
+            first = self._job(f"reference.{self._first}", self._first, replace(self.case, dtypes=dtypes))
+            if not self.large and not (self.cache and self.cache.has(self._key(first))):
+                # The others' imports take seconds: let them begin while the first one runs.
                 jobs = [self._job(f"reference.{name}", name) for name in self.references if name != self._first]
                 self.ahead = {job.label: self._start(stack, job) for job in jobs}
             return self._run_references(dtypes, ev)
@@ -240,8 +227,9 @@ class Runner:
     def _run(self, jobs: list[Job]) -> dict[str, Trace]:
         """Single-threaded processes side by side, one a core; many-threaded ones after each other."""
         at_once = cores() if self.case.threads == 1 else 1
+        keys = {job.label: self._key(job) for job in jobs}
         with ExitStack() as stack:
-            waiting = list(reversed(jobs))
+            waiting = [job for job in reversed(jobs) if not self._restored(job, keys[job.label])]
             running: list[Process] = []
             while waiting or running:
                 while waiting and len(running) < at_once:
@@ -251,6 +239,7 @@ class Runner:
                 self.peak_bytes = max(self.peak_bytes, ended.peak_bytes)
                 try:
                     ended.finish()
+                    self._keep(next(job for job in jobs if job.label == ended.label), keys[ended.label])
                 except (Crash, UsageError) as error:
                     if ended.label.endswith(TEXTS):
                         self.notices.append(f"{ended.label} were not read: {error}")
@@ -261,10 +250,34 @@ class Runner:
                         raise
         return {job.label: self._trace(job) for job in jobs if (job.out / "trace.json").is_file()}
 
+    def _key(self, job: Job) -> str | None:
+        """The name of a job's trace in the cache; None of one that is not kept."""
+        if self.cache is None or self.large or not job.module.startswith("reference."):
+            return None
+        case = json.loads((self.folder / f"{job.label}.json").read_text())
+        return self.cache.key(job.module, list(job.arguments[4:]), case, self.folder)
+
+    def _restored(self, job: Job, key: str | None) -> bool:
+        if self.cache is None or not self.cache.restore(key, job.out):
+            return False
+        self.cached.append(job.label)
+        self.bar(job.label, "from the cache", 1.0)
+        return True
+
+    def _keep(self, job: Job, key: str | None) -> None:
+        """For the next run, unless a file changed while this one read it."""
+        if self.cache is None or key is None or key != self._key(job):
+            return
+        try:
+            self.cache.keep(key, job.out)
+        except OSError as error:
+            note = f"traces are not kept in {self.cache.folder}: {error.strerror or error}"
+            self.notices += [note] if note not in self.notices else []
+
     def _trace(self, job: Job) -> Trace:
         """The job's trace, together with what earlier rounds left in the same folder."""
         trace = Trace(job.out)
-        self.seconds_in_forward += trace.meta["seconds_forward"]
+        self.seconds_in_forward += 0.0 if job.label in self.cached else trace.meta["seconds_forward"]
         self.notices += [n for n in trace.meta.get("notices", []) if n not in self.notices]
         known = self.traces.setdefault(job.label, trace)
         if known is not trace:

@@ -10,6 +10,7 @@ import pytest
 # Set before any test module imports huggingface_hub, which reads them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["NANOLLAMA_TRACE_BYTES"] = "0"  # what a test sees is run for it
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

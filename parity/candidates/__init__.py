@@ -1,4 +1,5 @@
-"""Candidates by name: `nanollama`, `module:attr`, `file.py:attr`, `cmd:PROGRAM ...`, `http://host:port/v1`.
+"""Candidates by name: `nanollama`, `module:attr`, `file.py:attr`, `env:PYTHON file.py:attr`, `cmd:PROGRAM ...`,
+`http://host:port/v1`.
 
 `resolve` turns a name into the paths to check: {path: load}, where load(checkpoint, dtype, device) gives a candidate
 (see parity/contract.py). Everything that knows `nanollama` lives in this package.
@@ -25,6 +26,10 @@ def resolve(name: str) -> dict[str | None, Load]:
         from parity.candidates.command import command_loader
 
         return {None: command_loader(name.removeprefix("cmd:"))}
+    if name.startswith("env:"):
+        from parity.candidates.environment import environment_loader
+
+        return {None: environment_loader(name.removeprefix("env:"))}
     if name.startswith(("http://", "https://")):
         from parity.candidates.endpoint import endpoint_loader
 

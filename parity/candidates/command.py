@@ -4,14 +4,17 @@
 
 `{ckpt}`, `{dtype}` (fp32, bf16, fp16) and `{device}` are filled in; the program runs once for each dtype. Requests:
 
-    can                        ok logits taps    what it answers: logits, and taps or not
+    can                        ok logits taps    what it answers of the requests in docs/parity.md; logits is enough
     logits FILE 128000 9906    ok                FILE holds the logits of all T tokens: (T, V) float32, little-endian
     taps FOLDER 128000 9906    ok                FOLDER/layers.0.q.f32 and so on, the shapes of docs/parity.md
 
-`error TEXT` in place of `ok` ends the run and becomes its reason. What the program writes to stderr is shown when it
-ends before its input does.
+`error TEXT` in place of `ok` is an error of the check, `no TEXT` means that it cannot. What the program writes to
+stderr is shown when it ends before its input does. Where its libraries print to stdout, it writes its answers to the
+file `{answers}` of its command line, and stdout joins stderr.
 """
 
+import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -19,14 +22,31 @@ import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from nanollama.checkpoint import open_checkpoint
+from nanollama.checkpoint import Checkpoint, open_checkpoint
+from parity.candidates.interface import ATTRIBUTES
 from parity.contract import DTYPES, UsageError
 
 WITH_HEADS = (".q", ".k", ".v", ".q_rope", ".k_rope")
+# Requests that become a method where the program has them; `logits` and `batch` are the call itself.
+METHODS: tuple[str, ...] = (
+    "taps",
+    "prefill",
+    "decode",
+    "packed",
+    "compiled",
+    "rope",
+    "next_tokens",
+    "config",
+    "weights",
+)
+METHODS += ("encode", "encode_plain", "encode_chat", "use_tokenizer", "grads")
+NAMES = {"grads": "loss_and_grads"}
+ANSWERS = "{answers}"
 
 
 def command_loader(line: str) -> Callable[[str, torch.dtype, str], "Command"]:
@@ -41,11 +61,14 @@ def command_loader(line: str) -> Callable[[str, torch.dtype, str], "Command"]:
         raise UsageError(f"candidate cmd:{line}: there is no program {words[0]!r}, or it may not be run")
 
     def load(checkpoint: str, dtype: torch.dtype, device: str) -> Command:
-        name = next(name for name, kind in DTYPES.items() if kind == dtype)
-        fields = {"{ckpt}": checkpoint, "{dtype}": name, "{device}": device}
-        return Command([_filled(word, fields) for word in words], open_checkpoint(checkpoint).config.head_dim)
+        fields = {"{ckpt}": checkpoint, "{dtype}": dtype_name(dtype), "{device}": device}
+        return Command([_filled(word, fields) for word in words], open_checkpoint(checkpoint))
 
     return load
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name, kind in DTYPES.items() if kind == dtype)
 
 
 def _filled(word: str, fields: dict[str, str]) -> str:
@@ -57,70 +80,214 @@ def _filled(word: str, fields: dict[str, str]) -> str:
 class Command:
     """A running program; it ends with this object."""
 
-    def __init__(self, words: list[str], head_dim: int) -> None:
-        self.words, self.head_dim = words, head_dim
+    def __init__(self, words: list[str], opened: Checkpoint, environment: dict[str, str] | None = None) -> None:
+        self.words, self.opened = words, opened
         self.folder = Path(tempfile.mkdtemp(prefix="parity-cmd-"))
-        with (self.folder / "stderr").open("w") as stderr:
-            self.process = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, bufsize=1
-            )
-        weakref.finalize(self, end, self.process, self.folder)
-        able = self._ask("can").split()
-        if "logits" not in able:
-            raise RuntimeError(f"{words[0]} answered `can` with {' '.join(able)!r}: expected `ok logits`")
-        if "taps" in able:
-            self.taps = self._taps  # a method only where the program has it
+        self.process, self.answers = started(words, self.folder / "stderr", environment)
+        weakref.finalize(self, end, self.process, self.answers, self.folder)
+        self.able = self.ask("can").split()
+        if not {"logits", "next_tokens"} & set(self.able):
+            raise RuntimeError(f"{words[0]} answered `can` with {' '.join(self.able)!r}: expected `ok logits`")
+        for request in METHODS:
+            if request in self.able:  # a method only where the program has it
+                name = NAMES.get(request, request)
+                setattr(self, name, getattr(self, f"_{name}"))
+        if "declare" in self.able:
+            self._declare(self._object("declare"))
+
+    def _declare(self, said: dict[str, Any]) -> None:
+        """Attributes of the interface's table, as the program has them. Raises UsageError for another one."""
+        known = [row.name for row in ATTRIBUTES]
+        for name, value in said.items():
+            if name not in known:
+                raise UsageError(f"candidate {self.words[0]} declares {name!r}: expected {', '.join(known)}")
+            setattr(self, name, value)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """tokens (B, T) -> logits (B, T, V), row by row."""
-        return torch.stack([self._logits(row) for row in tokens.tolist()])
+        """tokens (B, T) -> logits (B, T, V); row by row where the program has no `batch`."""
+        rows = tokens.tolist()
+        if len(rows) > 1 and "batch" in self.able:
+            return self._array("batch", (len(rows), tokens.shape[1]), len(rows), *_flat(rows))
+        return torch.cat([self._array("logits", (1, len(row)), *row) for row in rows])
 
-    def _logits(self, ids: list[int]) -> Tensor:
-        file = self.folder / "logits.f32"
-        file.unlink(missing_ok=True)
-        self._ask(f"logits {file} {' '.join(map(str, ids))}")
-        return self._read(file, len(ids))
+    def _prefill(self, tokens: Tensor) -> Tensor:
+        return self._array("prefill", (1, None), *_flat(tokens.tolist()))
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        return self._array("decode", (1, None), *_flat(tokens.tolist()))
+
+    def _compiled(self, tokens: Tensor) -> Tensor:
+        return self._array("compiled", tuple(tokens.shape), *_flat(tokens.tolist()))
+
+    def _packed(self, tokens: Tensor, doc_ids: Tensor) -> Tensor:
+        return self._array("packed", tuple(tokens.shape), *_flat(tokens.tolist()), *_flat(doc_ids.tolist()))
 
     def _taps(self, tokens: Tensor) -> dict[str, Tensor]:
-        [ids] = tokens.tolist()
-        folder = self.folder / "taps"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        self._ask(f"taps {folder} {' '.join(map(str, ids))}")
-        found = {file.stem: self._read(file, len(ids)).unsqueeze(0) for file in folder.glob("*.f32")}
-        for name in [name for name in found if name.endswith(WITH_HEADS)]:
-            found[name] = found[name].unflatten(-1, (-1, self.head_dim))  # (1, T, heads, head_dim)
+        found = self._arrays("taps", tokens.shape[1], *_flat(tokens.tolist()))
+        for name in [name for name, x in found.items() if name.endswith(WITH_HEADS) and x.dim() == 3]:
+            found[name] = found[name].unflatten(-1, (-1, self.opened.config.head_dim))  # (1, T, heads, head_dim)
         return found
 
-    def _read(self, file: Path, rows: int) -> Tensor:
-        """(T, N) float32."""
+    def _rope(self, positions: Tensor) -> tuple[Tensor | None, ...]:
+        found = self._arrays("rope", len(positions), *positions.tolist())
+        tables = (found.get("cos"), found.get("sin"))
+        return tuple(None if x is None else x.reshape(len(positions), -1) for x in tables)
+
+    def _loss_and_grads(self, tokens: Tensor, targets: Tensor) -> tuple[float, dict[str, Tensor]]:
+        folder = self._emptied()
+        both = [*_flat(tokens.tolist()), *_flat(targets.tolist())]
+        loss = float(self.ask("grads", folder, len(tokens), *both).split()[0])
+        shapes = self.opened.weights.shapes
+        files = {file.name.removesuffix(".f32"): file for file in folder.glob("*.f32")}
+        return loss, {name: self._read(file, shapes.get(name, (-1,))) for name, file in files.items()}
+
+    def _next_tokens(self, ids: list[int], n: int) -> list[int]:
+        return self._ids("next_tokens", n, *ids) or []
+
+    def _encode(self, text: str) -> list[int] | None:
+        return self._ids("encode", self._text(text))
+
+    def _encode_plain(self, text: str) -> list[int] | None:
+        return self._ids("encode_plain", self._text(text))
+
+    def _encode_chat(self, dialog: list[dict[str, Any]]) -> list[int] | None:
+        return self._ids("encode_chat", self._text(json.dumps(dialog)))
+
+    def _use_tokenizer(self, path: str) -> None:
+        self.ask("use_tokenizer", path)
+
+    def _config(self) -> dict[str, Any]:
+        return self._object("config")
+
+    def _weights(self) -> dict[str, Any]:
+        return self._object("weights")
+
+    # --- The protocol ------------------------------------------------------------------------------------------------
+
+    def _array(self, request: str, lead: tuple[int | None, ...], *words: Any) -> Tensor:
+        """Logits (*lead, V); None: as many positions as the file holds, of the checkpoint's rows each."""
+        file = self.folder / f"{request}.f32"
+        file.unlink(missing_ok=True)
+        said = self.ask(request, file, *words)
+        if said:
+            return self._read(file, json.loads(said))
+        single = getattr(self, "last_only", False) is True
+        if None in lead or single:
+            return self._read(file, (1, -1, self.opened.config.vocab_size))
+        return self._read(file, (*lead, -1))  # type: ignore[arg-type]
+
+    def _arrays(self, request: str, rows: int, *words: Any) -> dict[str, Tensor]:
+        """NAME.f32 files of a folder, (1, rows, ...) each."""
+        folder = self._emptied()
+        said = self.ask(request, folder, *words)
+        shapes = json.loads(said) if said else {}
+        files = {file.name.removesuffix(".f32"): file for file in folder.glob("*.f32")}
+        return {name: self._read(file, shapes.get(name, (1, rows, -1))) for name, file in files.items()}
+
+    def _emptied(self) -> Path:
+        folder = self.folder / "arrays"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
+
+    def _text(self, text: str) -> Path:
+        file = self.folder / "text"
+        file.write_bytes(text.encode())
+        return file
+
+    def _ids(self, request: str, *words: Any) -> list[int] | None:
+        said = self.ask(request, *words)
+        if said == "none":
+            return None
+        try:
+            return [int(word) for word in said.split()]
+        except ValueError:
+            raise RuntimeError(f"{self.words[0]} answered `{request}` with {said[:60]!r}: expected ids") from None
+
+    def _object(self, request: str) -> dict[str, Any]:
+        said = self.ask(request)
+        try:
+            found = json.loads(said)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise RuntimeError(f"{self.words[0]} answered `{request}` with {said[:60]!r}: expected a JSON object")
+        return found
+
+    def _read(self, file: Path, shape: tuple[int, ...] | list[int]) -> Tensor:
+        """float32 of this shape, in which one size may be -1."""
         if not file.is_file():
             raise RuntimeError(f"{self.words[0]} answered ok and wrote no {file.name}")
         content = bytearray(file.read_bytes())
-        if len(content) % (4 * rows) or not content:
-            raise RuntimeError(f"{file.name} holds {len(content)} bytes: expected {rows} rows of float32")
-        return torch.frombuffer(content, dtype=torch.float32).view(rows, -1)
+        numbers = max(1, abs(torch.Size(shape).numel()))
+        if len(content) % (4 * numbers) or not content or (-1 not in shape and len(content) != 4 * numbers):
+            raise RuntimeError(f"{file.name} holds {len(content)} bytes: expected {_shown(shape)} of float32")
+        return torch.frombuffer(content, dtype=torch.float32).view(*shape)
 
-    def _ask(self, request: str) -> str:
-        """What follows `ok`. Raises RuntimeError with the program's own words."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+    def ask(self, request: str, *words: Any) -> str:
+        """What follows `ok`. Raises NotImplementedError where the program says `no`, else what `failed` makes of it."""
+        assert self.process.stdin is not None
         try:
-            self.process.stdin.write(request + "\n")
-            answer = self.process.stdout.readline()
+            self.process.stdin.write(" ".join(map(str, (request, *words))) + "\n")
+            answer = self.answers.readline()
         except BrokenPipeError:
             answer = ""  # it has ended; the line stays in the pipe's buffer
         if not answer:
             code, said = self.process.wait(), (self.folder / "stderr").read_text(errors="replace").strip()
-            last = said.splitlines()[-1] if said else "nothing on stderr"
-            raise RuntimeError(f"{self.words[0]} ended with exit code {code} at `{request.split()[0]}`: {last}")
+            raise self.ended(request, code, said.splitlines()[-1] if said else "nothing on stderr")
         word, _, rest = answer.strip().partition(" ")
+        if word == "no":
+            raise NotImplementedError(rest)
         if word != "ok":
-            raise RuntimeError(f"{self.words[0]} answered `{request.split()[0]}` with {answer.strip()!r}")
+            raise self.failed(request, answer.strip())
         return rest
 
+    def ended(self, request: str, code: int, last: str) -> Exception:
+        return RuntimeError(f"{self.words[0]} ended with exit code {code} at `{request}`: {last}")
 
-def end(process: "subprocess.Popen[str]", folder: Path) -> None:
+    def failed(self, request: str, answer: str) -> Exception:
+        return RuntimeError(f"{self.words[0]} answered `{request}` with {answer!r}")
+
+
+def _flat(rows: list[list[int]]) -> list[int]:
+    return [i for row in rows for i in row]
+
+
+def _shown(shape: tuple[int, ...] | list[int]) -> str:
+    if tuple(shape)[-1:] == (-1,):
+        return f"{torch.Size(shape[:-1]).numel()} rows"
+    return f"({', '.join('n' if n == -1 else str(n) for n in shape)})"
+
+
+def started(
+    words: list[str], stderr: Path, environment: dict[str, str] | None
+) -> "tuple[subprocess.Popen[str], IO[str]]":
+    """A program, and the stream of its answers: its standard output, or what it writes to {answers}."""
+    own = any(ANSWERS in word for word in words)
+    into, outof = os.pipe() if own else (-1, -1)
+    filled = [word.replace(ANSWERS, f"/dev/fd/{outof}") for word in words]
+    with stderr.open("w") as log:
+        process = subprocess.Popen(
+            filled,
+            stdin=subprocess.PIPE,
+            stdout=log if own else subprocess.PIPE,
+            stderr=log,
+            encoding="utf-8",
+            errors="replace",
+            bufsize=1,
+            env=environment,
+            pass_fds=(outof,) if own else (),
+        )
+    if own:
+        os.close(outof)  # so that the stream ends with the program
+        return process, os.fdopen(into, encoding="utf-8", errors="replace")
+    assert process.stdout is not None
+    return process, process.stdout
+
+
+def end(process: "subprocess.Popen[str]", answers: IO[str], folder: Path) -> None:
     """Stop the program and delete what it wrote."""
     process.kill()
     process.communicate()
+    answers.close()
     shutil.rmtree(folder, ignore_errors=True)

@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 import torch
 
+from parity import outside
 from parity.conditions import Conditions
 from parity.contract import DTYPES, UsageError
-from parity.crash import Crashed
+from parity.crash import Crashed, Wrong
+from parity.outside import kind_of
 
 
 @dataclass(frozen=True)
@@ -143,34 +145,9 @@ ALSO: dict[str, tuple[str, ...]] = {
 }
 
 
-def misfit(value: Any, method: Method) -> str | None:
-    """Why `value` is not the interface's method of that name; None where it is."""
-    if not callable(value):
-        return f"it is {_kind(value)}"
-    if method.name == "__call__":
-        return None
-    routine = inspect.isroutine(value) or hasattr(value, "__wrapped__") or hasattr(value, "func")
-    try:
-        parameters = list(inspect.signature(value).parameters.values())
-    except (TypeError, ValueError):
-        return "its signature cannot be read"
-    said = f"it takes ({', '.join(str(p).split(':')[0].split('=')[0].strip() for p in parameters)})"
-    if not routine:
-        return f"it is {_kind(value)}"
-    if parameters and parameters[0].kind is parameters[0].VAR_POSITIONAL:
-        return None  # says nothing against it
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    extra = [p for p in parameters if p not in positional[: len(method.takes)] and p.default is p.empty]
-    if len(positional) < len(method.takes) or any(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in extra):
-        return said
-    pairs = zip(positional, method.takes, strict=False)
-    fits = all(p.kind is p.POSITIONAL_ONLY or p.name.strip("_") in (t, *ALSO.get(t, ())) for p, t in pairs)
-    return None if fits else said
-
-
-def _kind(value: Any) -> str:
-    name = type(value).__name__
-    return "None" if value is None else f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+def accepted(method: Method) -> list[list[str]]:
+    """The names that each parameter may go by."""
+    return [[name, *ALSO.get(name, ())] for name in method.takes]
 
 
 def _found(target: Any, name: str) -> Any:
@@ -217,14 +194,14 @@ class Interface:
             value = _found(self.target, method.name)
             if value is None:
                 continue
-            if why := misfit(value, method):
+            if why := outside.misfit(value, method.name, accepted(method)):
                 self.ignored[method.name] = f"{why}, the interface has {method.signature}"
             else:
                 self.has.add(method.name)
         for row in ATTRIBUTES if self.methods is METHODS else ():
             value = _found(self.target, row.name)
             if value is not None and not row.fits(value):
-                self.ignored[row.name] = f"it is {_kind(value)}, the interface has {row.values}"
+                self.ignored[row.name] = f"it is {kind_of(value)}, the interface has {row.values}"
 
     @property
     def notices(self) -> list[str]:
@@ -270,7 +247,7 @@ def asking(signature: str, file: str | None) -> Iterator[None]:
     """The candidate's own code runs here: what it raises becomes Crashed, but for what it may raise."""
     try:
         yield
-    except (NotImplementedError, UsageError):
+    except (NotImplementedError, UsageError, Crashed, Wrong):  # the latter two: of a candidate that is a program
         raise
     except (Exception, SystemExit) as error:
         # Errors of our own readers are the user's input, and one line: they are no crash.
@@ -289,7 +266,7 @@ def loaded(
         target = load(checkpoint, DTYPES[dtype], device)
     found = Interface(target, METHODS, file, note)
     if not {"__call__", "next_tokens", "stream"} & found.has:
-        raise Crashed(f"{signature} returned {_kind(target)}, which cannot be called", None)
+        raise Crashed(f"{signature} returned {kind_of(target)}, which cannot be called", None)
     return found
 
 

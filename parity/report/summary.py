@@ -155,7 +155,8 @@ def summarise(ev: Evidence, results: list[Result], runner: Runner, seconds: floa
         "results": [r.as_json() for r in results],
         "first_divergence": first_divergence(ev) if word == "fail" else None,
         "errata": errata,
-        "notices": [*runner.notices, *(t["text"] for t in tables)],
+        "notices": [*runner.notices, *from_cache(runner), *(t["text"] for t in tables)],
+        "cached": runner.cached,
         "rope_tables": tables,
         "noise_floor": noise_floor(ev),
         "rho": {_key(pair): rho_curve(ev, pair) for pair in ev.pairs()},
@@ -174,6 +175,12 @@ def summarise(ev: Evidence, results: list[Result], runner: Runner, seconds: floa
         "seconds_in_forward": round(runner.seconds_in_forward, 3),
         "peak_anonymous_bytes": runner.peak_bytes,
     }
+
+
+def from_cache(runner: Runner) -> list[str]:
+    if not runner.cached:
+        return []
+    return [f"from the cache, not run again: {', '.join(runner.cached)} (--cache off runs them)"]
 
 
 def conditions_of(ev: Evidence, pair: Pair) -> Conditions:

@@ -37,6 +37,7 @@ def report(
         "twin": {"status": "none", "why": "the candidate could not be asked"},
         "errata": [],
         "notices": [*checkpoint.notices, *found.notices],
+        "cached": [],
         "noise_floor": [],
         "rho": {},
         "training": {},
