@@ -253,7 +253,17 @@ class Runner:
         self.notices += [n for n in trace.meta.get("notices", []) if n not in self.notices]
         known = self.traces.setdefault(job.label, trace)
         if known is not trace:
-            for key in ("dtypes", "streamed", "generated", "self", "extra", "uncovered", "answers", "undone"):
+            for key in (
+                "dtypes",
+                "streamed",
+                "generated",
+                "self",
+                "extra",
+                "uncovered",
+                "answers",
+                "log_probs",
+                "undone",
+            ):
                 known.meta[key] = known.meta.get(key, {}) | trace.meta.get(key, {})
             old = known.meta.get("failures", [])
             known.meta["failures"] = old + [f for f in trace.meta.get("failures", []) if f not in old]
