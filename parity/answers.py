@@ -96,7 +96,7 @@ def ids(out: Any, asked: str, vocab_size: int | None = None) -> list[int]:
 
 def log_probs(out: Any, asked: str, length: int, vocab_size: int | None = None) -> dict[str, dict[str, float]]:
     """{position: {id: log-probability of it as the next token}}, as JSON holds it."""
-    if not isinstance(out, dict) or not all(isinstance(row, dict) and row for row in out.values()):
+    if not isinstance(out, dict) or not all(isinstance(row, dict) for row in out.values()):
         raise Wrong(f"{asked} returned {named(out)}: expected {{position: {{id: log-probability}}}}")
     positions = ids(list(out), asked)
     if any(position >= length for position in positions):

@@ -182,7 +182,7 @@ class Evidence:
         if self.lenient and self.coarse is not None and pair.dtype in self.coarse.meta["dtypes"]:
             drift, kl_drift = listing.measure(listing.read(self.coarse, pair.dtype), oracle)
             noise, kl_noise = replace(noise, drift=drift.error), kl_noise + kl_drift
-        return Listed(error, noise, kl, kl_noise, listing.worst(oracle), len(listing.tokens))
+        return Listed(error, noise, kl, kl_noise, listing.worst(oracle), len(listing.tokens), len(listing.places))
 
     def rho(self, pair: Pair, tap: str) -> tuple[float, int | None]:
         """The worst error ratio at a tap, over all sequences together and over each long one alone, and which."""

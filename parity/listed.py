@@ -96,3 +96,4 @@ class Listed:
     kl_noise: Tensor  # (P,) nats, the reference's
     where: str  # the candidate's largest error
     numbers: int
+    positions: int

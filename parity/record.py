@@ -227,6 +227,8 @@ def record_answers(candidate: Interface, case: Case, dtype: str, progress: Progr
     if out.done and "log_probs" in candidate.has:
         with counted(out), out.step("log_probs", "logits", "G3"):
             out.log_probs = [_log_probs(candidate, ids, case) for ids in case.prompts or []]
+            if not any(out.log_probs):
+                raise NotImplementedError("the candidate lists no log-probabilities")
             progress(f"{dtype} log-probabilities", 0.7)
     with counted(out), out.step("greedy", "greedy", "G6"):
         if out.done:

@@ -54,7 +54,6 @@ TELLING: dict[str, tuple[Any, ...]] = {
     "post_sampling_probs": (False,),
     "cache_prompt": (False,),
 }
-SHORTER_TOKENS = 8  # at most, until a prompt is a text
 OF_PROMPT = ("echo", "prompt_logprobs")  # asked for where the prompt's log-probabilities are wanted alone
 # Where a server makes ids of a text: its path, and the key that the text goes by.
 TOKENIZERS = (("/extras/tokenize", "input"), ("/tokenize", "prompt"), ("/tokenize", "content"))
@@ -121,7 +120,7 @@ class Endpoint:
         file = Path(tokenizer) if tokenizer else opened.tokenizer
         self.rows = opened.config.vocab_size
         self.spelling = Spelling(file, self.rows) if file else None
-        self.named = completions.named_by(self.spelling.id_of if self.spelling else None)
+        self.named = completions.named_by(self.spelling.token if self.spelling else None)
         self.max_positions: int | None = None
         self.model = self._chosen(model)
         if self.max_positions is None:
@@ -163,10 +162,7 @@ class Endpoint:
         found = self._of_prompt(ids) if self.lists_prompts else None
         if found is None:
             found = {position: self._generated(ids[: position + 1]) for position in positions}
-        found = {position: row for position, row in found.items() if row}
-        if not found:
-            raise NotImplementedError("the server's answers list no log-probabilities")
-        return found
+        return {position: row for position, row in found.items() if row}
 
     def _generated(self, ids: list[int]) -> Listing:
         try:
@@ -175,22 +171,23 @@ class Endpoint:
             return {}
 
     def _of_prompt(self, ids: list[int]) -> dict[int, Listing] | None:
-        shorter = 0
-        while shorter < SHORTER_TOKENS:  # what is text without its last tokens may be none with them
-            most = len(ids) if self.max_positions is None else min(len(ids), self.max_positions - 1)
-            held = ids[: most - shorter]
-            if not held:
-                break
-            before = self.max_positions
-            try:
-                choice = self._complete(held, 1, OF_PROMPT)
-            except Unasked:
-                shorter += self.max_positions == before
-                continue
-            found = self._read(completions.prompt_listings, choice, held, self.named)
-            self.lists_prompts = found is not None
-            return found
-        return {}
+        """Of as many of the first tokens as the server holds, and as are a text where it takes text alone."""
+        before = self.max_positions
+        most = len(ids) if before is None else min(len(ids), before - 1)
+        held = next((ids[:n] for n in range(most, 1, -1) if not self.as_text or self._is_text(ids[:n])), [])
+        try:
+            choice = self._complete(held, 1, OF_PROMPT) if held else {}
+        except Unasked:
+            return {} if self.max_positions == before else self._of_prompt(ids)
+        found = self._read(completions.prompt_listings, choice, held, self.named)
+        self.lists_prompts = found is not None or not held
+        return found
+
+    def _is_text(self, ids: list[int]) -> bool:
+        try:
+            return bool(self._text(ids))
+        except Unasked:
+            return False
 
     def _answer(self, ids: list[int], n: int) -> tuple[list[int | None], Listing]:
         key = tuple(ids)
@@ -204,7 +201,7 @@ class Endpoint:
         if not tokens and n > 1:
             return self._one_by_one(ids, n), listing
         if not tokens and self.spelling and isinstance(choice.get("text"), str):
-            tokens = [self.spelling.id_of(choice["text"])]
+            tokens = [self.spelling.token(choice["text"])]
         if not tokens:
             raise ServerError(
                 f"candidate {self.url}: its answers name no token ids; expected token_ids, token_id:N in "
@@ -255,7 +252,7 @@ class Endpoint:
                 if not self.wanted[key] and key not in self.left_out:
                     self.left_out.append(key)
             return
-        if not self.as_text and refusal.status in (400, 422):
+        if not self.as_text and (refusal.status in (400, 422) or re.search(r"\bprompt\b", refusal.words)):
             self._speak(refusal)
             return
         raise refusal
@@ -344,7 +341,7 @@ class Endpoint:
 
     def _meet(self) -> None:
         """One token, so that what cannot be asked is known before anything else runs."""
-        self.next_tokens(self.spelling.example() if self.spelling else [n % self.rows for n in (1, 2, 3)], 1)
+        self._answer(self.spelling.example() if self.spelling else [n % self.rows for n in (1, 2, 3)], 1)
 
 
 def _positive(value: Any) -> int | None:

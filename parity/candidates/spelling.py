@@ -1,7 +1,7 @@
 """Ids as text and back by the checkpoint's tokenizer, for servers that take or give text alone.
 
-A prompt is sent as text only where the tokenizer makes the same ids of that text again, and a token's text names an id
-only where no other token has it: what is left is not asked, and never guessed.
+A prompt is sent as text only where the tokenizer makes the same ids of that text again. A token's text names an id only
+where no other can be shown as it: a vocabulary may have "1" and the byte of it. What is left is not judged.
 """
 
 from collections import Counter
@@ -16,8 +16,8 @@ class Spelling:
 
     def __init__(self, file: Path, rows: int) -> None:
         self.tokenizer = opened_tokenizer(file)
-        self._ids: dict[str, int] | None = None
         self.rows = rows
+        self._tokens: dict[str, int] | None = None  # by text
 
     def example(self) -> list[int]:
         """Ids of a short text, BOS included."""
@@ -32,20 +32,16 @@ class Spelling:
             return None
         return t.vocabulary.tokens[t.bos_id].decode() + found if begins and spell_bos else found
 
-    def id_of(self, text: str) -> int | None:
-        """The one token of this text; None where there are several, or none."""
-        if self._ids is None:
-            self._ids = self._unique()
-        return self._ids.get(text)
+    def token(self, text: str) -> int | None:
+        """The one token that is shown as this text; None where there are several, or none."""
+        if self._tokens is None:
+            texts = [self._shown(i) for i in range(min(self.rows, self.tokenizer.vocab_size))]
+            times = Counter(texts)
+            self._tokens = {shown: i for i, shown in enumerate(texts) if shown and times[shown] == 1}
+        return self._tokens.get(text)
 
-    def _unique(self) -> dict[str, int]:
-        """A token whose bytes are no text of their own shares its text with others, once these bytes are left out."""
-        count = min(self.rows, self.tokenizer.vocab_size)
-        texts = [self._piece(i) for i in range(count)]
-        times = Counter(texts)
-        return {text: i for i, text in enumerate(texts) if text and times[text] == 1 and "�" not in text}
-
-    def _piece(self, token: int) -> str:
+    def _shown(self, token: int) -> str:
+        """A token whose bytes are no text is shown as what is text in them."""
         pieces = self.tokenizer.pieces
         if pieces is not None and token not in pieces.bytes_:
             return pieces.texts[token]

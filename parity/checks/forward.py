@@ -58,9 +58,13 @@ def logits(ev: Evidence) -> Iterator[Result]:
                 metric="rho, log-probabilities",
                 unit="x noise",
                 where=listed.where,
-                reason=f"{listed.numbers} log-probabilities at {listed.kl.numel()} positions",
+                reason=f"{listed.numbers} of the likeliest tokens at {listed.positions} positions",
                 **pair.labels,
             )
+        elif not ev.candidate(pair).broken:
+            meta = ev.candidates[pair.path].meta
+            reason = f"not covered: {meta.get('uncovered', {}).get('log_probs') or lacking(meta, 'log_probs')}"
+            yield Result("logits", "G3", Status.SKIP, required=False, reason=reason, **pair.labels)
 
 
 def _pairwise(ev: Evidence, pair: Pair, tap: str) -> float:
