@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from parity import precision
 from parity.candidates import resolve
 from parity.candidates.describe import Description
 from parity.candidates.probe import Probed, probe_in_process
@@ -165,6 +166,7 @@ class Runner:
             ev.prepare(cores(), dtypes)
             if in_doubt(ev, dtypes):
                 self._coarse_oracle(ev, dtypes)
+            self.notices += precision.remarks(ev, dtypes, self._in_other_precisions)
             self.peak_bytes = max(self.peak_bytes, anonymous_bytes(os.getpid()))
             if self.large:
                 for path in group:
@@ -174,6 +176,18 @@ class Runner:
                 drop(trace.folder, dtypes)
         elif any(trace.meta.get("ops") for trace in ev.candidates.values()):
             self._oracle_ops(ev)
+
+    def _in_other_precisions(self, sequences: list[list[int]], dtype: str) -> dict[str, tuple[Trace, str]]:
+        """These sequences in each precision that a server may have: a trace, and the dtype to read in it."""
+        shared = replace(self.case, prompts=sequences, texts=None, corpus=[], dialogs=[], tokenizer=None, training=None)
+        case = replace(shared, max_new_tokens=0, record="logits", rope_positions=[], weights=False, spare_prompts=None)
+        others = [d for d in ("bf16", "fp16") if d != dtype]
+        jobs = {d: self._job(f"reference.{self._first}", f"in-{d}", replace(case, dtypes=[d])) for d in others}
+        for scheme in precision.WEIGHTS:
+            job = self._job("reference.oracle", f"in-{scheme.replace('/', '-')}", replace(case, dtypes=[dtype]))
+            jobs[scheme] = replace(job, arguments=(*job.arguments, "--integers", scheme))
+        traces = self._run(list(jobs.values()))
+        return {name: (traces[job.label], name if name in others else dtype) for name, job in jobs.items()}
 
     def _round_oracle(self, ev: Evidence, scheme: str) -> None:
         """The oracle with its weights rounded to the candidate's integers, at every dtype."""

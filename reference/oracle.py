@@ -56,10 +56,13 @@ class Integers:
 
     bits: int
     group: int | None = None
+    short_floats: bool = False  # in their place: 4 bits of exponent, 3 of mantissa
 
     @classmethod
     def parse(cls, scheme: str) -> "Integers":
-        """From "int8" (a scale for each row) or "int4/32" (one for each 32 inputs). Raises Unusable."""
+        """From "int8" (a scale for each row) or "int4/32" (one for each 32 inputs), or "fp8". Raises Unusable."""
+        if scheme == "fp8":
+            return cls(8, short_floats=True)
         match = re.fullmatch(r"int([2-8])(?:/([1-9]\d*))?", scheme)
         if match is None:
             raise Unusable(f"{scheme!r} names no integers: expected int8, or int4/32 with one scale for 32 inputs")
@@ -67,6 +70,9 @@ class Integers:
 
     def round(self, rows: Tensor) -> Tensor:
         """(N, K) float64 -> the nearest representable, rows of one scale at a time."""
+        if self.short_floats:
+            scales = rows.abs().amax(1, keepdim=True).clamp(min=1e-300) / torch.finfo(torch.float8_e4m3fn).max
+            return (rows / scales).to(torch.float8_e4m3fn).double() * scales
         largest = 2 ** (self.bits - 1) - 1
         parts = []
         for part in rows.split(self.group or rows.shape[1], dim=1):
