@@ -60,7 +60,7 @@ class Evidence:
     _strict: dict[tuple[str, str], Measured] = field(default_factory=dict)
     _noise: dict[tuple[str, str], Measured] = field(default_factory=dict)
     _extra: dict[tuple[str | None, str, str, int], TapError] = field(default_factory=dict)
-    _listed: dict[tuple[Pair, bool], Listed | None] = field(default_factory=dict)
+    _listed: dict[Pair, Listed | None] = field(default_factory=dict)
 
     def prepare(self, workers: int, dtypes: list[str]) -> None:
         """Measure everything that the gates ask for at these dtypes, in threads: torch leaves the interpreter lock.
@@ -155,18 +155,17 @@ class Evidence:
 
     def be_lenient(self) -> "Evidence":
         """The same evidence, where a coarse RoPE table counts as rounding."""
-        return replace(self, lenient=True, op_errors={}, _noise={})
+        return replace(self, lenient=True, op_errors={}, _noise={}, _listed={})
 
     def candidate(self, pair: Pair) -> Measured:
         return self.measured(self.candidates[pair.path], pair.dtype)
 
     def listed(self, pair: Pair) -> Listed | None:
         """The log-probabilities that a candidate lists in place of logits, measured; None where it lists none."""
-        key = (pair, self.lenient)
-        if key not in self._listed:
+        if pair not in self._listed:
             rows = self.candidates[pair.path].meta.get("log_probs", {}).get(pair.dtype) or []
-            self._listed[key] = self._measure_listed(pair, rows) if any(rows) else None
-        return self._listed[key]
+            self._listed[pair] = self._measure_listed(pair, rows) if any(rows) else None
+        return self._listed[pair]
 
     def _measure_listed(self, pair: Pair, rows: list[dict[str, dict[str, float]]]) -> Listed:
         """Noise as everywhere: at each position, the largest error of any reference that agrees with the pair's own."""

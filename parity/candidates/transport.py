@@ -46,20 +46,19 @@ class Transport:
         except asyncio.TimeoutError:
             raise self._error(url, f"gave no whole answer within {limit:g} s") from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
-            raise self._error(url, f"cannot be asked ({reason(error)}); is the server running?") from error
+            why = self._shown(str(error)) or type(error).__name__  # some of httpx's have no words of their own
+            raise self._error(url, f"cannot be asked ({why}); is the server running?") from error
         if 300 <= status < 400:
             raise self._error(
-                url, f"sends elsewhere, to {line(target)}: give that address as --candidate, if it is meant"
+                url, f"sends elsewhere, to {self._shown(target)}: give that address as --candidate, if it is meant"
             )
-        text = content.decode("utf-8", "replace")
-        if self.key:
-            text = text.replace(self.key, "***")
+        text = self._without_key(content.decode("utf-8", "replace"))
         if status >= 400:
             raise self._refused(url, status, text)
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
-            raise self._error(url, f"answers no JSON: {line(text)!r}") from None
+            raise self._error(url, f"answers no JSON: {self._shown(text)!r}") from None
 
     async def _exchange(self, url: str, body: dict[str, Any] | None) -> tuple[int, str, bytes]:
         method = "GET" if body is None else "POST"
@@ -86,15 +85,16 @@ class Transport:
             content = json.loads(text)
         except (ValueError, RecursionError):
             content = text
-        return Refused(str(self._error(url, f"{status}: {line(text)}")), status, content)
+        return Refused(str(self._error(url, f"{status}: {self._shown(text)}")), status, content)
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self.key, "***") if self.key else text
+
+    def _shown(self, text: str) -> str:
+        return line(self._without_key(text))
 
     def _error(self, url: str, what: str) -> ServerError:
         return ServerError(f"candidate {url}: {what}")
-
-
-def reason(error: Exception) -> str:
-    """What went wrong in words; some of httpx's errors have none of their own."""
-    return line(str(error)) or type(error).__name__
 
 
 def line(text: str) -> str:
