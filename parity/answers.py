@@ -94,6 +94,20 @@ def ids(out: Any, asked: str, vocab_size: int | None = None) -> list[int]:
     return found
 
 
+def log_probs(out: Any, asked: str, length: int, vocab_size: int | None = None) -> dict[str, dict[str, float]]:
+    """{position: {id: log-probability of it as the next token}}, as JSON holds it."""
+    if not isinstance(out, dict) or not all(isinstance(row, dict) for row in out.values()):
+        raise Wrong(f"{asked} returned {named(out)}: expected {{position: {{id: log-probability}}}}")
+    positions = ids(list(out), asked)
+    if any(position >= length for position in positions):
+        raise Wrong(f"{asked} returned position {max(positions)}: expected 0 to {length - 1}")
+    rows = {}
+    for position, row in zip(positions, out.values(), strict=True):
+        tokens = ids(list(row), asked, vocab_size)
+        rows[str(position)] = {str(i): number(x, asked) for i, x in zip(tokens, row.values(), strict=True)}
+    return rows
+
+
 def config(out: Any) -> dict[str, Any]:
     if not isinstance(out, dict) or not out:
         raise Wrong(f"config() returned {'an empty dict' if out == {} else named(out)}: expected the echo")
@@ -161,7 +175,7 @@ def number(value: Any, asked: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
-        raise Wrong(f"{asked} returned {named(value)} as a loss: expected a number") from None
+        raise Wrong(f"{asked} returned {named(value)}: expected a number") from None
 
 
 def steps(out: Any, asked: str, count: int) -> list[dict[str, Tensor]]:

@@ -53,6 +53,8 @@ def build_parser() -> Parser:
         metavar="PYTHON",
         help="run it under this Python: VENV/bin/python, with packages of its own",
     )
+    add("--model", metavar="NAME", help="of a server that has several: the one to ask")
+    add("--api_key", metavar="VARIABLE", help="the environment variable that holds a server's key")
     add("--references", default="meta,hf", metavar="LIST", help="comma list of meta, hf (default: both)")
     add("--dtype", default="fp32,bf16", metavar="LIST", help="comma list of fp32, bf16, fp16 (default: fp32,bf16)")
     add("--device", default="cpu", choices=("cpu", "cuda", "mps"))
@@ -93,9 +95,11 @@ def require_installed(references: Sequence[str]) -> None:
 
 def validate(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that can be refused before any work. Raises UsageError."""
+    from parity.candidates.endpoint import server_name
     from parity.checks import CHECKS
 
-    chosen = {
+    chosen: dict[str, Any] = {
+        "candidate": server_name(args.candidate, model=args.model, api_key=args.api_key, tokenizer=args.tokenizer),
         "references": comma_list("--references", args.references, REFERENCES),
         "dtypes": comma_list("--dtype", args.dtype, tuple(DTYPES)),
         "checks": comma_list("--checks", args.checks, tuple(CHECKS)) if args.checks else list(CHECKS),
@@ -143,8 +147,8 @@ def run(args: argparse.Namespace) -> int:
     if args.candidate_python is not None:
         from parity.candidates.environment import within as in_environment
 
-        args.candidate = in_environment(args.candidate_python, args.candidate)
-    resolve(args.candidate)
+        chosen["candidate"] = in_environment(args.candidate_python, args.candidate)
+    resolve(chosen["candidate"])
     try:
         report = check(args, chosen)
     except Crash as crash:  # of a reference: nothing was judged
@@ -181,9 +185,9 @@ def check(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[str, Any]:
     checkpoint = describe(args.ckpt or str(embedded_default()), args.tokenizer)
     entry = {"path": args.ckpt or "embedded default", "format": checkpoint.format, "verified": checkpoint.verified}
     with workspace() as folder:
-        found = probed(args.candidate, checkpoint, chosen["dtypes"], args.device, folder)
+        found = probed(chosen["candidate"], checkpoint, chosen["dtypes"], args.device, folder)
         if found is not None and found.stops(chosen["dtypes"]):
-            return unjudged.report(found, args.candidate, chosen, checkpoint, entry, clock())
+            return unjudged.report(found, chosen["candidate"], chosen, checkpoint, entry, clock())
         report = compare(args, chosen, checkpoint, entry, found.max_positions if found else None, folder, clock)
         return twin.merge(report, check_twin(args, chosen, checkpoint, found, folder / "twin"))
 
@@ -206,7 +210,7 @@ def check_twin(
     try:
         path = write(checkpoint, folder / "checkpoint")
         made = replace(describe(str(path), None), tokenizer=None)  # its prompts are ids
-        theirs = probed(args.candidate, made, chosen["dtypes"], args.device, folder)
+        theirs = probed(chosen["candidate"], made, chosen["dtypes"], args.device, folder)
     except UsageError as error:
         return twin.Absent("none", str(error))
     if why := twin.unfit(found, theirs, chosen["dtypes"]):
@@ -266,7 +270,7 @@ def compare(
     runner = Runner(
         case,
         chosen["references"],
-        args.candidate,
+        chosen["candidate"],
         folder,
         sys.stderr.isatty(),
         own_files=(str(checkpoint.path.resolve()), str(checkpoint.tokenizer) if checkpoint.tokenizer else None),

@@ -23,6 +23,10 @@ class Crashed(Exception):
         return cls(f"{asked} raised {what(error)}", own_frame(error.__traceback__, file))
 
 
+class Unasked(NotImplementedError):
+    """This one input cannot be given to the candidate; others can."""
+
+
 class Wrong(Exception):
     """An answer that is none: of another type, shape or dtype than the interface's."""
 

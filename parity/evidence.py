@@ -12,6 +12,7 @@ from torch import Tensor
 from parity.conditions import Conditions
 from parity.contract import Case
 from parity.explained import Explained
+from parity.listed import Listed, Listing
 from parity.metrics import (
     LogitRows,
     Measured,
@@ -63,6 +64,7 @@ class Evidence:
     _strict: dict[tuple[str, str], Measured] = field(default_factory=dict)
     _noise: dict[tuple[str, str], Measured] = field(default_factory=dict)
     _extra: dict[tuple[str | None, str, str, int], TapError] = field(default_factory=dict)
+    _listed: dict[Pair, Listed | None] = field(default_factory=dict)
 
     def prepare(self, workers: int, dtypes: list[str]) -> None:
         """Measure everything that the gates ask for at these dtypes, in threads: torch leaves the interpreter lock.
@@ -80,6 +82,7 @@ class Evidence:
                 list(pool.map(lambda run: self.measured(*run), runs))
                 pairs = [pair for pair in self.pairs() if pair.dtype in dtypes]
                 list(pool.map(lambda job: self.pairwise(*job), [(p, t) for p in pairs for t in self.shared(p)]))
+                list(pool.map(self.listed, pairs))
                 list(pool.map(lambda job: self.error_at(*job), [x for x in self._extras() if x[1] in dtypes]))
         finally:
             torch.set_num_threads(before)
@@ -160,10 +163,33 @@ class Evidence:
 
     def be_lenient(self) -> "Evidence":
         """The same evidence, where a coarse RoPE table counts as rounding."""
-        return replace(self, lenient=True, op_errors={}, _noise={})
+        return replace(self, lenient=True, op_errors={}, _noise={}, _listed={})
 
     def candidate(self, pair: Pair) -> Measured:
         return self.measured(self.candidates[pair.path], pair.dtype)
+
+    def listed(self, pair: Pair) -> Listed | None:
+        """The log-probabilities that a candidate lists in place of logits, measured; None where it lists none."""
+        if pair not in self._listed:
+            rows = self.candidates[pair.path].meta.get("log_probs", {}).get(pair.dtype) or []
+            self._listed[pair] = self._measure_listed(pair, rows) if any(rows) else None
+        return self._listed[pair]
+
+    def _measure_listed(self, pair: Pair, rows: list[dict[str, dict[str, float]]]) -> Listed:
+        """Noise as everywhere: at each position, the largest error of any reference that agrees with the pair's own."""
+        listing = Listing.of(rows)
+        oracle = listing.read(self.oracle, pair.dtype)
+        own, *others = (
+            listing.measure(listing.read(trace, pair.dtype), oracle)
+            for name, trace in sorted(self.judges(pair.path).items(), key=lambda item: item[0] != pair.reference)
+        )
+        error, kl = listing.measure(listing.values, oracle)
+        noise = envelope(own[0], [o[0] for o in others])
+        kl_noise = torch.stack([own[1], *(o[1] for o in others if agree(own[0], o[0]))]).amax(0)
+        if self.lenient and self.coarse is not None and pair.dtype in self.coarse.meta["dtypes"]:
+            drift, kl_drift = listing.measure(listing.read(self.coarse, pair.dtype), oracle)
+            noise, kl_noise = replace(noise, drift=drift.error), kl_noise + kl_drift
+        return Listed(error, noise, kl, kl_noise, listing.worst(oracle), len(listing.tokens), len(listing.places))
 
     def rho(self, pair: Pair, tap: str) -> tuple[float, int | None]:
         """The worst error ratio at a tap, over all sequences together and over each long one alone, and which."""

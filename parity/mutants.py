@@ -74,7 +74,13 @@ def evaluate(base: Evidence, load: Any, folder: Path) -> tuple[Evidence, list[Re
         record(load, base.case, writer, lambda stage, done: None, base.forced)
     # What was measured on the references is kept, what belongs to this candidate is not.
     ev = replace(
-        base, candidates={None: Trace(folder)}, op_errors={}, _measured=dict(base._measured), _pairwise={}, _extra={}
+        base,
+        candidates={None: Trace(folder)},
+        op_errors={},
+        _measured=dict(base._measured),
+        _pairwise={},
+        _extra={},
+        _listed={},
     )
     return summary.judge_fairly(ev, list(CHECKS))
 

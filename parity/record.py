@@ -5,7 +5,7 @@ What each dtype found is on disk before the next one begins, so that nothing fin
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from parity import answers, training
 from parity.candidates.interface import Interface, asking, loaded, refuse_undeclared
 from parity.conditions import Conditions
 from parity.contract import Case
-from parity.crash import Crashed, Failure, Wrong, failure
+from parity.crash import Crashed, Failure, Unasked, Wrong, failure
 from parity.forced import finish_ops, record_ops
 from parity.recorder import EXTRA_ROWS, WAYS, Progress, Recorder, Recording, first_line
 from parity.trace import Trace, TraceWriter
@@ -96,10 +96,8 @@ def record(
     lengths = case.prompt_lengths or [len(p) for p in case.prompts]
     meta: dict[str, Any] = {"implementation": "candidate", "sequences": case.prompts, "prompt_lengths": lengths}
     meta |= {"positions": case.positions, "dtypes": {}, "seconds_forward": 0.0, "generated": {}, "self": {}}
-    meta |= {"extra": {}, "uncovered": {}, "streamed": {}, "errata": [], "notices": [], "ops": []} | asdict(
-        Conditions()
-    )
-    meta |= {"answers": {}, "undone": {}, "failures": [], "lacking": {}}
+    meta |= {"extra": {}, "uncovered": {}, "streamed": {}, "errata": [], "notices": [], "ops": []}
+    meta |= {"answers": {}, "log_probs": {}, "undone": {}, "failures": [], "lacking": {}, **asdict(Conditions())}
     run = Run(load, case, writer, progress, forced or {}, meta)
     for dtype in case.dtypes:
         run.dtype(dtype)
@@ -154,13 +152,14 @@ class Run:
             meta |= found
         meta |= asdict(candidate.conditions)
         meta["streamed"][dtype] = candidate.declared("streamed")
-        meta["notices"] = list(dict.fromkeys([*meta["notices"], *candidate.declared("notices"), *candidate.notices]))
         if "next_tokens" in candidate.has:
             out = record_answers(candidate, case, dtype, self.progress)
         elif meta["streamed"][dtype]:
             out = record_streamed(candidate, case, dtype, self.writer, self.progress)
         else:
             out = Recorder(candidate, case, dtype, self.writer, self.progress).run()
+        # A server's remarks are about how it could be asked, which is known now.
+        meta["notices"] = list(dict.fromkeys([*meta["notices"], *candidate.declared("notices"), *candidate.notices]))
         self._keep(out)
         if out.done and "ops" in candidate.has and not Conditions.of(meta) and not meta["streamed"][dtype]:
             self._ops(candidate, out)
@@ -173,7 +172,7 @@ class Run:
         meta["seconds_forward"] += out.seconds
         meta["uncovered"] |= out.uncovered
         meta["generated"][dtype], meta["self"][dtype], meta["extra"][dtype] = out.generated, out.same, out.extra
-        meta["answers"][dtype] = out.answers
+        meta["answers"][dtype], meta["log_probs"][dtype] = out.answers, out.log_probs
         if out.done:
             meta["dtypes"][dtype] = dtype
         elif not out.failures:
@@ -216,7 +215,8 @@ def counted(out: Recording) -> Iterator[None]:
 
 
 def record_answers(candidate: Interface, case: Case, dtype: str, progress: Progress) -> Recording:
-    """Of a candidate that has tokens alone: the next token at some positions of each sequence, and greedy text.
+    """Of a candidate that has tokens alone: the next token at some positions of each sequence, and greedy text; and the
+    log-probabilities that it lists.
 
     Greedy text is not enough: a model without RoPE scaling writes what the right one writes until the text is long.
     """
@@ -225,7 +225,13 @@ def record_answers(candidate: Interface, case: Case, dtype: str, progress: Progr
     with counted(out), out.step("logits", "argmax", "G6"):
         out.answers = [_next_tokens(candidate, ids, case) for ids in case.prompts or []]
         out.done = True
-        progress(f"{dtype} answers", 0.5)
+        progress(f"{dtype} answers", 0.4)
+    if out.done and "log_probs" in candidate.has:
+        with counted(out), out.step("log_probs", "logits", "G3"):
+            out.log_probs = [_log_probs(candidate, ids, case) for ids in case.prompts or []]
+            if not any(out.log_probs):
+                raise NotImplementedError("the candidate lists no log-probabilities")
+            progress(f"{dtype} log-probabilities", 0.7)
     with counted(out), out.step("greedy", "greedy", "G6"):
         if out.done:
             out.generated = list(_texts(candidate, case))
@@ -234,9 +240,22 @@ def record_answers(candidate: Interface, case: Case, dtype: str, progress: Progr
 
 
 def _next_tokens(candidate: Interface, ids: list[int], case: Case) -> dict[str, Any]:
-    """Position -> the token after it, at some positions of one sequence."""
-    positions = torch.linspace(0, len(ids) - 1, min(EXTRA_ROWS, len(ids))).int().tolist()
-    return {str(p): _ask_tokens(candidate, ids[: p + 1], 1, case)[0] for p in positions}
+    """Position -> the token after it, at some positions of one sequence: those that can be asked."""
+    found = {}
+    for p in _some_positions(ids):
+        with suppress(Unasked):
+            found[str(p)] = _ask_tokens(candidate, ids[: p + 1], 1, case)[0]
+    return found
+
+
+def _some_positions(ids: list[int]) -> list[int]:
+    return torch.linspace(0, len(ids) - 1, min(EXTRA_ROWS, len(ids))).int().tolist()
+
+
+def _log_probs(candidate: Interface, ids: list[int], case: Case) -> dict[str, dict[str, float]]:
+    """Position -> id -> its log-probability there, of one sequence."""
+    found = candidate.ask("log_probs", ids, _some_positions(ids))
+    return answers.log_probs(found, candidate.row("log_probs").signature, len(ids), case.vocab_size)
 
 
 def _texts(candidate: Interface, case: Case) -> Iterator[list[int]]:
@@ -245,7 +264,10 @@ def _texts(candidate: Interface, case: Case) -> Iterator[list[int]]:
     lengths = case.prompt_lengths or [len(p) for p in case.prompts]
     for ids, length in zip(case.prompts, lengths, strict=True):
         n = len(ids) - length
-        yield _ask_tokens(candidate, ids[:length], n, case)[:n] if n else []
+        try:
+            yield _ask_tokens(candidate, ids[:length], n, case)[:n] if n else []
+        except Unasked:
+            yield []
 
 
 def _ask_tokens(candidate: Interface, ids: list[int], n: int, case: Case) -> list[int]:

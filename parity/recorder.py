@@ -37,6 +37,7 @@ class Recording:
     same: dict[str, float] = field(default_factory=dict)  # bitwise relations: largest |difference|
     extra: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # kind -> sequence -> positions
     answers: list[dict[str, int]] = field(default_factory=list)  # where there are no logits: position -> next token
+    log_probs: list[dict[str, dict[str, float]]] = field(default_factory=list)  # position -> id -> log-probability
     uncovered: dict[str, str] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     done: bool = False  # the forward pass, without which nothing is compared

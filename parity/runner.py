@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from parity import precision
 from parity.cache import TraceCache
 from parity.candidates import resolve
 from parity.candidates.describe import Description
@@ -168,6 +169,7 @@ class Runner:
             ev.prepare(cores(), dtypes)
             if in_doubt(ev, dtypes):
                 self._coarse_oracle(ev, dtypes)
+            self.notices += precision.remarks(ev, dtypes, self._in_other_precisions)
             self.peak_bytes = max(self.peak_bytes, anonymous_bytes(os.getpid()))
             if self.large:
                 for path in group:
@@ -183,6 +185,18 @@ class Runner:
         label = "oracle-" + re.sub(r"[^\w]+", "-", str(said))
         job = self._job("reference.oracle", label, replace(ev.case, training=None, **NO_IDENTITY))
         ev.rounded[str(said)] = self._run([replace(job, arguments=(*job.arguments, *said.flags))])[job.label]
+
+    def _in_other_precisions(self, sequences: list[list[int]], dtype: str) -> dict[str, tuple[Trace, str]]:
+        """These sequences in each precision that a server may have: a trace, and the dtype to read in it."""
+        shared = replace(self.case, prompts=sequences, texts=None, corpus=[], dialogs=[], tokenizer=None, training=None)
+        case = replace(shared, max_new_tokens=0, record="logits", rope_positions=[], weights=False, spare_prompts=None)
+        others = [d for d in ("bf16", "fp16") if d != dtype]
+        jobs = {d: self._job(f"reference.{self._first}", f"in-{d}", replace(case, dtypes=[d])) for d in others}
+        for scheme in precision.WEIGHTS:
+            job = self._job("reference.oracle", f"in-{scheme.replace('/', '-')}", replace(case, dtypes=[dtype]))
+            jobs[scheme] = replace(job, arguments=(*job.arguments, "--integers", scheme))
+        traces = self._run(list(jobs.values()))
+        return {name: (traces[job.label], name if name in others else dtype) for name, job in jobs.items()}
 
     def _coarse_oracle(self, ev: Evidence, dtypes: list[str]) -> None:
         """The oracle with a coarse RoPE table: how much of its error reaches each tap."""
@@ -281,7 +295,17 @@ class Runner:
         self.notices += [n for n in trace.meta.get("notices", []) if n not in self.notices]
         known = self.traces.setdefault(job.label, trace)
         if known is not trace:
-            for key in ("dtypes", "streamed", "generated", "self", "extra", "uncovered", "answers", "undone"):
+            for key in (
+                "dtypes",
+                "streamed",
+                "generated",
+                "self",
+                "extra",
+                "uncovered",
+                "answers",
+                "log_probs",
+                "undone",
+            ):
                 known.meta[key] = known.meta.get(key, {}) | trace.meta.get(key, {})
             old = known.meta.get("failures", [])
             known.meta["failures"] = old + [f for f in trace.meta.get("failures", []) if f not in old]

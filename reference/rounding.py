@@ -2,6 +2,7 @@
 
 rounding("int8/32")(x)     # (..., K) -> the nearest integers times a scale for each 32 numbers of a row
 rounding("fp8")(x)         # 4 exponent bits and 3 of the mantissa, saturating
+rounding("fp8/row")(x)     # these, with a scale for each row
 """
 
 import re
@@ -58,8 +59,16 @@ def to_float(kind: torch.dtype) -> Round:
     return lambda x: x.clamp(-largest, largest).to(kind).double()
 
 
+def scaled_fp8(x: Tensor) -> Tensor:
+    """(..., K) -> the largest number of each row is fp8's largest times the row's scale."""
+    scales = x.abs().amax(-1, keepdim=True).clamp(min=1e-300) / torch.finfo(FLOATS["fp8"]).max
+    return (x / scales).to(FLOATS["fp8"]).double() * scales
+
+
 def rounding(scheme: str) -> Round:
     """Raises Unusable for a scheme that is none."""
+    if scheme == "fp8/row":
+        return scaled_fp8
     if scheme in FLOATS:
         return to_float(FLOATS[scheme])
     if scheme.startswith("int"):
@@ -82,7 +91,7 @@ class Rounded:
     def declared(cls, integers: str | None, activations: str | None, kv: str | None) -> "Rounded":
         """As a candidate declares it. Raises Unusable for a scheme that is none."""
         return cls(
-            Integers.parse(integers).round if integers else exact,
+            rounding(integers) if integers else exact,
             rounding(activations) if activations else exact,
             rounding(kv) if kv else exact,
         )

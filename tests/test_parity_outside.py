@@ -3,21 +3,17 @@
 import json
 import re
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mutant_evidence import base, judge
+from mutant_evidence import judge
 from parity import mutants
 from parity.candidates.command import command_loader
-from parity.candidates.endpoint import endpoint_loader
 from parity.check import main
 from parity.contract import Result
 from parity.shapes import SHAPES
@@ -113,100 +109,3 @@ def test_what_is_not_there_is_refused_in_one_line(
     code, _ = run(checkpoint, tmp_path, candidate)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert code == 2 and said in line
-
-
-# --- Servers ---------------------------------------------------------------------------------------------------------
-
-
-def as_token_ids(ids: list[int]) -> dict[str, Any]:
-    return {"text": "", "token_ids": ids}
-
-
-def as_named_tokens(ids: list[int]) -> dict[str, Any]:
-    return {"text": "", "logprobs": {"tokens": [f"token_id:{i}" for i in ids]}}
-
-
-def as_content(ids: list[int]) -> dict[str, Any]:
-    return {"text": "", "logprobs": {"content": [{"id": i, "token": "?"} for i in ids]}}
-
-
-def as_text(ids: list[int]) -> dict[str, Any]:
-    return {"text": " ".join(map(str, ids)), "logprobs": {"tokens": ["?"] * len(ids)}}
-
-
-@contextmanager
-def server(port: plain_port.Port, shape: Shape) -> Iterator[str]:
-    """A completions server on the loopback interface that answers greedily; yields its URL."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.answer({"data": [{"id": "the-model"}]})
-
-        def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if asked["model"] != "the-model" or asked["temperature"] != 0:
-                self.send_error(400, "wrong request")
-                return
-            ids = list(asked["prompt"])
-            for _ in range(asked["max_tokens"]):
-                ids.append(int(port(torch.tensor([ids]))[0, -1].argmax()))
-            self.answer({"choices": [shape(ids[len(asked["prompt"]) :])]})
-
-        def answer(self, content: dict[str, Any]) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(content).encode())
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=httpd.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{httpd.server_port}/v1"
-    finally:
-        httpd.shutdown()
-        thread.join()
-        httpd.server_close()
-
-
-def test_a_right_server_passes_by_its_tokens(checkpoint: Path, tmp_path: Path) -> None:
-    with server(plain_port.load(str(checkpoint), torch.float32, "cpu"), as_token_ids) as url:
-        code, report = run(checkpoint, tmp_path, url)
-    assert code == 0, report["why"]
-    assert judged(report) == {"argmax", "greedy"}
-    assert all(r["reason"] for r in report["results"] if r["status"] == "skip")
-    (asked,) = (r["reason"] for r in report["results"] if r["check"] == "argmax")
-    assert int(asked.split()[0]) >= 100  # decided positions
-
-
-@pytest.mark.parametrize("shape", [as_named_tokens, as_content])
-def test_servers_may_name_their_tokens_in_other_ways(shape: Shape, checkpoint: Path) -> None:
-    port = plain_port.load(str(checkpoint), torch.float32, "cpu")
-    with server(port, as_token_ids) as url, server(port, shape) as other:
-        wanted, found = (endpoint_loader(at)("", torch.float32, "").next_tokens([1, 2, 3], 5) for at in (url, other))
-    assert wanted == found and len(set(wanted)) > 1
-
-
-@pytest.mark.parametrize("kind", ["wrong_base", "dropped_scaling", "swapped"])
-def test_a_wrong_server_fails_by_its_tokens(kind: str) -> None:
-    port = getattr(plain_port, kind)(base("gqa").case.checkpoint, torch.float32, "cpu")
-    with server(port, as_token_ids) as url:
-        _, results = judge("gqa", endpoint_loader(url))
-    assert {r.check for r in mutants.failed(results)} >= {"argmax"}
-
-
-def test_a_server_without_token_ids_is_refused_in_one_line(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with server(plain_port.load(str(checkpoint), torch.float32, "cpu"), as_text) as url:
-        code, _ = run(checkpoint, tmp_path, url)
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert code == 2 and "name no token ids" in line
-
-
-def test_a_server_in_bf16_alone_is_limited(checkpoint: Path, tmp_path: Path) -> None:
-    with server(plain_port.load(str(checkpoint), torch.bfloat16, "cpu"), as_token_ids) as url:
-        code, report = run(checkpoint, tmp_path, url, "--dtype", "bf16")
-    assert (code, report["verdict"]) == (3, "limited"), report["why"]

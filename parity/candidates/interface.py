@@ -61,6 +61,9 @@ METHODS: tuple[Method, ...] = (
            "G3", lacking="the candidate cannot be called: it has no logits"),
     Method("next_tokens", ("ids", "n"), "the `n` greedy tokens after the list `ids`, in place of logits", "argmax",
            "G6"),
+    Method("log_probs", ("ids", "positions"), "`{position: {id: log-probability of it as the next token}}`, of any ids,"
+           " at `positions` or more, beside `next_tokens`", "logits", "G3",
+           lacking="the candidate lists no log-probabilities"),
     Method("taps", ("tokens",), "`{tap name: (B, T, ...)}`, any subset of the names below", "taps", "G3"),
     Method("ops", ("name", "inputs"), "the tap `name`, `(B, T, ...)`, computed from `inputs` alone", "ops", "G2"),
     Method("prefill", ("tokens",), "logits of these tokens, `(B, n, V)`, or of the last, `(B, 1, V)` or `(B, V)`",

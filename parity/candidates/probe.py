@@ -8,6 +8,7 @@ In a process of its own: what a candidate allocates is gone before the reference
 import json
 import sys
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from parity import answers
 from parity.candidates.interface import Interface, declared, declared_dtypes, loaded, refuse_undeclared
 from parity.contract import Case, UsageError
-from parity.crash import Crashed, Failure, Wrong, failure
+from parity.crash import Crashed, Failure, Unasked, Wrong, failure
 from parity.process import Crash, started, wait_any
 
 TOKENS = 3
@@ -71,11 +72,12 @@ def ask(candidate: Interface, case: Case) -> int | None:
     with torch.no_grad():
         if "next_tokens" in candidate.has:
             asked = f"next_tokens({TOKENS} ids, 1)"
-            found = answers.ids(candidate.ask("next_tokens", ids, 1), asked, case.vocab_size)
-            if not found:
-                raise Wrong(f"{asked} returned no token")
-            return found[0]
-        if not candidate.declared("streamed"):
+            with suppress(Unasked):
+                found = answers.ids(candidate.ask("next_tokens", ids, 1), asked, case.vocab_size)
+                if not found:
+                    raise Wrong(f"{asked} returned no token")
+                return found[0]
+        elif not candidate.declared("streamed"):
             last = candidate.declared("last_only")
             out = candidate.ask("__call__", torch.tensor([ids], device=case.device))
             logits = answers.logits(out, candidate.row("__call__").signature, 1, TOKENS, case.vocab_size, last)

@@ -9,7 +9,7 @@ from parity.candidates.interface import lacking
 from parity.contract import Result, Status, judge
 from parity.crash import unrun
 from parity.evidence import Evidence, Pair, worst_ratio
-from parity.metrics import own_noise, percentile
+from parity.metrics import TapError, own_noise, percentile
 from parity.tolerances import BOUNDS, KL_FLOOR_NATS, KL_POSITIONS
 
 
@@ -49,6 +49,22 @@ def logits(ev: Evidence) -> Iterator[Result]:
             yield _worst(ev, pair, "logits", "G3", ratios, BOUNDS["G3.logits"].value)
             pairwise = {"logits": _pairwise(ev, pair, "logits")}
             yield _worst(ev, pair, "logits", "G4", pairwise, BOUNDS["G4"].value)
+        elif (listed := ev.listed(pair)) is not None:
+            yield judge(
+                worst_ratio(listed.error, listed.noise, pair.dtype)[0],
+                BOUNDS["G3.logits"].value,
+                check="logits",
+                gate="G3",
+                metric="rho, log-probabilities",
+                unit="x noise",
+                where=listed.where,
+                reason=f"{listed.numbers} of the likeliest tokens at {listed.positions} positions",
+                **pair.labels,
+            )
+        elif not ev.candidate(pair).broken:
+            meta = ev.candidates[pair.path].meta
+            reason = f"not covered: {meta.get('uncovered', {}).get('log_probs') or lacking(meta, 'log_probs')}"
+            yield Result("logits", "G3", Status.SKIP, required=False, reason=reason, **pair.labels)
 
 
 def _pairwise(ev: Evidence, pair: Pair, tap: str) -> float:
@@ -83,48 +99,60 @@ def bitwise(ev: Evidence) -> Iterator[Result]:
 
 
 def kl(ev: Evidence) -> Iterator[Result]:
-    """G5: mean, 99th percentile and maximum over positions of KL(oracle || candidate), against the reference's."""
+    """G5: mean, 99th percentile and maximum over positions of KL(oracle || candidate), against the reference's.
+
+    Of a candidate that lists log-probabilities, over the tokens that it lists, both distributions renormalised to them.
+    """
     for pair in ev.pairs():
         mine, theirs = ev.candidate(pair).rows, ev.reference(pair).rows
-        if not mine:
+        if mine:
+            c, r = torch.cat([rows.kl for rows in mine]), torch.cat([rows.kl for rows in theirs])
+            error, noise = ev.candidate(pair).taps["logits"], ev.reference(pair).taps["logits"]
+        elif (listed := ev.listed(pair)) is not None:
+            c, r, error, noise = listed.kl, listed.kl_noise, listed.error, listed.noise
+        else:
             continue
-        c, r = torch.cat([rows.kl for rows in mine]), torch.cat([rows.kl for rows in theirs])
         if c.numel() < KL_POSITIONS:
             reason = f"not covered: {c.numel()} positions are too few for statistics of KL, {KL_POSITIONS} are needed"
             yield Result("kl", "G5", Status.SKIP, required=False, reason=reason, **pair.labels)
             continue
-        for name, statistic in (
-            ("mean", torch.Tensor.mean),
-            ("p99", lambda x: percentile(x, 0.99)),
-            ("max", torch.max),
-        ):
-            value = float(statistic(c)) / (float(statistic(r)) + KL_FLOOR_NATS)
-            bound, explained = BOUNDS[f"G5.{name}"].value, None
-            if name == "max" and bound < value < math.inf and ev.rho(pair, "logits")[0] <= BOUNDS["G3.logits"].value:
-                value, explained = kl_explained(ev, pair, c), "of what the logits' noise at that position explains"
-            where = f"{float(statistic(c)):.3g} nats for {float(statistic(r)):.3g}"
-            yield judge(
-                value,
-                bound,
-                check="kl",
-                gate="G5",
-                metric=f"KL {name}",
-                unit="x noise",
-                where=where,
-                reason=explained,
-                **pair.labels,
-            )
+        fits = worst_ratio(error, noise, pair.dtype)[0] <= BOUNDS["G3.logits"].value
+        yield from _kl_statistics(pair, c, r, noise if fits else None)
 
 
-def kl_explained(ev: Evidence, pair: Pair, kl: torch.Tensor) -> float:
+def _kl_statistics(pair: Pair, c: torch.Tensor, r: torch.Tensor, noise: TapError | None) -> Iterator[Result]:
+    """c, r (N,): KL in nats. `noise`: of the reference's logits, where the candidate's keep to it."""
+    for name, statistic in (
+        ("mean", torch.Tensor.mean),
+        ("p99", lambda x: percentile(x, 0.99)),
+        ("max", torch.max),
+    ):
+        value = float(statistic(c)) / (float(statistic(r)) + KL_FLOOR_NATS)
+        bound, explained = BOUNDS[f"G5.{name}"].value, None
+        if name == "max" and bound < value < math.inf and noise is not None:
+            value, explained = kl_explained(noise, pair.dtype, c), "of what the logits' noise at that position explains"
+        where = f"{float(statistic(c)):.3g} nats for {float(statistic(r)):.3g}"
+        yield judge(
+            value,
+            bound,
+            check="kl",
+            gate="G5",
+            metric=f"KL {name}",
+            unit="x noise",
+            where=where,
+            reason=explained,
+            **pair.labels,
+        )
+
+
+def kl_explained(noise: TapError, dtype: str, kl: torch.Tensor) -> float:
     """The largest KL (N,) nats by what logits within their gate come to at its position.
 
     The reference's own maximum is one draw, and may be a lucky one. KL is half the variance of the logits' errors under
     the oracle's p: at most half the square of the largest error that the gate allows, were all of it at likely tokens.
     """
-    noise = ev.reference(pair).taps["logits"]
     squares = torch.cat(noise.error) / noise.width
-    squares = squares.clamp_min(own_noise(noise, pair.dtype) ** 2)
+    squares = squares.clamp_min(own_noise(noise, dtype) ** 2)
     if noise.drift:
         squares = squares + torch.cat(noise.drift) / noise.width
     explained = BOUNDS["G3.logits"].value ** 2 * squares / 2
