@@ -92,6 +92,14 @@ class Checkpoint:
     notices: list[str] = field(default_factory=list)
 
 
+def opened(
+    kind: str, path: Path, config: ModelConfig, entries: Mapping[str, Lazy], said_by: str, notices: Iterable[str] = ()
+) -> Checkpoint:
+    """A checkpoint without a tokenizer; raises unless the entries are exactly the weights that `config` asks for."""
+    weights = Weights(check_weights(path, config, entries, said_by))
+    return Checkpoint(config, weights, None, kind, path, list(notices))
+
+
 def make_config(where: str | Path, **fields: object) -> ModelConfig:
     """ModelConfig, with its complaints as CheckpointError."""
     try:
@@ -155,6 +163,12 @@ def cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
         return Lazy(weights.shapes[name], dtype, read)
 
     return Weights({name: entry(name) for name in weights})
+
+
+def same_numbers(a: Lazy, b: Lazy) -> bool:
+    """Whether two weights of one shape are equal, compared in blocks of rows."""
+    blocks = range(0, a.shape[0], 4096)
+    return all(torch.equal(a.read(i, i + 4096), b.read(i, i + 4096)) for i in blocks)
 
 
 def row_blocks(entry: Lazy, block_bytes: int = 1 << 26) -> Iterator[Tensor]:
