@@ -39,6 +39,11 @@ from nanollama.model import ModelConfig, RopeScaling, rope_frequencies
 from nanollama.vocabulary import read
 from nanollama.vocabulary.write import gguf_keys
 
+# Ours -> the keys llama.*; the last two may be left out. A head's size is said three times.
+SIZES = {"n_heads": "attention.head_count", "dim": "embedding_length", "n_layers": "block_count"}
+SIZES |= {"hidden_dim": "feed_forward_length", "max_seq_len": "context_length"}
+OPTIONAL_SIZES = {"n_kv_heads": "attention.head_count_kv", "vocab_size": "vocab_size"}
+HEAD_DIMS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 ROPE_FREQS, EMBEDDING, HEAD = "rope_freqs.weight", "tok_embeddings.weight", "output.weight"
 # Beginnings of the keys llama.* that may change the computation, and the values besides 0 with which they do not.
 # What nothing reads opens: tensor_data_layout, pooling_type, a vendor's note.
@@ -116,25 +121,19 @@ def _read_config(
     llama = {key[6:]: _one_of_equals(value) for key, value in keys.items() if key.startswith("llama.")}
     fields = Fields(path, llama, "llama.")
     _refuse_other_scaling(fields)
-    n_heads = fields.integer("attention.head_count")
-    dim = fields.integer("embedding_length")
-    head_dim = fields.integer("attention.key_length", dim // n_heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
+    sizes = {name: fields.integer(key) for name, key in SIZES.items()}
+    head_dim = fields.integer(HEAD_DIMS[0], sizes["dim"] // sizes["n_heads"])
+    for key in HEAD_DIMS[1:]:
         if fields.integer(key, head_dim) != head_dim:
             raise fields.error(key, f"differs from the head dimension {head_dim}: not computed by this implementation")
     embedding = stored.get(EMBEDDING)
-    config = {
-        "dim": dim,
-        "n_layers": fields.integer("block_count"),
-        "n_heads": n_heads,
-        "n_kv_heads": fields.integer("attention.head_count_kv", n_heads),
-        "vocab_size": fields.integer("vocab_size", 0 if embedding is None else embedding.shape[0]),
-        "hidden_dim": fields.integer("feed_forward_length"),
+    defaults = {"n_kv_heads": sizes["n_heads"], "vocab_size": 0 if embedding is None else embedding.shape[0]}
+    config = sizes | {
+        **{name: fields.integer(OPTIONAL_SIZES[name], default) for name, default in defaults.items()},
         "norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": fields.number("rope.freq_base", 10_000.0),
         "tied": HEAD not in stored,
         "head_dim": head_dim,
-        "max_seq_len": fields.integer("context_length"),
     }
     ignored = {k for k, v in llama.items() if not COMPUTES.match(k) or v in (0, NEUTRAL.get(k))}
     fields.finish(frozenset(ignored | {"attention.layer_norm_epsilon"}))
@@ -254,23 +253,13 @@ def _write_header(writer: Any, file: Any) -> None:
 def _new_writer(package: Any, config: ModelConfig, vocabulary: dict[str, Any], name: str) -> Any:
     writer = package.GGUFWriter(None, "llama")
     writer.add_name(name)
-    writer.add_block_count(config.n_layers)
-    writer.add_context_length(config.max_seq_len)
-    writer.add_embedding_length(config.dim)
-    writer.add_feed_forward_length(config.hidden_dim)
-    writer.add_head_count(config.n_heads)
-    writer.add_head_count_kv(config.n_kv_heads)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    if config.rope_scaling is not None:
-        for key, value in vars(config.rope_scaling).items():
-            add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
-            add(f"nanollama.rope_scaling.{key}", value)
-    for key, value in vocabulary.items():
+    sizes = {key: getattr(config, name) for name, key in (SIZES | OPTIONAL_SIZES).items()}
+    sizes |= dict.fromkeys(HEAD_DIMS, config.head_dim)
+    floats = {"attention.layer_norm_rms_epsilon": float(config.norm_eps), "rope.freq_base": float(config.rope_theta)}
+    scaling = vars(config.rope_scaling) if config.rope_scaling else {}
+    keys = {f"llama.{key}": value for key, value in (sizes | floats).items()}
+    keys |= {f"nanollama.rope_scaling.{key}": value for key, value in scaling.items()}
+    for key, value in (keys | vocabulary).items():
         one = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}.get(type(value), "ARRAY")
         inner = {int: "INT32", float: "FLOAT32", str: "STRING"}[type(value[0])] if one == "ARRAY" else None
         kinds = [package.GGUFValueType[kind] for kind in (one, inner) if kind]

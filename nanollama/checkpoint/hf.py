@@ -8,7 +8,6 @@ Sources: `transformers` LlamaConfig and modeling_llama (keys and defaults, 4.x `
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,8 +21,7 @@ from nanollama.checkpoint.fields import Fields, is_close, read_json
 from nanollama.checkpoint.names import hf_name, hf_rows, is_rotary, meta_from_hf, meta_rows
 from nanollama.checkpoint.staging import refuse_occupied, staged
 from nanollama.checkpoint.streams import write_safetensors
-from nanollama.checkpoint.weights import Checkpoint, CheckpointError, Lazy, make_config, opened
-from nanollama.checkpoint.weights import same_numbers, streamed, to_write
+from nanollama.checkpoint.weights import Checkpoint, CheckpointError, Lazy, make_config, opened, same_numbers, to_write
 from nanollama.model import ModelConfig, RopeScaling
 from nanollama.vocabulary import read
 from nanollama.vocabulary.write import fitting, hf_files, token_ids
@@ -254,7 +252,7 @@ def write_hf(
         entries[hf_name(name)] = _reordered(entry, config.head_dim, meta_rows) if is_rotary(name) else entry
     split = split_state_dict_into_shards_factory(
         entries,
-        get_storage_size=_size,
+        get_storage_size=lambda entry: entry.nbytes,
         filename_pattern=SINGLE.replace(".", "{suffix}."),
         max_shard_size=max_shard_bytes,
     )
@@ -262,7 +260,7 @@ def write_hf(
     with staged(folder) as stage:
         for file_name, names in split.filename_to_tensors.items():
             with stage.open(file_name) as file:
-                write_safetensors(file, *streamed({name: entries[name] for name in names}))
+                write_safetensors(file, {name: entries[name] for name in names})
         if split.is_sharded:
             stage.text(INDEX, _json({"metadata": split.metadata, "weight_map": split.tensor_to_filename}))
         for file_name, data in hf_files(vocabulary).items() if vocabulary else ():
@@ -291,11 +289,6 @@ def make_hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "torch_dtype": str(dtype).removeprefix("torch."),
         **{key: getattr(config, name) for name, key in SIZES.items()},
     }
-
-
-def _size(entry: Lazy) -> int:
-    """Bytes."""
-    return math.prod(entry.shape) * entry.dtype.itemsize
 
 
 def _json(value: dict[str, Any]) -> str:

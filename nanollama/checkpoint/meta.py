@@ -22,8 +22,7 @@ from nanollama.checkpoint import pth
 from nanollama.checkpoint.fields import Fields, read_json
 from nanollama.checkpoint.staging import refuse_occupied, staged
 from nanollama.checkpoint.streams import write_pth
-from nanollama.checkpoint.weights import Checkpoint, CheckpointError, Lazy, make_config, opened
-from nanollama.checkpoint.weights import same_numbers, streamed, to_write
+from nanollama.checkpoint.weights import Checkpoint, CheckpointError, Lazy, make_config, opened, same_numbers, to_write
 from nanollama.model import ModelConfig, RopeScaling
 from nanollama.vocabulary import read
 from nanollama.vocabulary.write import fitting, meta_files
@@ -267,7 +266,7 @@ def write_meta(
             if config.tied and embedding_split != "rows" and shards > 1:
                 parts[HEAD], aliases = _shard(folder, HEAD, entries[EMBEDDING], s, shards, config, "rows"), {}
             with stage.open(f"consolidated.{s:02d}.pth") as file:
-                write_pth(file, *streamed(parts), aliases)
+                write_pth(file, parts, aliases)
         for file_name, data in meta_files(vocabulary).items() if vocabulary else ():
             stage.bytes(file_name, data)
         stage.text("params.json", json.dumps(params, indent=2) + "\n")

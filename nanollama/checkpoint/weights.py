@@ -37,6 +37,10 @@ class Lazy:
     dtype: torch.dtype
     read: Callable[[int, int], Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def lazy(tensor: Tensor) -> Lazy:
     """A tensor that is already there (in memory or memory-mapped)."""
@@ -178,15 +182,6 @@ def row_blocks(entry: Lazy, block_bytes: int = 1 << 26) -> Iterator[Tensor]:
     step = max(1, block_bytes // row_bytes)
     for start in range(0, rows, step):
         yield entry.read(start, min(rows, start + step))
-
-
-Spec = tuple[torch.dtype, tuple[int, ...]]
-
-
-def streamed(entries: Mapping[str, Lazy]) -> tuple[dict[str, Spec], Callable[[str], Iterator[Tensor]]]:
-    """What the writers of `streams` ask for: what is coming, and a function that hands over each weight in blocks."""
-    specs = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-    return specs, lambda name: row_blocks(entries[name])
 
 
 def to_write(
