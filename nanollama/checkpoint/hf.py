@@ -149,7 +149,7 @@ def _read_rope_section(part: Fields) -> tuple[float | None, RopeScaling | None]:
         raise part.error("rope_type", f"is {', '.join(map(repr, kinds))}: only default and llama3 can be computed")
     scaling = None
     if kinds == {"llama3"}:
-        scaling = RopeScaling(*map(part.number, FACTORS), part.integer(CONTEXT))
+        scaling = RopeScaling(**{key: part.number(key) for key in FACTORS}, original_context=part.integer(CONTEXT))
         if scaling.high_freq_factor <= scaling.low_freq_factor:
             raise part.error("high_freq_factor", "is not above low_freq_factor")
     if not is_close(part.number("partial_rotary_factor", 1.0), 1.0):
@@ -223,8 +223,8 @@ def _reordered(entry: Lazy, head_dim: int, source_of: Callable[[Tensor, int], Te
 def _refuse_untied_head(folder: Path, stored: dict[str, Lazy]) -> None:
     """A tied model may store its head again; a different head contradicts the config."""
     head, embedding = stored.pop("output.weight"), stored.get("tok_embeddings.weight")
-    alike = embedding is not None and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
-    if not alike or not same_numbers(head, embedding):
+    alike = embedding and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+    if not (embedding and alike and same_numbers(head, embedding)):
         what = "config.json says tie_word_embeddings but lm_head.weight differs from model.embed_tokens.weight"
         raise CheckpointError(folder, what)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nanollama.vocabulary import TokenizerError, Vocabulary
-from nanollama.vocabulary.value import BYTE, CONTROL, SPACE, UNKNOWN
+from nanollama.vocabulary.value import SPACE, TokenType
 
 
 class ByteStream:
@@ -51,15 +51,18 @@ class Pieces:
 
 def pieces_of(vocabulary: Vocabulary, rows: int) -> Pieces:
     """The vocabulary as decode sees it; control pieces and rows without a token show nothing."""
-    hidden = {CONTROL: "", UNKNOWN: " \u2047 "}  # sentencepiece's default unk_surface
+    hidden: dict[int, str] = {
+        TokenType.CONTROL: "",
+        TokenType.UNKNOWN: " \u2047 ",
+    }  # sentencepiece's default unk_surface
     kinds = dict(enumerate(vocabulary.types))
     texts = [hidden.get(kinds[i], token.decode().replace(SPACE, " ")) for i, token in enumerate(vocabulary.tokens)]
     return Pieces(
         texts=texts + [""] * (rows - len(texts)),
-        bytes_={i: bytes([int(vocabulary.tokens[i][3:5], 16)]) for i, kind in kinds.items() if kind == BYTE},
+        bytes_={i: bytes([int(vocabulary.tokens[i][3:5], 16)]) for i, kind in kinds.items() if kind == TokenType.BYTE},
         strip_leading_space=vocabulary.add_dummy_prefix,
         strip_all_leading_spaces=vocabulary.remove_extra_whitespaces,
-        unknown_id=next((i for i, kind in kinds.items() if kind == UNKNOWN), None),
+        unknown_id=vocabulary.unknown_id,
     )
 
 
