@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanollama.checkpoint import kinds, pth
+from nanollama import gate
+from nanollama.checkpoint import pth
 from nanollama.checkpoint.names import hf_name, is_rotary, to_hf_rows, to_meta_rows, weight_shapes
 from nanollama.checkpoint.staging import staged
 from nanollama.checkpoint.streams import write_safetensors
@@ -209,7 +210,7 @@ class _File:
 
         if not self.path.exists():
             raise CheckpointError(self.path.parent, f"holds neither {TENSORS} nor {PICKLE}: copy the adapter again")
-        kinds.refuse_strangers(self.path)
+        gate.refuse_strangers(self.path)
         if self.path.name == PICKLE:
             return pth.load(self.path).items()
         try:

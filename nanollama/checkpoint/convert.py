@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from nanollama.checkpoint import gguf_header, gguf_types
+from nanollama import gguf_header
+from nanollama.checkpoint import gguf_types
 from nanollama.checkpoint.gguf import write_gguf
 from nanollama.checkpoint.hf import write_hf
 from nanollama.checkpoint.llama2c import write_bin

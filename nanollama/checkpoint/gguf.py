@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanollama.checkpoint import gguf_header, gguf_types
+from nanollama import gguf_header
+from nanollama.checkpoint import gguf_types
 from nanollama.checkpoint.fields import Fields
 from nanollama.checkpoint.gguf_types import DTYPES, F16, F32, GgmlType
 from nanollama.checkpoint.names import gguf_name, meta_from_gguf
@@ -62,11 +63,10 @@ def open_gguf(path: Path) -> Checkpoint:
     parts = gguf_header.read_parts(path)
     keys = next(iter(parts.values())).keys
     _refuse_other_models(path, keys)
-    stored = _stored_tensors(parts)
+    types, stored = _stored_tensors(parts)
     factors, notices = stored.pop(ROPE_FREQS, None), list[str]()
     config = _read_config(path, keys, stored, factors, notices)
     entries = _one_dtype(check_weights(path, config, stored, "its header"))
-    types = Counter(tensor.type for header in parts.values() for tensor in header.tensors.values())
     if any(kind.dtype is None for kind in types):
         counted = ", ".join(f"{count} {kind.name}" for kind, count in types.most_common())
         notices.append(f"the weights are quantized (tensors: {counted}) and read as fp32")
@@ -75,18 +75,18 @@ def open_gguf(path: Path) -> Checkpoint:
     return Checkpoint(config, Weights(entries), tokenizer, "gguf", path, notices)
 
 
-def _stored_tensors(parts: dict[Path, gguf_header.Header]) -> dict[str, Lazy]:
-    """Meta's name (or ROPE_FREQS) -> tensor, memory-mapped."""
-    stored = {}
+def _stored_tensors(parts: dict[Path, gguf_header.Header]) -> tuple[Counter[GgmlType], dict[str, Lazy]]:
+    """How many tensors of each type there are; Meta's name (or ROPE_FREQS) -> tensor, memory-mapped."""
+    stored, types = {}, Counter[GgmlType]()
     for part, header in parts.items():
         data = torch.from_file(str(part), shared=False, size=part.stat().st_size, dtype=torch.uint8)
-        for name, tensor in header.tensors.items():
+        for name, (kind, place) in gguf_types.placed(part, header).items():
             meta = name if name == ROPE_FREQS else meta_from_gguf(name)
             if meta is None:
                 raise CheckpointError(part, f"tensor {name} is unknown: no Llama has it")
-            where = data[tensor.offset : tensor.offset + tensor.nbytes]
-            stored[meta] = gguf_types.read_tensor(where, tensor.type, tensor.shape)
-    return stored
+            stored[meta] = gguf_types.read_tensor(data[place], kind, header.tensors[name].shape)
+            types[kind] += 1
+    return types, stored
 
 
 def _refuse_other_models(path: Path, keys: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanollama.checkpoint import kinds
+from nanollama import gate
 from nanollama.checkpoint.fields import Fields, is_close, read_json
 from nanollama.checkpoint.names import hf_name, hf_rows, is_rotary, meta_from_hf, meta_rows
 from nanollama.checkpoint.staging import refuse_occupied, staged
@@ -186,13 +186,13 @@ def _open_safetensors(path: Path) -> dict[str, Lazy]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise kinds.missing(path, "is missing; download it again, or save the model as safetensors")
+        raise gate.missing(path, "is missing; download it again, or save the model as safetensors")
     try:
         opened = safe_open(path, framework="pt")
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
         described = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
-        kinds.refuse_strangers(path)
+        gate.refuse_strangers(path)
         raise CheckpointError(path, f"is truncated or not a safetensors file ({error}); download it again") from None
     return {name: _entry(path, name, opened.get_tensor, *described[name]) for name in described}
 

@@ -18,7 +18,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from nanollama.checkpoint import kinds, pth
+from nanollama import gate
+from nanollama.checkpoint import pth
 from nanollama.checkpoint.fields import Fields
 from nanollama.checkpoint.names import layer_shapes, weight_shapes
 from nanollama.checkpoint.staging import Stage, staged
@@ -66,7 +67,7 @@ def open_bin(path: Path) -> Checkpoint:
     if len(header) < 28:
         raise CheckpointError(path, f"is truncated: {size} bytes cannot hold a llama2.c header")
     (version,) = struct.unpack_from("<i", header, 4)
-    if not header.startswith(kinds.LLAMA2C):
+    if not header.startswith(gate.LLAMA2C):
         version, group_size = 0, 1
         numbers = struct.unpack_from("<7i", header)
         tied = numbers[5] > 0  # a negative vocabulary size marks an untied head
@@ -218,7 +219,7 @@ def _header(config: ModelConfig, version: int, group_size: int) -> bytes:
     marked = vars(config) if version or config.tied else {**vars(config), "vocab_size": -config.vocab_size}
     header = struct.pack("<7i", *(marked[size] for size in SIZES))
     if version:
-        header = kinds.LLAMA2C + struct.pack("<i", version) + header + struct.pack("<B", config.tied)
+        header = gate.LLAMA2C + struct.pack("<i", version) + header + struct.pack("<B", config.tied)
     if version == 2:
         header += struct.pack("<i", group_size)
     return header.ljust(HEADER_BYTES[version], b"\0")
@@ -251,7 +252,7 @@ def open_pt(path: Path) -> Checkpoint:
     model, args = saved.get("model"), saved.get("model_args")
     if not isinstance(model, dict) or not isinstance(args, dict):
         if "model.embed_tokens.weight" in saved or path.name.startswith("pytorch_model"):
-            raise CheckpointError(path, kinds.to_safetensors(path))
+            raise CheckpointError(path, gate.to_safetensors(path))
         if EMBEDDING in saved:
             raise CheckpointError(path, "is weights alone, in Meta's form: give its folder, with params.json beside it")
         raise CheckpointError(path, "has no `model` and `model_args`: not a training checkpoint of llama2.c")

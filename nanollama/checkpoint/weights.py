@@ -15,18 +15,10 @@ import torch
 from torch import Tensor
 
 from nanollama.checkpoint.names import weight_shapes
+from nanollama.gate import CheckpointError
 from nanollama.model import ModelConfig
 
 FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be used. The message is one line: where, what, how to mend."""
-
-    def __init__(self, where: str | Path, what: object) -> None:
-        # Libraries put dumps and advice into their messages: whatever comes in, one line of bounded length goes out.
-        line = " ".join(f"{where}: {what}".split())
-        super().__init__(line if len(line) <= 600 else line[:597] + "...")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from nanollama import gguf_header
 from nanollama.vocabulary import from_json
 from nanollama.vocabulary.beside import with_declared
 from nanollama.vocabulary.charsmap import check_charsmap
@@ -69,8 +70,6 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _header_keys(path: Path) -> dict[str, Any]:
-    from nanollama.checkpoint import gguf_header  # which is built on this package
-
     try:
         return gguf_header.read(path).keys
     except ValueError as error:
