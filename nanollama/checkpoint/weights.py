@@ -18,7 +18,7 @@ from nanollama.checkpoint.names import weight_shapes
 from nanollama.gate import CheckpointError
 from nanollama.model import ModelConfig
 
-FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def check_weights(where: str | Path, config: ModelConfig, entries: Mapping[str, 
             raise CheckpointError(
                 where, f"{name} has shape {found}, {said_by} asks for {shape}: the two are not from one checkpoint"
             )
-        if entries[name].dtype not in FLOATS:
+        if entries[name].dtype not in DTYPES.values():
             raise CheckpointError(
                 where, f"{name} is stored as {entries[name].dtype}: only fp32, bf16 and fp16 weights can be read"
             )
