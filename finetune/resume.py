@@ -24,7 +24,7 @@ from finetune.optim import trained
 from nanollama.checkpoint import CheckpointError
 from nanollama.checkpoint.staging import Stage, staged
 from nanollama.checkpoint.streams import write_safetensors
-from nanollama.checkpoint.weights import lazy, streamed
+from nanollama.checkpoint.weights import lazy
 
 SCHEMA = "nanollama.run/1"
 
@@ -140,7 +140,7 @@ def _restore_optimizer_(
 
 def _write_tensors(stage: Stage, name: str, tensors: Mapping[str, Tensor]) -> None:
     with stage.open(name) as file:
-        write_safetensors(file, *streamed({key: lazy(t.detach().cpu()) for key, t in tensors.items()}))
+        write_safetensors(file, {key: lazy(t.detach().cpu()) for key, t in tensors.items()})
 
 
 def _read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nanollama.cli import run
+from nanollama.options import Drawing, ModelOptions, say
 
 # Of --dtype: floats, and what the gguf package quantizes to.
 DTypes = Literal["fp32", "bf16", "fp16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4", "tq2_0", "tq1_0"]
@@ -20,7 +21,6 @@ DTypes = Literal["fp32", "bf16", "fp16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
 # `--help` and usage errors answer at once: torch and what needs it is imported inside the commands.
 if TYPE_CHECKING:
     from nanollama.generate import Event, Llama
-    from nanollama.model import Transformer
 
 
 def generate(
@@ -28,44 +28,21 @@ def generate(
     *,
     prompt: list[str] | None = None,  # text to continue, several are decoded together; default: none, from BOS
     prompts: Path | None = None,  # a file of prompts, one a line (\n for a line end); .jsonl: {"prompt": ...} or ids
-    max_new_tokens: int = 128,  # per answer
-    temperature: float = 0.0,  # 0 is greedy
-    top_k: int = 0,  # draw from the k most probable tokens; 0 is off
-    top_p: float = 1.0,  # draw from the most probable tokens that together reach p; 1 is off
-    min_p: float = 0.0,  # draw from tokens at least p times as probable as the first; 0 is off
-    repetition_penalty: float = 1.0,  # above 1 makes tokens that were there less likely
-    seed: int = 0,  # same seed, same answer
+    drawing: Drawing = Drawing(),
     n: int = 1,  # answers per prompt
     stop: list[str] | None = None,  # text that ends an answer; may be given several times
     logprobs: bool = False,  # show each token's logprob (nats)
     json: bool = False,  # one JSON object on stdout at the end
     stream: bool = True,  # print a single answer as it comes
-    tokenizer: Path | None = None,  # a tokenizer file, where there is none beside the checkpoint
-    adapter: Path | None = None,  # folder of a LoRA adapter (PEFT's format) to add to the checkpoint
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None,  # default: as stored
-    device: Literal["cpu", "cuda", "mps"] = "cpu",
-    quantize: Literal["int8", "int4"] | None = None,  # weights as integers; activations keep the dtype
-    compile: Literal["auto", "on", "off"] = "auto",  # the decode step (CPU); auto: where it wins back its time
-    draft: str | None = None,  # a smaller checkpoint with the same vocabulary, which guesses tokens ahead
-    lookup: bool = False,  # guess tokens ahead from what was said before (speculative decoding, same answers)
+    model: ModelOptions = ModelOptions(),
 ) -> None:
     """Continue one or more prompts. Text goes to stdout, the speed to stderr."""
     texts = _read_prompts(prompt, prompts)
 
     from nanollama.generate import Sampling
 
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        n=n,
-        stop=stop or (),
-    )
-    llama = _load(ckpt, tokenizer, adapter, dtype, device, quantize, compile, draft, lookup)
+    sampling = Sampling(**vars(drawing), n=n, stop=stop or ())
+    llama = model.load(ckpt)
     _remark_special(texts, llama)
     ids = [llama.encode(text) if isinstance(text, str) else text for text in texts]
     live = stream and not json and len(ids) * n == 1
@@ -110,37 +87,14 @@ def chat(
     ckpt: str,  # an instruction-tuned checkpoint: Meta folder, Hugging Face folder or hub id, .gguf or .bin
     *,
     system: str = "",  # the system message
-    max_new_tokens: int = 1024,  # per answer
-    temperature: float = 0.6,  # 0 is greedy
-    top_k: int = 0,  # 0 is off
-    top_p: float = 0.9,  # 1 is off
-    min_p: float = 0.0,  # 0 is off
-    repetition_penalty: float = 1.0,  # 1 is off
-    seed: int = 0,  # same seed and messages, same answers
-    tokenizer: Path | None = None,  # a tokenizer file, where there is none beside the checkpoint
-    adapter: Path | None = None,  # folder of a LoRA adapter (PEFT's format) to add to the checkpoint
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None,  # default: as stored
-    device: Literal["cpu", "cuda", "mps"] = "cpu",
-    quantize: Literal["int8", "int4"] | None = None,  # weights as integers; activations keep the dtype
-    compile: Literal["auto", "on", "off"] = "auto",  # the decode step (CPU); auto: where it wins back its time
-    draft: str | None = None,  # a smaller checkpoint with the same vocabulary, which guesses tokens ahead
-    lookup: bool = False,  # guess tokens ahead from what was said before (speculative decoding, same answers)
+    drawing: Drawing = Drawing(max_new_tokens=1024, temperature=0.6, top_p=0.9),
+    model: ModelOptions = ModelOptions(),
 ) -> None:
     """Talk with a model in the terminal. /help there lists the commands."""
     from nanollama.generate import Sampling
     from nanollama.repl import Chat, run_repl
 
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
-    llama = _load(ckpt, tokenizer, adapter, dtype, device, quantize, compile, draft, lookup)
-    run_repl(Chat(llama, sampling, system))
+    run_repl(Chat(model.load(ckpt), Sampling(**vars(drawing)), system))
 
 
 def convert(
@@ -168,7 +122,7 @@ def convert(
     made = write(src, dst, format, dtype=dtype, shards=shards, version=version, tokenizer=tokenizer, change=change)
     print(summary(describe(made)))
     for notice in made.notices:
-        _say(f"note: {notice}")
+        say(f"note: {notice}")
 
 
 def _read_prompts(texts: list[str] | None, file: Path | None) -> list[str | list[int]]:
@@ -206,56 +160,7 @@ def _remark_special(texts: list[str | list[int]], llama: "Llama") -> None:
     names = [*(llama.tokenizer.special_ids if llama.tokenizer else ()), "<s>", "[INST]"]
     found = [name for name in names if any(name in text for text in texts if isinstance(text, str))]
     if found:
-        _say(f"{found[0]} in a prompt is text here, no special token: python -m nanollama chat sends a chat")
-
-
-def _load(
-    ckpt: str,
-    tokenizer: Path | None,
-    adapter: Path | None,
-    dtype: str | None,
-    device: str,
-    quantize: str | None,
-    compile: Literal["auto", "on", "off"],
-    draft: str | None,
-    lookup: bool,
-) -> "Llama":
-    """The model of `generate` and `chat`, with its drafter."""
-    from nanollama.generate import Llama
-
-    if draft and lookup:
-        raise ValueError("--draft and --lookup are two ways to guess tokens: give one")
-    llama = Llama.load(
-        ckpt,
-        tokenizer=tokenizer,
-        adapter=adapter,
-        dtype=dtype,
-        device=device,
-        quantize=quantize,
-        compile=compile,
-        say=_say,
-    )
-    if draft or lookup:
-        from nanollama.speculative import DraftModel, Lookup
-
-        llama.drafter = Lookup() if lookup else DraftModel(_draft_model(str(draft), llama, dtype, device))
-    return llama
-
-
-def _draft_model(path: str, llama: "Llama", dtype: str | None, device: str) -> "Transformer":
-    from nanollama.generate import Llama
-
-    model = Llama.load(path, dtype=dtype, device=device).model
-    if model.config.vocab_size != llama.config.vocab_size:
-        raise ValueError(
-            f"the draft model has {model.config.vocab_size:,} tokens and the model {llama.config.vocab_size:,}: "
-            "give one with the same vocabulary"
-        )
-    return model
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+        say(f"{found[0]} in a prompt is text here, no special token: python -m nanollama chat sends a chat")
 
 
 def _piece(event: "Event", llama: "Llama") -> str:

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanollama.checkpoint import kinds, pth
+from nanollama import gate
+from nanollama.checkpoint import pth
 from nanollama.checkpoint.names import hf_name, is_rotary, to_hf_rows, to_meta_rows, weight_shapes
 from nanollama.checkpoint.staging import staged
 from nanollama.checkpoint.streams import write_safetensors
-from nanollama.checkpoint.weights import CheckpointError, Lazy, Weights, as_weights, lazy, streamed
+from nanollama.checkpoint.weights import CheckpointError, Lazy, Weights, as_weights, lazy
 from nanollama.model import ModelConfig
 from nanollama.peft_config import read_config
 
@@ -112,7 +113,7 @@ def write_adapter(folder: str | Path, adapter: Adapter, config: ModelConfig, *, 
     """A folder that `peft.PeftModel.from_pretrained` reads, tensors in fp32. base: the checkpoint it belongs to."""
     with staged(folder) as stage:
         with stage.open(TENSORS) as file:
-            write_safetensors(file, *streamed({name: lazy(t) for name, t in _stored(adapter, config)}))
+            write_safetensors(file, {name: lazy(t) for name, t in _stored(adapter, config)})
         stage.text(CONFIG, json.dumps(_peft_config(adapter, config, base), indent=2) + "\n")
 
 
@@ -209,7 +210,7 @@ class _File:
 
         if not self.path.exists():
             raise CheckpointError(self.path.parent, f"holds neither {TENSORS} nor {PICKLE}: copy the adapter again")
-        kinds.refuse_strangers(self.path)
+        gate.refuse_strangers(self.path)
         if self.path.name == PICKLE:
             return pth.load(self.path).items()
         try:

@@ -15,7 +15,6 @@ repository (llama/generation.py) for Llama 2. Content is never read for special 
     encode_chat(messages, tokenizer, add_generation_prompt=False).loss_mask  # True on Hello and its <|eot_id|>
 """
 
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ from nanollama.messages import (
 )
 from nanollama.template import TemplateProblem, render
 from nanollama.tokenizer import Tokenizer
-from nanollama.tokenizer.base import split_special
+from nanollama.tokenizer.base import common_length, split_special
 
 Style = Literal["llama3", "llama2"]
 
@@ -170,18 +169,13 @@ def _said(
         if message["role"] != "assistant":
             continue
         before = encode(messages[:i], False) if i else []
-        if _shared(before, ids) < len(before) - 1:  # the last one may merge with what follows
+        if common_length(before, ids) < len(before) - 1:  # the last one may merge with what follows
             raise ChatError(f"message {i}: the chat template changes what comes before it, so what is said is unknown")
-        start = _shared(encode(messages[:i], True), ids) if i else 0
-        end = _shared(encode(messages[: i + 1], False), ids)
+        start = common_length(encode(messages[:i], True), ids) if i else 0
+        end = common_length(encode(messages[: i + 1], False), ids)
         ends = [at for at in range(start, end) if ids[at] in stop_ids]
         mask[start : ends[-1] + 1 if ends else end] = [True] * ((ends[-1] + 1 if ends else end) - start)
     return mask
-
-
-def _shared(a: list[int], b: list[int]) -> int:
-    """The length of the longest beginning that both have."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _for_template(message: Any, index: int, template: str, names: str) -> dict[str, Any]:
@@ -338,9 +332,7 @@ def _encode_llama2(turns: list[tuple[str, str | None]], tokenizer: Tokenizer) ->
         # Prompt and answer are one text to sentencepiece. The answer starts where the ids stop to be the prompt's;
         # its last space is part of what the model has to say before it may end.
         turn_ids = tokenizer.encode(prompt + answer, bos=True, eos=True)
-        start = 0
-        while start < len(prompt_ids) and prompt_ids[start] == turn_ids[start]:
-            start += 1
+        start = common_length(prompt_ids, turn_ids)
         ids += turn_ids
         mask += [False] * start + [True] * (len(turn_ids) - start)
     return ChatTokens(ids, mask)

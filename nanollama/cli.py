@@ -5,7 +5,8 @@
 A parameter without a default is required and may be given by place or as a flag; the others are flags: `--lr 1e-3`,
 `--lr=1e-3`, `--compile`, `--nocompile`, `--compile=false`; dashes and underscores are the same. Types are read from the
 annotations, so text stays the text that was typed. `list[str]` takes one item per flag, repeated; other lists are split
-at commas. The comment behind a parameter or dataclass field is its line in `--help`.
+at commas. The comment behind a parameter or dataclass field is its line in `--help`. A parameter whose default is a
+frozen dataclass stands for the fields of it: flags that several commands share are declared once.
 
 Fire calls the function before it has read the whole line and turns `--prompt 123` into a number; argparse knows no
 parameter that may come by place or by name. What both miss is the one loop in `parse`.
@@ -26,7 +27,7 @@ import types
 import typing
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -54,11 +55,25 @@ class Command:
 
     def parameters(self) -> dict[str, inspect.Parameter]:
         hints = typing.get_type_hints(self.spec)
-        found = {}
+        found: dict[str, inspect.Parameter] = {}
         for name, parameter in inspect.signature(self.spec).parameters.items():
+            if is_dataclass(hints[name]):
+                found |= Command(self.call, hints[name], vars(parameter.default)).parameters()
+                continue
             default = self.defaults.get(name, parameter.default)
             found[name] = parameter.replace(annotation=hints[name], default=default)
         return found
+
+    def groups(self) -> dict[str, Any]:
+        """The parameters that are dataclasses, each by its default: their fields are flags like the others."""
+        parameters = inspect.signature(self.spec).parameters
+        return {name: p.default for name, p in parameters.items() if is_dataclass(p.default)}
+
+    def run(self, values: dict[str, Any]) -> object:
+        for name, default in self.groups().items():
+            given = {field: values.pop(field) for field in vars(default) if field in values}
+            values[name] = replace(default, **given)
+        return self.call(**values)
 
 
 def run(
@@ -131,7 +146,7 @@ def _run_command(command: Command, args: list[str], prog: str) -> int:
     if "--help" in args or "-h" in args:
         print(help_text(command, prog))
         return 0
-    result = command.call(**parse(args, command.parameters()))
+    result = command.run(parse(args, command.parameters()))
     return result if type(result) is int else 0
 
 
@@ -264,6 +279,8 @@ def _type_name(annotation: Any) -> str:
 
 def help_text(command: Command, prog: str) -> str:
     parameters, comments = command.parameters(), _comments(command.spec)
+    for group in command.groups().values():
+        comments |= _comments(type(group))
     required = [name.upper() for name, p in parameters.items() if p.default is p.empty]
     lines = [" ".join(["usage:", prog, *required, "[--flag value ...]"]), "", inspect.getdoc(command.spec) or "", ""]
     for name, parameter in parameters.items():

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nanollama.checkpoint import Checkpoint
+from nanollama.checkpoint.weights import DTYPES
 from nanollama.model import ModelConfig
 from nanollama.tokenizer import TokenizerError, open_tokenizer
 
@@ -32,7 +33,6 @@ PUBLISHED = {
     (512, 8, 8, 8, 1376, 32000, False): "llama2.c stories42M",
     (768, 12, 12, 12, 2048, 32000, False): "llama2.c stories110M",
 }
-DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def published_name(config: ModelConfig) -> str | None:
@@ -73,8 +73,7 @@ def describe(checkpoint: Checkpoint, verified: Sequence[str] = ()) -> dict[str, 
 
 
 def dtype_name(dtype: object) -> str:
-    name = str(dtype).removeprefix("torch.")
-    return DTYPE_NAMES.get(name, name)
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
 
 
 def as_text(facts: dict[str, Any]) -> str:

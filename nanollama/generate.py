@@ -21,19 +21,20 @@ from torch import Tensor
 
 from nanollama.adapter import merged, read_adapter
 from nanollama.checkpoint import open_checkpoint
+from nanollama.checkpoint.weights import DTYPES
 from nanollama.compiled import CompileError, Step, compile_step, worth_compiling
 from nanollama.model import KVCache, ModelConfig, Transformer
 from nanollama.pages import settle_
 from nanollama.quantize import apply_head, load_quantized
 from nanollama.sample import Sampler, keep_tokens, make_sampler, penalize_repetition, row_generator
 from nanollama.static import static_step
-from nanollama.tokenizer import Stream, Tokenizer, open_tokenizer
+from nanollama.tokenizer import Tokenizer, open_tokenizer
+from nanollama.tokenizer.stream import ByteStream, PieceStream
 from nanollama.vocabulary.write import fitting
 
 if TYPE_CHECKING:
     from nanollama.speculative import Drafter
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SETTLE_TOKENS = 100  # copying the weights into large pages takes as long as these tokens win by it
 PREFILL_CHUNK_TOKENS = 512  # bounds the memory of the attention mask and the activations, whatever the prompt
 
@@ -255,7 +256,7 @@ class Text:
     stop: Sequence[str]
     held: str = ""
     stopped: bool = False
-    stream: Stream | None = field(init=False, default=None)
+    stream: ByteStream | PieceStream | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if self.stop and self.tokenizer is None:

@@ -138,12 +138,6 @@ def apply_head(model: Transformer, hidden: Tensor) -> Tensor:
     return (output(hidden) if isinstance(output, QuantLinear) else F.linear(hidden, model.head())).float()
 
 
-def quantize_(model: Transformer, scheme: str) -> Transformer:
-    """Replace every linear layer of the model, the head included, in place; returns the model."""
-    state = dict(model.state_dict())
-    return _fill_(model, state, scheme, model.tok_embeddings.weight.dtype)
-
-
 def load_quantized(
     config: ModelConfig,
     weights: Mapping[str, Tensor],
@@ -158,10 +152,7 @@ def load_quantized(
     """
     with torch.device("meta"):
         model = Transformer(config, attention=attention)
-    return _fill_(model, weights, scheme, dtype or weights["norm.weight"].dtype)
-
-
-def _fill_(model: Transformer, weights: Mapping[str, Tensor], scheme: str, dtype: torch.dtype) -> Transformer:
+    dtype = dtype or weights["norm.weight"].dtype
     if scheme not in SCHEMES:
         raise ValueError(f"quantize is {scheme!r}: expected one of {', '.join(SCHEMES)}")
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

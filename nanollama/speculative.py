@@ -31,6 +31,7 @@ from nanollama.generate import (
 from nanollama.model import KVCache, Transformer
 from nanollama.quantize import apply_head
 from nanollama.sample import Filter, draw, keep_tokens, make_filter, penalize_repetition
+from nanollama.tokenizer.base import common_length
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class DraftModel:
             weight = self.model.tok_embeddings.weight
             self.cache = KVCache(self.model.config, 1, max_len, dtype=weight.dtype, device=weight.device)
         # The newest token is always read again: its logits are wanted.
-        same = min(_common(self.read, ids), len(ids) - 1)
+        same = min(common_length(self.read, ids), len(ids) - 1)
         device = self.cache.rows.device
         positions = torch.arange(same, len(ids), device=device).unsqueeze(0)  # (1, T)
         tokens = torch.tensor([ids[same:]], device=device)  # (1, T)
@@ -110,11 +111,6 @@ class DraftModel:
             logits = last_logits(self.model, chunk, places, self.cache)
         self.read = list(ids)
         return logits
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    """Length of the common beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @torch.inference_mode()

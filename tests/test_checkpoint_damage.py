@@ -19,10 +19,10 @@ from nanollama.checkpoint import (
     open_checkpoint,
     verify,
     write_bin,
-    write_manifest,
     write_meta,
 )
 from nanollama.checkpoint.integrity import MANIFESTS, file_digest
+from parity.synth import write_manifest
 
 READERS = ("pth", "params.json", "safetensors", "config.json", "index.json", "gguf", "gguf q4_1")
 READERS += ("bin v0", "bin v1", "bin v2", "pt")

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from checkpoint_cases import FAMILIES, LLAMA31, make_weights, write
-from nanollama.checkpoint import gguf_header, open_checkpoint, write_hf
-from nanollama.checkpoint.gguf_header import shortest
+from nanollama import gguf_header
+from nanollama.checkpoint import open_checkpoint, write_hf
 from nanollama.checkpoint.meta import FACTOR_32_SHAPES, ffn_hidden_dim, make_params
+from nanollama.gguf_header import shortest
 from nanollama.model import ModelConfig, RopeScaling, Transformer
 from nanollama.tokenizer import TokenizerError, open_tokenizer
 from nanollama.vocabulary import read

@@ -202,6 +202,32 @@ def test_a_config_class_makes_the_flags(capsys: pytest.CaptureFixture[str]) -> N
     assert "peak learning rate (default: 1e-05)" in out
 
 
+@dataclass(frozen=True)
+class Shared:
+    depth: int = 1  # how far down
+    wide: bool = False
+
+
+def test_a_parameter_that_is_a_dataclass_stands_for_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[Any] = []
+
+    def one(name: str, *, shared: Shared = Shared(depth=2), last: int = 0) -> None:
+        seen.append((name, shared, last))
+
+    def code_of(*argv: str) -> object:
+        with pytest.raises(SystemExit) as stop:
+            run({"one": one}, ["one", *argv], prog="prog")
+        return stop.value.code
+
+    assert [code_of("a"), code_of("--wide", "b", "--last", "3", "--depth=7")] == [0, 0]
+    assert seen == [("a", Shared(2, False), 0), ("b", Shared(7, True), 3)]
+    assert [code_of("a", "--depth", "x"), code_of("a", "--shared", "x"), code_of("--help")] == [2, 2, 0]
+    out, err = capsys.readouterr()
+    assert err.splitlines()[0] == "error: --depth: expected a whole number, not 'x' (see --help)"
+    assert err.splitlines()[1].startswith("error: unknown flag --shared")
+    assert "--depth INT                        how far down (default: 2)" in out
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["generate", "--help"], ["inspect", "--help"], ["typo"]])
 def test_answers_that_need_no_model_do_not_import_torch(argv: list[str]) -> None:
     code = (

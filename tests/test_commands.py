@@ -13,6 +13,7 @@ from nanollama.cli import run
 from nanollama.describe import published_name
 from nanollama.generate import Llama, Sampling
 from nanollama.model import ModelConfig, RopeScaling, Transformer
+from nanollama.options import Drawing, ModelOptions
 
 CONFIG = ModelConfig(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=128256, hidden_dim=32, rope_scaling=RopeScaling()
@@ -42,7 +43,7 @@ def test_a_real_model_tells_its_known_story(
     test_data: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = str(test_data("stories260K.bin")), test_data("tok512.bin")
-    commands.generate(model, max_new_tokens=200, tokenizer=tokenizer)  # no prompt: from BOS
+    commands.generate(model, drawing=Drawing(200), model=ModelOptions(tokenizer))  # no prompt: from BOS
     out, err = capsys.readouterr()
     assert out == STORY + "\n"
     assert err.startswith("prefill 1 tokens at ")
@@ -54,7 +55,8 @@ def test_a_real_model_continues_each_prompt_of_a_batch(
 ) -> None:
     model, tokenizer = str(test_data("stories260K.bin")), test_data("tok512.bin")
     prompts = ["Once upon a time", STORY[: STORY.index(" One day")], ""]
-    commands.generate(model, prompt=prompts, max_new_tokens=40, stop=["\n", "outside"], tokenizer=tokenizer, json=True)
+    options = ModelOptions(tokenizer=tokenizer)
+    commands.generate(model, prompt=prompts, drawing=Drawing(40), stop=["\n", "outside"], model=options, json=True)
     answers = json.loads(capsys.readouterr().out)["answers"]
     assert [answer["prompt"] for answer in answers] == [0, 1, 2]
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -68,14 +70,14 @@ def test_prompts_come_from_files_too(folder: Path, tmp_path: Path, capsys: pytes
     (tmp_path / "p.jsonl").write_text("[128000, 9906]\n[128000, 1074, 832, 198, 1074, 1403]\n")
     answers = []
     for name in ("p.txt", "p.jsonl"):
-        commands.generate(str(folder), prompts=tmp_path / name, max_new_tokens=3, n=2, temperature=1.0, json=True)
+        commands.generate(str(folder), prompts=tmp_path / name, drawing=Drawing(3, temperature=1.0), n=2, json=True)
         answers.append(json.loads(capsys.readouterr().out)["answers"])
     assert [(answer["prompt"], answer["answer"]) for answer in answers[0]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert answers[0] == answers[1]
 
 
 def test_several_answers_are_told_apart_and_logprobs_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    commands.generate(str(folder), prompt=["a", "b"], max_new_tokens=2, n=2, temperature=1.0, logprobs=True)
+    commands.generate(str(folder), prompt=["a", "b"], drawing=Drawing(2, temperature=1.0), n=2, logprobs=True)
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("---")] == [
         "--- prompt 0, answer 0",

@@ -13,7 +13,7 @@ from nanollama import compiled
 from nanollama.compiled import CompileError, Step, compile_step, in_words, is_compiled, matvec, worth_compiling
 from nanollama.generate import DTYPES, Llama, Sampling, eager_step
 from nanollama.model import KVCache, Transformer
-from nanollama.quantize import SCHEMES, QuantLinear, dequantize, quantize_
+from nanollama.quantize import SCHEMES, QuantLinear, dequantize, load_quantized
 from test_generate import VOCAB, assert_same_answer, of_row, prompt_ids, small_model
 
 NOISE_RATIO = 2  # as G3; more where so few sums hardly average the noise of integers up to 127, or 15 less 8
@@ -29,7 +29,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def compiled_model(scheme: str | None, dtype: torch.dtype) -> Transformer:
     model = small_model().to(dtype)
-    return quantize_(model, scheme) if scheme else model
+    return load_quantized(model.config, model.state_dict(), scheme) if scheme else model
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_a_shape_is_compiled_once(pair: Llama) -> None:
     assert is_compiled(pair.model, 2)
     assert not is_compiled(pair.model, 4)
     assert not is_compiled(small_model(hidden_dim=64), 2)
-    assert not is_compiled(quantize_(small_model(), "int8"), 2)
+    assert not is_compiled(compiled_model("int8", torch.float32), 2)
     assert not is_compiled(small_model().to(torch.bfloat16), 2)
 
 

@@ -10,6 +10,7 @@ import torch
 from nanollama import __main__ as commands
 from nanollama.checkpoint import write_meta
 from nanollama.model import ModelConfig, Transformer
+from nanollama.options import Drawing, ModelOptions
 
 
 def write_model(path: Path, vocab_size: int = 61, seed: int = 0) -> str:
@@ -32,7 +33,8 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def answers(capsys: pytest.CaptureFixture[str], checkpoint: str, prompts: Path, **flags: Any) -> dict[str, Any]:
-    commands.generate(checkpoint, prompts=prompts, max_new_tokens=12, json=True, **flags)
+    options, logprobs = ModelOptions(**flags), "quantize" in flags
+    commands.generate(checkpoint, prompts=prompts, drawing=Drawing(12), json=True, logprobs=logprobs, model=options)
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
@@ -49,7 +51,7 @@ def test_drafted_answers_are_the_plain_ones(
 def test_quantised_models_answer_and_say_what_they_took(
     checkpoint: str, prompts: Path, capsys: pytest.CaptureFixture[str], scheme: str
 ) -> None:
-    found = answers(capsys, checkpoint, prompts, quantize=scheme, logprobs=True)
+    found = answers(capsys, checkpoint, prompts, quantize=scheme)
     assert [len(answer["tokens"]) for answer in found["answers"]] == [12, 12]
     assert found["speed"]["prefill_tokens"] == 6
     assert found["speed"]["decode_tokens"] == 22
@@ -67,7 +69,7 @@ def test_compile_auto_leaves_short_answers_to_the_model(
 
 def test_unusable_drafters_are_refused(checkpoint: str, prompts: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^--draft and --lookup are two ways"):
-        commands.generate(checkpoint, prompts=prompts, draft=checkpoint, lookup=True)
+        commands.generate(checkpoint, prompts=prompts, model=ModelOptions(draft=checkpoint, lookup=True))
     other = write_model(tmp_path / "other", vocab_size=62)
     with pytest.raises(ValueError, match=r"^the draft model has 62 tokens and the model 61: give one with the same"):
-        commands.generate(checkpoint, prompts=prompts, draft=other)
+        commands.generate(checkpoint, prompts=prompts, model=ModelOptions(draft=other))

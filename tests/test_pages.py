@@ -12,7 +12,7 @@ from nanollama import generate, pages
 from nanollama.checkpoint import write_hf
 from nanollama.generate import Llama, Sampling
 from nanollama.model import Transformer
-from nanollama.quantize import quantize_
+from nanollama.quantize import load_quantized
 
 CONFIG = replace(LLAMA31, vocab_size=4099, max_seq_len=256)  # odd, so that tensors end inside of cache lines
 linux = pytest.mark.skipif(pages.available_bytes() == 0, reason="the system says nothing of its memory")
@@ -21,7 +21,7 @@ linux = pytest.mark.skipif(pages.available_bytes() == 0, reason="the system says
 def model_of(scheme: str | None, dtype: torch.dtype, tied: bool) -> Transformer:
     config = replace(CONFIG, tied=tied)
     model = Transformer.from_weights(config, make_weights(config), dtype=dtype)
-    return quantize_(model, scheme) if scheme else model
+    return load_quantized(config, model.state_dict(), scheme) if scheme else model
 
 
 @linux

@@ -211,7 +211,7 @@ def test_tok512_splits_as_llama2_c_does(tok512: Tokenizer) -> None:
     assert (tok512.kind, tok512.vocab_size, tok512.pad_id) == ("llama2c", 512, None)
     ids = tok512.encode("Once upon a time", bos=True)
     assert ids == [1, 403, 407, 261, 378]  # the four tokens that stories260K's greedy text begins with
-    assert [tok512.pieces.texts[i] for i in ids[1:]] == [" Once", " upon", " a", " time"]  # type: ignore[attr-defined]
+    assert [tok512.shown[i] for i in ids[1:]] == [" Once", " upon", " a", " time"]
 
 
 def test_tok512_falls_back_to_bytes(tok512: Tokenizer) -> None:

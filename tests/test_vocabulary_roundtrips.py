@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nanollama.checkpoint import convert, gguf_header, open_checkpoint
+from nanollama import gguf_header
+from nanollama.checkpoint import convert, open_checkpoint
 from nanollama.tokenizer import Tokenizer, open_tokenizer
 from nanollama.vocabulary import TokenizerError
 from nanollama.vocabulary.write import LLAMA3_TEMPLATE

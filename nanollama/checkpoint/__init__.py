@@ -10,7 +10,7 @@ the file, the weight or key, and what to do.
 from nanollama.checkpoint.convert import convert
 from nanollama.checkpoint.gguf import write_gguf
 from nanollama.checkpoint.hf import write_hf
-from nanollama.checkpoint.integrity import verify, write_manifest
+from nanollama.checkpoint.integrity import verify
 from nanollama.checkpoint.llama2c import write_bin
 from nanollama.checkpoint.meta import write_meta
 from nanollama.checkpoint.opening import find_tokenizer, open_checkpoint, sniff
@@ -29,6 +29,5 @@ __all__ = [
     "write_bin",
     "write_gguf",
     "write_hf",
-    "write_manifest",
     "write_meta",
 ]

@@ -7,18 +7,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from nanollama.checkpoint import gguf_header, gguf_types
+from nanollama import gguf_header
+from nanollama.checkpoint import gguf_types
 from nanollama.checkpoint.gguf import write_gguf
 from nanollama.checkpoint.hf import write_hf
 from nanollama.checkpoint.llama2c import write_bin
 from nanollama.checkpoint.meta import write_meta
 from nanollama.checkpoint.opening import open_checkpoint
-from nanollama.checkpoint.weights import Checkpoint, CheckpointError
+from nanollama.checkpoint.weights import DTYPES, Checkpoint, CheckpointError
 
 FORMATS = ("meta", "hf", "llama2c", "gguf")
-DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SUFFIX = {"llama2c": ".bin", "gguf": ".gguf"}
 
 
@@ -50,9 +48,9 @@ def convert(
     vocabulary = Path(tokenizer) if tokenizer is not None else opened.tokenizer
     model = (opened.config, opened.weights)
     if format == "meta":
-        write_meta(dst, *model, tokenizer=vocabulary, shards=shards, dtype=DTYPES[dtype])
+        write_meta(dst, *model, tokenizer=vocabulary, shards=shards, dtype=DTYPES.get(str(dtype)))
     elif format == "hf":
-        write_hf(dst, *model, tokenizer=vocabulary, dtype=DTYPES[dtype])
+        write_hf(dst, *model, tokenizer=vocabulary, dtype=DTYPES.get(str(dtype)))
     elif format == "gguf":
         write_gguf(dst, *model, tokenizer=vocabulary, dtype=dtype, name=opened.path.stem)
     else:
@@ -80,7 +78,7 @@ def _check_options(dst: Path, format: str, dtype: str | None, shards: int, versi
         raise CheckpointError(dst, f"format {format!r} is unknown: choose one of {', '.join(FORMATS)}")
     if format == "gguf":
         gguf_types.named(dst, dtype)
-    elif dtype not in ((None, "fp32") if format == "llama2c" else DTYPES):
+    elif dtype not in (None, "fp32") and (format == "llama2c" or dtype not in DTYPES):
         raise CheckpointError(dst, f"{format} has no dtype {dtype!r}")
     if shards != 1 and format != "meta":
         raise CheckpointError(dst, f"only the meta format is written in {shards} shards")

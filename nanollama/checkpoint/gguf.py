@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanollama.checkpoint import gguf_header, gguf_types
+from nanollama import gguf_header
+from nanollama.checkpoint import gguf_types
 from nanollama.checkpoint.fields import Fields
 from nanollama.checkpoint.gguf_types import DTYPES, F16, F32, GgmlType
 from nanollama.checkpoint.names import gguf_name, meta_from_gguf
@@ -39,6 +40,11 @@ from nanollama.model import ModelConfig, RopeScaling, rope_frequencies
 from nanollama.vocabulary import read
 from nanollama.vocabulary.write import gguf_keys
 
+# Ours -> the keys llama.*; the last two may be left out. A head's size is said three times.
+SIZES = {"n_heads": "attention.head_count", "dim": "embedding_length", "n_layers": "block_count"}
+SIZES |= {"hidden_dim": "feed_forward_length", "max_seq_len": "context_length"}
+OPTIONAL_SIZES = {"n_kv_heads": "attention.head_count_kv", "vocab_size": "vocab_size"}
+HEAD_DIMS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 ROPE_FREQS, EMBEDDING, HEAD = "rope_freqs.weight", "tok_embeddings.weight", "output.weight"
 # Beginnings of the keys llama.* that may change the computation, and the values besides 0 with which they do not.
 # What nothing reads opens: tensor_data_layout, pooling_type, a vendor's note.
@@ -57,11 +63,10 @@ def open_gguf(path: Path) -> Checkpoint:
     parts = gguf_header.read_parts(path)
     keys = next(iter(parts.values())).keys
     _refuse_other_models(path, keys)
-    stored = _stored_tensors(parts)
+    types, stored = _stored_tensors(parts)
     factors, notices = stored.pop(ROPE_FREQS, None), list[str]()
     config = _read_config(path, keys, stored, factors, notices)
     entries = _one_dtype(check_weights(path, config, stored, "its header"))
-    types = Counter(tensor.type for header in parts.values() for tensor in header.tensors.values())
     if any(kind.dtype is None for kind in types):
         counted = ", ".join(f"{count} {kind.name}" for kind, count in types.most_common())
         notices.append(f"the weights are quantized (tensors: {counted}) and read as fp32")
@@ -70,18 +75,18 @@ def open_gguf(path: Path) -> Checkpoint:
     return Checkpoint(config, Weights(entries), tokenizer, "gguf", path, notices)
 
 
-def _stored_tensors(parts: dict[Path, gguf_header.Header]) -> dict[str, Lazy]:
-    """Meta's name (or ROPE_FREQS) -> tensor, memory-mapped."""
-    stored = {}
+def _stored_tensors(parts: dict[Path, gguf_header.Header]) -> tuple[Counter[GgmlType], dict[str, Lazy]]:
+    """How many tensors of each type there are; Meta's name (or ROPE_FREQS) -> tensor, memory-mapped."""
+    stored, types = {}, Counter[GgmlType]()
     for part, header in parts.items():
         data = torch.from_file(str(part), shared=False, size=part.stat().st_size, dtype=torch.uint8)
-        for name, tensor in header.tensors.items():
+        for name, (kind, place) in gguf_types.placed(part, header).items():
             meta = name if name == ROPE_FREQS else meta_from_gguf(name)
             if meta is None:
                 raise CheckpointError(part, f"tensor {name} is unknown: no Llama has it")
-            where = data[tensor.offset : tensor.offset + tensor.nbytes]
-            stored[meta] = gguf_types.read_tensor(where, tensor.type, tensor.shape)
-    return stored
+            stored[meta] = gguf_types.read_tensor(data[place], kind, header.tensors[name].shape)
+            types[kind] += 1
+    return types, stored
 
 
 def _refuse_other_models(path: Path, keys: dict[str, Any]) -> None:
@@ -116,25 +121,19 @@ def _read_config(
     llama = {key[6:]: _one_of_equals(value) for key, value in keys.items() if key.startswith("llama.")}
     fields = Fields(path, llama, "llama.")
     _refuse_other_scaling(fields)
-    n_heads = fields.integer("attention.head_count")
-    dim = fields.integer("embedding_length")
-    head_dim = fields.integer("attention.key_length", dim // n_heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
+    sizes = {name: fields.integer(key) for name, key in SIZES.items()}
+    head_dim = fields.integer(HEAD_DIMS[0], sizes["dim"] // sizes["n_heads"])
+    for key in HEAD_DIMS[1:]:
         if fields.integer(key, head_dim) != head_dim:
             raise fields.error(key, f"differs from the head dimension {head_dim}: not computed by this implementation")
     embedding = stored.get(EMBEDDING)
-    config = {
-        "dim": dim,
-        "n_layers": fields.integer("block_count"),
-        "n_heads": n_heads,
-        "n_kv_heads": fields.integer("attention.head_count_kv", n_heads),
-        "vocab_size": fields.integer("vocab_size", 0 if embedding is None else embedding.shape[0]),
-        "hidden_dim": fields.integer("feed_forward_length"),
+    defaults = {"n_kv_heads": sizes["n_heads"], "vocab_size": 0 if embedding is None else embedding.shape[0]}
+    config = sizes | {
+        **{name: fields.integer(OPTIONAL_SIZES[name], default) for name, default in defaults.items()},
         "norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": fields.number("rope.freq_base", 10_000.0),
         "tied": HEAD not in stored,
         "head_dim": head_dim,
-        "max_seq_len": fields.integer("context_length"),
     }
     ignored = {k for k, v in llama.items() if not COMPUTES.match(k) or v in (0, NEUTRAL.get(k))}
     fields.finish(frozenset(ignored | {"attention.layer_norm_epsilon"}))
@@ -254,23 +253,13 @@ def _write_header(writer: Any, file: Any) -> None:
 def _new_writer(package: Any, config: ModelConfig, vocabulary: dict[str, Any], name: str) -> Any:
     writer = package.GGUFWriter(None, "llama")
     writer.add_name(name)
-    writer.add_block_count(config.n_layers)
-    writer.add_context_length(config.max_seq_len)
-    writer.add_embedding_length(config.dim)
-    writer.add_feed_forward_length(config.hidden_dim)
-    writer.add_head_count(config.n_heads)
-    writer.add_head_count_kv(config.n_kv_heads)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    if config.rope_scaling is not None:
-        for key, value in vars(config.rope_scaling).items():
-            add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
-            add(f"nanollama.rope_scaling.{key}", value)
-    for key, value in vocabulary.items():
+    sizes = {key: getattr(config, name) for name, key in (SIZES | OPTIONAL_SIZES).items()}
+    sizes |= dict.fromkeys(HEAD_DIMS, config.head_dim)
+    floats = {"attention.layer_norm_rms_epsilon": float(config.norm_eps), "rope.freq_base": float(config.rope_theta)}
+    scaling = vars(config.rope_scaling) if config.rope_scaling else {}
+    keys = {f"llama.{key}": value for key, value in (sizes | floats).items()}
+    keys |= {f"nanollama.rope_scaling.{key}": value for key, value in scaling.items()}
+    for key, value in (keys | vocabulary).items():
         one = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}.get(type(value), "ARRAY")
         inner = {int: "INT32", float: "FLOAT32", str: "STRING"}[type(value[0])] if one == "ARRAY" else None
         kinds = [package.GGUFValueType[kind] for kind in (one, inner) if kind]

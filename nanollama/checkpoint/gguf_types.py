@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nanollama.checkpoint.weights import CheckpointError, Lazy
+from nanollama.gguf_header import Header, damaged
 
 STEP_BYTES = 1 << 22  # of fp32 that the package makes at a time: its temporaries are several times as large
 # Once in ggml, read by no program of today.
@@ -91,6 +92,23 @@ def _is_done(kind: Any, what: str) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+def placed(path: Path, header: Header) -> dict[str, tuple[GgmlType, slice]]:
+    """Each tensor's type and bytes: inside of the file, in whole blocks, not on another's. Raises CheckpointError."""
+    found, end = {}, 0
+    for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].offset):
+        kind = type_of(path, name, tensor.type)
+        if tensor.shape[-1] % kind.block:
+            what = f"tensor {name} is {kind.name}, in blocks of {kind.block} weights, which its rows of"
+            raise CheckpointError(path, f"{what} {tensor.shape[-1]} are no multiple of: get another file of this model")
+        if tensor.offset < end:
+            raise damaged(path, f"tensor {name} lies on the bytes of another")
+        end = tensor.offset + kind.size(tensor.shape)
+        if end > path.stat().st_size:
+            raise damaged(path, f"tensor {name} ends beyond the file: it is truncated")
+        found[name] = kind, slice(tensor.offset, end)
+    return found
 
 
 def read_tensor(stored: Tensor, kind: GgmlType, shape: tuple[int, ...]) -> Lazy:

@@ -8,7 +8,6 @@ Sources: `transformers` LlamaConfig and modeling_llama (keys and defaults, 4.x `
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,28 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanollama.checkpoint import kinds
+from nanollama import gate
 from nanollama.checkpoint.fields import Fields, is_close, read_json
 from nanollama.checkpoint.names import hf_name, hf_rows, is_rotary, meta_from_hf, meta_rows
 from nanollama.checkpoint.staging import refuse_occupied, staged
 from nanollama.checkpoint.streams import write_safetensors
-from nanollama.checkpoint.weights import (
-    FLOATS,
-    Checkpoint,
-    CheckpointError,
-    Lazy,
-    Weights,
-    check_weights,
-    make_config,
-    streamed,
-    to_write,
-)
+from nanollama.checkpoint.weights import Checkpoint, CheckpointError, Lazy, make_config, opened, same_numbers, to_write
 from nanollama.model import ModelConfig, RopeScaling
 from nanollama.vocabulary import read
 from nanollama.vocabulary.write import fitting, hf_files, token_ids
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Ours -> config.json's, of the sizes that every file states.
+SIZES = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
+SIZES |= {"vocab_size": "vocab_size", "hidden_dim": "intermediate_size"}
+FACTORS, CONTEXT = ("factor", "low_freq_factor", "high_freq_factor"), "original_max_position_embeddings"  # of scaling
 # Describe the training, the files or the generation defaults, not the forward pass.
 HARMLESS = frozenset(
     ("attention_dropout", "bos_token_id", "dtype", "eos_token_id", "id2label", "initializer_range", "label2id")
@@ -75,23 +68,17 @@ def open_hf(folder: Path) -> Checkpoint:
             stored[meta] = _reordered(entry, config.head_dim, hf_rows) if is_rotary(meta) else entry
     if config.tied and "output.weight" in stored:
         _refuse_untied_head(folder, stored)
-    weights = Weights(check_weights(folder, config, stored, "config.json"))
-    return Checkpoint(config, weights, None, "hf", folder, notices)
+    return opened("hf", folder, config, stored, "config.json", notices)
 
 
 def read_config(path: Path, notices: list[str]) -> ModelConfig:
     """config.json -> config; refuses by name what is not computed here, and notes the keys that nothing reads."""
     fields = Fields(path, read_json(path))
     _refuse_other_models(fields)
-    n_heads = fields.integer("num_attention_heads")
     rope_theta, scaling = _read_rope(fields)
-    config = {
-        "dim": fields.integer("hidden_size"),
-        "n_layers": fields.integer("num_hidden_layers"),
-        "n_heads": n_heads,
-        "n_kv_heads": fields.integer("num_key_value_heads", n_heads),
-        "vocab_size": fields.integer("vocab_size"),
-        "hidden_dim": fields.integer("intermediate_size"),
+    sizes = {name: fields.integer(key) for name, key in SIZES.items()}
+    config = sizes | {
+        "n_kv_heads": fields.integer("num_key_value_heads", sizes["n_heads"]),
         "norm_eps": fields.number("rms_norm_eps"),
         "rope_theta": rope_theta,
         "rope_scaling": scaling,
@@ -129,7 +116,7 @@ def _unread(fields: Fields, scaling: RopeScaling | None) -> list[str]:
     found = []
     for key, value in fields.left():
         known = key in HARMLESS or key.startswith("_")
-        if key == "original_max_position_embeddings":  # transformers prefers it to the scaling's own
+        if key == CONTEXT:  # transformers prefers it to the scaling's own
             off = scaling is None or value == scaling.original_context
         else:
             off = not value if not isinstance(value, (int, float)) else _is_neutral(key, value)
@@ -162,12 +149,7 @@ def _read_rope_section(part: Fields) -> tuple[float | None, RopeScaling | None]:
         raise part.error("rope_type", f"is {', '.join(map(repr, kinds))}: only default and llama3 can be computed")
     scaling = None
     if kinds == {"llama3"}:
-        scaling = RopeScaling(
-            factor=part.number("factor"),
-            low_freq_factor=part.number("low_freq_factor"),
-            high_freq_factor=part.number("high_freq_factor"),
-            original_context=part.integer("original_max_position_embeddings"),
-        )
+        scaling = RopeScaling(**{key: part.number(key) for key in FACTORS}, original_context=part.integer(CONTEXT))
         if scaling.high_freq_factor <= scaling.low_freq_factor:
             raise part.error("high_freq_factor", "is not above low_freq_factor")
     if not is_close(part.number("partial_rotary_factor", 1.0), 1.0):
@@ -204,13 +186,13 @@ def _open_safetensors(path: Path) -> dict[str, Lazy]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise kinds.missing(path, "is missing; download it again, or save the model as safetensors")
+        raise gate.missing(path, "is missing; download it again, or save the model as safetensors")
     try:
         opened = safe_open(path, framework="pt")
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
         described = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
-        kinds.refuse_strangers(path)
+        gate.refuse_strangers(path)
         raise CheckpointError(path, f"is truncated or not a safetensors file ({error}); download it again") from None
     return {name: _entry(path, name, opened.get_tensor, *described[name]) for name in described}
 
@@ -241,15 +223,10 @@ def _reordered(entry: Lazy, head_dim: int, source_of: Callable[[Tensor, int], Te
 def _refuse_untied_head(folder: Path, stored: dict[str, Lazy]) -> None:
     """A tied model may store its head again; a different head contradicts the config."""
     head, embedding = stored.pop("output.weight"), stored.get("tok_embeddings.weight")
-    if embedding is None or head.shape != embedding.shape or head.dtype != embedding.dtype:
-        same = False
-    else:
-        blocks = range(0, head.shape[0], 4096)
-        same = all(torch.equal(head.read(i, i + 4096), embedding.read(i, i + 4096)) for i in blocks)
-    if not same:
-        raise CheckpointError(
-            folder, "config.json says tie_word_embeddings but lm_head.weight differs from model.embed_tokens.weight"
-        )
+    alike = embedding and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+    if not (embedding and alike and same_numbers(head, embedding)):
+        what = "config.json says tie_word_embeddings but lm_head.weight differs from model.embed_tokens.weight"
+        raise CheckpointError(folder, what)
 
 
 def write_hf(
@@ -266,79 +243,52 @@ def write_hf(
     tokenizer: a file of any kind, written as tokenizer.json and tokenizer_config.json. Weights of more than
     max_shard_bytes are split into shards with an index. A tied model gets no lm_head.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory  # takes a while, and reading needs none of it
+
     folder = Path(folder)
     refuse_occupied(folder)
     entries = {}
     for name, entry in to_write(folder, config, weights, dtype).items():
         entries[hf_name(name)] = _reordered(entry, config.head_dim, meta_rows) if is_rotary(name) else entry
-    files = _split_by_size(entries, max_shard_bytes)
-    stored_dtype = FLOATS[entries["model.embed_tokens.weight"].dtype]
+    split = split_state_dict_into_shards_factory(
+        entries,
+        get_storage_size=lambda entry: entry.nbytes,
+        filename_pattern=SINGLE.replace(".", "{suffix}."),
+        max_shard_size=max_shard_bytes,
+    )
     vocabulary = None if tokenizer is None else fitting(read(tokenizer), config.vocab_size)
     with staged(folder) as stage:
-        for file_name, names in files.items():
+        for file_name, names in split.filename_to_tensors.items():
             with stage.open(file_name) as file:
-                write_safetensors(file, *streamed({name: entries[name] for name in names}))
-        if len(files) > 1:
-            weight_map = {name: file_name for file_name, names in files.items() for name in names}
-            total_bytes = sum(_size(entry) for entry in entries.values())
-            stage.text(INDEX, _json({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}))
+                write_safetensors(file, {name: entries[name] for name in names})
+        if split.is_sharded:
+            stage.text(INDEX, _json({"metadata": split.metadata, "weight_map": split.tensor_to_filename}))
         for file_name, data in hf_files(vocabulary).items() if vocabulary else ():
             stage.bytes(file_name, data)
         ids = token_ids(vocabulary) if vocabulary else {}
-        stage.text("config.json", _json(make_hf_config(config, stored_dtype) | ids))
+        stage.text("config.json", _json(make_hf_config(config, entries["model.embed_tokens.weight"].dtype) | ids))
 
 
-def make_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """config.json with transformers 4's keys, which 5 reads too. dtype: "fp32", "bf16" or "fp16"."""
+def make_hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json with transformers 4's keys, which 5 reads too."""
     scaling = config.rope_scaling
+    factors = {key: getattr(scaling, key) for key in FACTORS} if scaling else {}
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
         "max_position_embeddings": config.max_seq_len,
         "mlp_bias": False,
         "model_type": "llama",
-        "num_attention_heads": config.n_heads,
-        "num_hidden_layers": config.n_layers,
         "num_key_value_heads": config.n_kv_heads,
         "rms_norm_eps": config.norm_eps,
-        "rope_scaling": None
-        if scaling is None
-        else {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_context,
-        },
+        "rope_scaling": scaling and {"rope_type": "llama3", **factors, CONTEXT: scaling.original_context},
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tied,
-        "torch_dtype": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype],
-        "vocab_size": config.vocab_size,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        **{key: getattr(config, name) for name, key in SIZES.items()},
     }
-
-
-def _split_by_size(entries: Mapping[str, Lazy], max_bytes: int) -> dict[str, list[str]]:
-    """File names -> the tensors that each holds, in order."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, entry in entries.items():
-        if groups[-1] and filled + _size(entry) > max_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += _size(entry)
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
-
-
-def _size(entry: Lazy) -> int:
-    """Bytes."""
-    return math.prod(entry.shape) * entry.dtype.itemsize
 
 
 def _json(value: dict[str, Any]) -> str:

@@ -6,10 +6,8 @@ python -c "from nanollama.checkpoint.integrity import verify; print(verify('DIR'
 
 import hashlib
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
-from nanollama.checkpoint.staging import staged
 from nanollama.checkpoint.weights import CheckpointError
 
 MANIFESTS = {"checklist.chk": "md5", "SHA256SUMS": "sha256"}
@@ -46,19 +44,6 @@ def read_manifest(path: Path, algorithm: str) -> dict[str, str]:
             )
         found[match[2]] = match[1].lower()
     return found
-
-
-def write_manifest(folder: str | Path, names: Iterable[str] | None = None) -> Path:
-    """Write SHA256SUMS for the named files (default: every plain file of the folder) and return its path."""
-    folder = Path(folder)
-    if names is None:
-        names = (
-            p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.name not in MANIFESTS
-        )
-    lines = [f"{file_digest(folder / name, 'sha256')}  {name}\n" for name in sorted(names)]
-    with staged(folder) as stage:
-        stage.text("SHA256SUMS", "".join(lines))
-    return folder / "SHA256SUMS"
 
 
 def file_digest(path: Path, algorithm: str) -> str:

@@ -10,7 +10,7 @@ Source: karpathy/llama2.c, export.py and run.c for the layouts, model.py and tra
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -18,7 +18,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from nanollama.checkpoint import kinds, pth
+from nanollama import gate
+from nanollama.checkpoint import pth
 from nanollama.checkpoint.fields import Fields
 from nanollama.checkpoint.names import layer_shapes, weight_shapes
 from nanollama.checkpoint.staging import Stage, staged
@@ -26,10 +27,9 @@ from nanollama.checkpoint.weights import (
     Checkpoint,
     CheckpointError,
     Lazy,
-    Weights,
-    check_weights,
     lazy,
     make_config,
+    opened,
     row_blocks,
     to_write,
 )
@@ -37,6 +37,7 @@ from nanollama.model import ModelConfig
 from nanollama.vocabulary import read
 from nanollama.vocabulary.write import llama2c_files
 
+SIZES = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")  # the header's numbers
 HEADER_BYTES = {0: 28, 1: 256, 2: 256}
 NORM_EPS, ROPE_THETA = 1e-5, 10_000.0  # in run.c
 EMBEDDING, NORM, HEAD = "tok_embeddings.weight", "norm.weight", "output.weight"
@@ -66,7 +67,7 @@ def open_bin(path: Path) -> Checkpoint:
     if len(header) < 28:
         raise CheckpointError(path, f"is truncated: {size} bytes cannot hold a llama2.c header")
     (version,) = struct.unpack_from("<i", header, 4)
-    if not header.startswith(kinds.LLAMA2C):
+    if not header.startswith(gate.LLAMA2C):
         version, group_size = 0, 1
         numbers = struct.unpack_from("<7i", header)
         tied = numbers[5] > 0  # a negative vocabulary size marks an untied head
@@ -79,15 +80,14 @@ def open_bin(path: Path) -> Checkpoint:
         if header[36] > 1 or group_size < 1:
             raise CheckpointError(path, f"has a damaged header: shared flag {header[36]}, group size {group_size}")
     config = _config(path, numbers, tied, version)
-    _check_size(path, size, config, version, group_size)
-    stored = _quantized(path, config, group_size) if version == 2 else _plain(path, config, version)
-    weights = Weights({name: stored[name] for name in weight_shapes(config)})
-    return Checkpoint(config, weights, None, "llama2c", path, [f"llama2.c version {version}: norm_eps 1e-5 is run.c's"])
+    stored = _stored(path, size, config, version, group_size)
+    return opened(
+        "llama2c", path, config, stored, "its header", [f"llama2.c version {version}: norm_eps 1e-5 is run.c's"]
+    )
 
 
 def _config(path: Path, numbers: tuple[int, ...], tied: bool, version: int) -> ModelConfig:
-    keys = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
-    fields = dict(zip(keys, numbers, strict=True))
+    fields = dict(zip(SIZES, numbers, strict=True))
     if version == 0:
         fields["vocab_size"] = abs(fields["vocab_size"])
     if min(fields.values()) < 1 or fields["dim"] % fields["n_heads"]:
@@ -96,60 +96,39 @@ def _config(path: Path, numbers: tuple[int, ...], tied: bool, version: int) -> M
     return make_config(path, **fields, norm_eps=NORM_EPS, rope_theta=ROPE_THETA, tied=tied)
 
 
-def _check_size(path: Path, size: int, config: ModelConfig, version: int, group_size: int) -> None:
-    """Before a single name is listed: the header's numbers against the file's length."""
-    per_layer = {name: math.prod(shape) for name, shape in layer_shapes(config).items()}
-    norms = config.n_layers * 2 * config.dim + config.dim
-    matrices = [config.vocab_size * config.dim] * (1 if config.tied else 2)
-    layer_matrices = [n for name, n in per_layer.items() if "norm" not in name]
-    count = sum(matrices) + config.n_layers * sum(layer_matrices)
-    if version == 2:
-        if any(n % group_size for n in matrices + layer_matrices):
-            raise CheckpointError(path, f"has group size {group_size}, which does not divide its matrices: damaged")
-        expected = 4 * norms + count + 4 * (count // group_size)
-    else:
-        table = config.max_seq_len * config.head_dim if version == 0 else 0
-        expected = 4 * (norms + count + table)
-    expected += HEADER_BYTES[version]
-    if size != expected:
-        raise CheckpointError(
-            path,
-            f"has {size} bytes, its header asks for {expected}: truncated, or not a llama2.c file; download it again",
-        )
-
-
-def _mapped(path: Path) -> Tensor:
-    """The file's bytes, memory-mapped."""
-    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-
-
-def _plain(path: Path, config: ModelConfig, version: int) -> dict[str, Lazy]:
-    data, shapes = _mapped(path), weight_shapes(config)
-    offset = HEADER_BYTES[version]
-    stored = {}
+def _layout(config: ModelConfig, version: int, group_size: int) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, bytes) of each weight in the order of the file, and at last the end of the file with no name."""
+    shapes, offset = weight_shapes(config), HEADER_BYTES[version]
+    tables = 4 * config.max_seq_len * config.head_dim if version == 0 else 0  # cos and sin, recomputed by every reader
     for name in file_order(config, version):
-        if version == 0 and name == HEAD:
-            offset += 4 * config.max_seq_len * config.head_dim  # cos and sin tables, recomputed by every reader
-        end = offset + 4 * math.prod(shapes[name])
-        stored[name] = lazy(data[offset:end].view(torch.float32).view(shapes[name]))
-        offset = end
-    return stored
-
-
-def _quantized(path: Path, config: ModelConfig, group_size: int) -> dict[str, Lazy]:
-    data, shapes = _mapped(path), weight_shapes(config)
-    offset = HEADER_BYTES[2]
-    stored = {}
-    for name in file_order(config, 2):
         numel = math.prod(shapes[name])
-        if len(shapes[name]) == 1:
-            stored[name] = lazy(data[offset : offset + 4 * numel].view(torch.float32))
-            offset += 4 * numel
-            continue
-        values = data[offset : offset + numel].view(torch.int8)
-        scales = data[offset + numel : offset + numel + 4 * (numel // group_size)]
-        stored[name] = _dequantized(values, scales, shapes[name], group_size)
-        offset += numel + 4 * (numel // group_size)
+        offset += tables if name == HEAD else 0
+        nbytes = numel + 4 * (numel // group_size) if version == 2 and len(shapes[name]) == 2 else 4 * numel
+        yield name, offset, nbytes
+        offset += nbytes
+    yield "", offset + (tables if config.tied else 0), 0
+
+
+def _stored(path: Path, size: int, config: ModelConfig, version: int, group_size: int) -> dict[str, Lazy]:
+    """The weights, memory-mapped, once the header's numbers fit the file's length."""
+    matrices = [config.vocab_size * config.dim, *(math.prod(s) for s in layer_shapes(config).values() if len(s) == 2)]
+    if any(numel % group_size for numel in matrices):
+        raise CheckpointError(path, f"has group size {group_size}, which does not divide its matrices: damaged")
+    # A smallest bound first: a header may name a billion layers, of which no list is made.
+    places = list(_layout(config, version, group_size)) if config.n_layers * sum(matrices[1:]) <= size else []
+    if not places or size != places[-1][1]:
+        asked = places[-1][1] if places else "more"
+        what = f"has {size} bytes, its header asks for {asked}: truncated, or not a llama2.c file; download it again"
+        raise CheckpointError(path, what)
+    data, shapes = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8), weight_shapes(config)
+    stored = {}
+    for name, offset, nbytes in places[:-1]:
+        part, shape = data[offset : offset + nbytes], shapes[name]
+        if version == 2 and len(shape) == 2:
+            numel = math.prod(shape)
+            stored[name] = _dequantized(part[:numel].view(torch.int8), part[numel:], shape, group_size)
+        else:
+            stored[name] = lazy(part.view(torch.float32).view(shape))
     return stored
 
 
@@ -237,11 +216,10 @@ def _refuse_what_c_cannot(path: Path, config: ModelConfig) -> None:
 
 
 def _header(config: ModelConfig, version: int, group_size: int) -> bytes:
-    vocab_size = config.vocab_size if version or config.tied else -config.vocab_size
-    numbers = (config.dim, config.hidden_dim, config.n_layers, config.n_heads, config.n_kv_heads, vocab_size)
-    header = struct.pack("<7i", *numbers, config.max_seq_len)
+    marked = vars(config) if version or config.tied else {**vars(config), "vocab_size": -config.vocab_size}
+    header = struct.pack("<7i", *(marked[size] for size in SIZES))
     if version:
-        header = kinds.LLAMA2C + struct.pack("<i", version) + header + struct.pack("<B", config.tied)
+        header = gate.LLAMA2C + struct.pack("<i", version) + header + struct.pack("<B", config.tied)
     if version == 2:
         header += struct.pack("<i", group_size)
     return header.ljust(HEADER_BYTES[version], b"\0")
@@ -274,7 +252,7 @@ def open_pt(path: Path) -> Checkpoint:
     model, args = saved.get("model"), saved.get("model_args")
     if not isinstance(model, dict) or not isinstance(args, dict):
         if "model.embed_tokens.weight" in saved or path.name.startswith("pytorch_model"):
-            raise CheckpointError(path, kinds.to_safetensors(path))
+            raise CheckpointError(path, gate.to_safetensors(path))
         if EMBEDDING in saved:
             raise CheckpointError(path, "is weights alone, in Meta's form: give its folder, with params.json beside it")
         raise CheckpointError(path, "has no `model` and `model_args`: not a training checkpoint of llama2.c")
@@ -286,8 +264,7 @@ def open_pt(path: Path) -> Checkpoint:
     if HEAD in state and EMBEDDING in state and torch.equal(state[HEAD], state[EMBEDDING]):
         state.pop(HEAD)  # the same matrix: the training script ties them
     config = replace(config, tied=HEAD not in state)
-    weights = Weights(check_weights(path, config, {name: lazy(t) for name, t in state.items()}, "model_args"))
-    return Checkpoint(config, weights, None, "llama2c", path)
+    return opened("llama2c", path, config, {name: lazy(t) for name, t in state.items()}, "model_args")
 
 
 def _config_from_args(path: Path, args: Mapping[str, object]) -> ModelConfig:

@@ -20,25 +20,16 @@ from torch import Tensor
 
 from nanollama.checkpoint import pth
 from nanollama.checkpoint.fields import Fields, read_json
-from nanollama.checkpoint.names import weight_shapes
 from nanollama.checkpoint.staging import refuse_occupied, staged
 from nanollama.checkpoint.streams import write_pth
-from nanollama.checkpoint.weights import (
-    Checkpoint,
-    CheckpointError,
-    Lazy,
-    Weights,
-    check_weights,
-    make_config,
-    streamed,
-    to_write,
-)
+from nanollama.checkpoint.weights import Checkpoint, CheckpointError, Lazy, make_config, opened, same_numbers, to_write
 from nanollama.model import ModelConfig, RopeScaling
 from nanollama.vocabulary import read
 from nanollama.vocabulary.write import fitting, meta_files
 
 MAX_SHARDS = 16
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
+KV, ROW_PARALLEL = (".wk.weight", ".wv.weight"), (".wo.weight", ".w2.weight")
 # Sizes of buffers and of the machine, not of the model.
 HARMLESS = frozenset(("max_batch_size", "max_seq_len", "model_parallel_size"))
 # Beginnings of keys that change the computation, in Llama 4's params.json and the like; what nothing reads opens.
@@ -62,9 +53,9 @@ def open_meta(folder: Path) -> Checkpoint:
     entries = merge_shards(folder, shards, config)
     if _is_tied(shards, entries):
         config, entries = replace(config, tied=True), {k: v for k, v in entries.items() if k != HEAD}
-    weights = Weights(check_weights(folder, config, entries, "params.json"))
-    weights.rows("layers.0.attention.wk.weight", 0, 1)  # repeated kv heads that disagree are found here, not later
-    return Checkpoint(config, weights, None, "meta", folder, notices)
+    found = opened("meta", folder, config, entries, "params.json", notices)
+    found.weights.rows("layers.0.attention.wk.weight", 0, 1)  # repeated kv heads that differ are found here, not later
+    return found
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -133,10 +124,8 @@ def _read_scaling(fields: Fields, shape: tuple[int, ...], notices: list[str]) ->
         raise fields.error("rope_high_freq_factor", f"is {high}: expected more than rope_low_freq_factor {low}")
     if factor is None:
         factor = 32.0 if shape in FACTOR_32_SHAPES else 8.0
-        if factor == 32.0:
-            notices.append(
-                "params.json does not record the RoPE scaling factor; 32 is taken, as published for Llama 3.2 1B and 3B"
-            )
+        said = "params.json does not record the RoPE scaling factor; 32 is taken, as published for Llama 3.2 1B and 3B"
+        notices += [said] if factor == 32.0 else []
     return RopeScaling(factor, low, high, original)
 
 
@@ -166,47 +155,39 @@ def _check_shards_agree(folder: Path, shards: Sequence[dict[str, Tensor]]) -> No
     """Same names, shapes and dtypes in every shard; the replicated norms equal."""
     first = shards[0]
     for i, shard in enumerate(shards[1:], start=1):
-        where = folder / f"consolidated.{i:02d}.pth"
-        for name in sorted(first.keys() ^ shard.keys()):
-            side = "only there" if name in shard else "missing there"
-            raise CheckpointError(where, f"disagrees with consolidated.00.pth: {name} is {side}; download both again")
-        for name, tensor in shard.items():
-            if tensor.shape != first[name].shape or tensor.dtype != first[name].dtype:
-                raise CheckpointError(
-                    where,
-                    f"disagrees with consolidated.00.pth: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
-                    f"there {first[name].dtype} {tuple(first[name].shape)}; download both again",
-                )
-            if tensor.ndim == 1 and not torch.equal(tensor, first[name]):
-                raise CheckpointError(
-                    where,
-                    f"disagrees with consolidated.00.pth: {name} must be equal in all shards; download both again",
-                )
+        if what := _difference(shard, first):
+            where = folder / f"consolidated.{i:02d}.pth"
+            raise CheckpointError(where, f"disagrees with consolidated.00.pth: {what}; download both again")
+
+
+def _difference(shard: dict[str, Tensor], first: dict[str, Tensor]) -> str | None:
+    for name in sorted(first.keys() ^ shard.keys()):
+        return f"{name} is {'only' if name in shard else 'missing'} there"
+    for name, tensor in shard.items():
+        here, there = ((t.dtype, tuple(t.shape)) for t in (tensor, first[name]))
+        if here != there:
+            return f"{name} is {here[0]} {here[1]}, there {there[0]} {there[1]}"
+        if tensor.ndim == 1 and not torch.equal(tensor, first[name]):
+            return f"{name} must be equal in all shards"
+    return None
 
 
 def merge_shards(folder: Path, shards: Sequence[dict[str, Tensor]], config: ModelConfig) -> dict[str, Lazy]:
     """Every name of the shards as one lazy tensor of the whole model."""
-    expected = weight_shapes(config) if 9 * config.n_layers <= len(shards[0]) else {}
     merged = {}
     for name in shards[0]:
         parts = [shard[name] for shard in shards]
-        whole = expected.get(name)
-        is_kv = name.endswith((".wk.weight", ".wv.weight"))
+        is_kv = name.endswith(KV)
         if len(parts) == 1 or parts[0].ndim != 2:
             merged[name] = _by_rows(parts[:1])
-        elif name.endswith((".wo.weight", ".w2.weight")) or _is_split_by_columns(name, parts, whole):
+        # Llama 2's ParallelEmbedding is split by columns; Llama 3's VocabParallelEmbedding by rows.
+        elif name.endswith(ROW_PARALLEL) or (name == EMBEDDING and parts[0].shape[1] * len(parts) == config.dim):
             merged[name] = _by_columns(parts)
         elif is_kv and len(parts) > config.n_kv_heads and parts[0].shape[0] == config.head_dim:
-            where = f"{folder}: {name}"
-            merged[name] = _by_repeated_heads(where, parts, config)
+            merged[name] = _by_repeated_heads(f"{folder}: {name}", parts, config)
         else:
             merged[name] = _by_rows(parts)
     return merged
-
-
-def _is_split_by_columns(name: str, parts: Sequence[Tensor], whole: tuple[int, ...] | None) -> bool:
-    """Llama 2's ParallelEmbedding; Llama 3's VocabParallelEmbedding is split by rows."""
-    return name == EMBEDDING and whole is not None and parts[0].shape[1] * len(parts) == whole[1]
 
 
 def _by_rows(parts: Sequence[Tensor]) -> Lazy:
@@ -230,9 +211,8 @@ def _by_columns(parts: Sequence[Tensor]) -> Lazy:
 def _by_repeated_heads(where: str, parts: Sequence[Tensor], config: ModelConfig) -> Lazy:
     """More shards than kv heads: consecutive shards hold the same head, of which one copy is the model's."""
     if len(parts) % config.n_kv_heads:
-        raise CheckpointError(
-            where, f"{len(parts)} shards cannot share {config.n_kv_heads} kv heads evenly: is one missing?"
-        )
+        what = f"{len(parts)} shards cannot share {config.n_kv_heads} kv heads evenly: is one missing?"
+        raise CheckpointError(where, what)
     repeats = len(parts) // config.n_kv_heads
     copies = [_by_rows(parts[i::repeats]) for i in range(repeats)]
 
@@ -254,9 +234,7 @@ def _is_tied(shards: Sequence[dict[str, Tensor]], entries: dict[str, Lazy]) -> b
         return False
     if all(shard[EMBEDDING].data_ptr() == shard[HEAD].data_ptr() for shard in shards):
         return True  # one matrix in the file
-    embedding, head = entries[EMBEDDING].read, entries[HEAD].read
-    n = entries[HEAD].shape[0]
-    return all(torch.equal(embedding(i, i + 4096), head(i, i + 4096)) for i in range(0, n, 4096))
+    return same_numbers(entries[EMBEDDING], entries[HEAD])
 
 
 def write_meta(
@@ -283,14 +261,12 @@ def write_meta(
     vocabulary = None if tokenizer is None else fitting(read(tokenizer), config.vocab_size)
     with staged(folder) as stage:
         for s in range(shards):
-            parts = {
-                name: _shard(folder, name, entry, s, shards, config, embedding_split) for name, entry in entries.items()
-            }
+            parts = {n: _shard(folder, n, entry, s, shards, config, embedding_split) for n, entry in entries.items()}
             aliases = {HEAD: EMBEDDING} if config.tied else {}
             if config.tied and embedding_split != "rows" and shards > 1:
                 parts[HEAD], aliases = _shard(folder, HEAD, entries[EMBEDDING], s, shards, config, "rows"), {}
             with stage.open(f"consolidated.{s:02d}.pth") as file:
-                write_pth(file, *streamed(parts), aliases)
+                write_pth(file, parts, aliases)
         for file_name, data in meta_files(vocabulary).items() if vocabulary else ():
             stage.bytes(file_name, data)
         stage.text("params.json", json.dumps(params, indent=2) + "\n")
@@ -299,37 +275,22 @@ def write_meta(
 def make_params(where: Path, config: ModelConfig, shards: int = 1) -> dict[str, Any]:
     """params.json of a config, with our extra keys only where Meta's do not suffice (Meta's code ignores those)."""
     if config.head_dim * config.n_heads != config.dim:
-        raise CheckpointError(
-            where, f"head_dim {config.head_dim} is not dim / n_heads, which Meta's format cannot say: write hf or gguf"
-        )
-    if (
-        not 1 <= shards <= MAX_SHARDS
-        or config.n_heads % shards
-        or config.hidden_dim % shards
-        or config.vocab_size % shards
-    ):
-        raise CheckpointError(
-            where,
-            f"{shards} shards: expected 1 to {MAX_SHARDS}, dividing n_heads {config.n_heads}, "
-            f"hidden_dim {config.hidden_dim} and vocab_size {config.vocab_size}",
-        )
+        what = f"head_dim {config.head_dim} is not dim / n_heads, which Meta's format cannot say: write hf or gguf"
+        raise CheckpointError(where, what)
+    divided = {name: getattr(config, name) for name in ("n_heads", "hidden_dim", "vocab_size")}
+    if not 1 <= shards <= MAX_SHARDS or any(size % shards for size in divided.values()):
+        listed = ", ".join(f"{name} {size}" for name, size in divided.items())
+        raise CheckpointError(where, f"{shards} shards: expected 1 to {MAX_SHARDS}, dividing {listed}")
     repeats = max(1, shards // config.n_kv_heads)
     if config.n_kv_heads * repeats % shards:
         raise CheckpointError(where, f"{shards} shards cannot share {config.n_kv_heads} kv heads evenly")
     multiple_of, multiplier = _ffn_numbers(config.dim, config.hidden_dim)
     params = {
-        "dim": config.dim,
-        "n_layers": config.n_layers,
-        "n_heads": config.n_heads,
-        "n_kv_heads": config.n_kv_heads * repeats,
-        "vocab_size": config.vocab_size,
-        "multiple_of": multiple_of,
-        **({} if multiplier is None else {"ffn_dim_multiplier": multiplier}),
-        "norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "use_scaled_rope": config.rope_scaling is not None,
-        **_scaling_params(config),
+        key: getattr(config, key) for key in ("dim", "n_layers", "n_heads", "vocab_size", "norm_eps", "rope_theta")
     }
+    params |= {"n_kv_heads": config.n_kv_heads * repeats, "multiple_of": multiple_of}
+    params |= {} if multiplier is None else {"ffn_dim_multiplier": multiplier}
+    params |= {"use_scaled_rope": config.rope_scaling is not None, **_scaling_params(config)}
     if repeats > 1:
         params["kv_head_repeats"] = repeats
     if config.max_seq_len != context_guess(config.rope_theta, config.rope_scaling):
@@ -366,9 +327,9 @@ def _shard(where: Path, name: str, entry: Lazy, s: int, shards: int, config: Mod
     """Shard s of a whole weight: the inverse of `merge_shards`."""
     if shards == 1 or len(entry.shape) == 1:
         return entry
-    if name.endswith((".wk.weight", ".wv.weight")) and shards > config.n_kv_heads:
+    if name.endswith(KV) and shards > config.n_kv_heads:
         n, first = config.head_dim, s * config.n_kv_heads // shards * config.head_dim
-    elif name.endswith((".wo.weight", ".w2.weight")) or (name == EMBEDDING and embedding_split == "columns"):
+    elif name.endswith(ROW_PARALLEL) or (name == EMBEDDING and embedding_split == "columns"):
         return _columns(where, name, entry, s, shards)
     else:
         n = entry.shape[0] // shards

@@ -8,14 +8,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from nanollama.checkpoint import hub, kinds
+from nanollama import gate
+from nanollama.checkpoint import hub
 from nanollama.checkpoint.fields import read_json
 from nanollama.checkpoint.gguf import open_gguf
-from nanollama.checkpoint.gguf_header import PART
 from nanollama.checkpoint.hf import open_hf
 from nanollama.checkpoint.llama2c import open_bin, open_pt
 from nanollama.checkpoint.meta import open_meta
 from nanollama.checkpoint.weights import Checkpoint, CheckpointError
+from nanollama.gguf_header import PART
 from nanollama.vocabulary import TokenizerError, read
 
 READERS: dict[str, Callable[[Path], Checkpoint]] = {
@@ -56,14 +57,14 @@ def locate(path: Path) -> tuple[str, Path]:
     """
     if path.is_dir():
         return _locate_inside(path)
-    kind = kinds.kind_of(path) or {".gguf": "gguf", ".bin": "llama2c", ".pt": "pt"}.get(path.suffix)
+    kind = gate.kind_of(path) or {".gguf": "gguf", ".bin": "llama2c", ".pt": "pt"}.get(path.suffix)
     if kind in READERS:
         return str(kind), path
     if any((path.parent / name).exists() for name in ("config.json", "params.json", ADAPTER)):
         raise CheckpointError(path, f"is one file of several: give its folder, {path.parent}")
     if kind == "safetensors":
         raise CheckpointError(path, "is weights alone: download config.json beside it, and give the folder")
-    begins = f"is a file of no known format, it begins with {kinds.first_bytes(path)[:12]!r}"
+    begins = f"is a file of no known format, it begins with {gate.first_bytes(path)[:12]!r}"
     raise CheckpointError(path, f"{begins}: give a folder, a .gguf, a .bin or a .pt file")
 
 
@@ -81,7 +82,7 @@ def _locate_inside(folder: Path) -> tuple[str, Path]:
         raise CheckpointError(folder, "is the state of a finetuning run, to resume it: give the run's final folder")
     config = folder / ("params.json" if is_meta else "config.json")
     if not config.exists():
-        raise kinds.missing(config, "is missing beside the weights: download it again")
+        raise gate.missing(config, "is missing beside the weights: download it again")
     return "meta" if is_meta else "hf", folder
 
 
@@ -98,7 +99,7 @@ def _locate_without_weights(folder: Path, has_config: bool) -> tuple[str, Path]:
         base = read_json(folder / ADAPTER).get("base_model_name_or_path") or "BASE"
         raise CheckpointError(folder, f"is a LoRA adapter, not a model: give --ckpt {base} --adapter {folder}")
     if _files(folder, "pytorch_model*.bin"):
-        raise CheckpointError(folder, kinds.to_safetensors(folder))
+        raise CheckpointError(folder, gate.to_safetensors(folder))
     if (folder / "snapshots").is_dir():
         return _locate_snapshot(folder)
     if (folder / "final").is_dir():
@@ -126,7 +127,7 @@ def _locate_snapshot(folder: Path) -> tuple[str, Path]:
 
 def _nothing(folder: Path) -> str:
     """What to say about a folder without any model: the halves of one, or where there is one."""
-    halves = [path.name for path in _files(folder, "*") if path.suffix in kinds.UNFINISHED]
+    halves = [path.name for path in _files(folder, "*") if path.suffix in gate.UNFINISHED]
     if halves:
         return f"holds an unfinished download, {halves[0]}: let it finish, or download it again"
     inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and _holds_weights(path)]
@@ -153,7 +154,7 @@ def find_tokenizer(path: Path, kind: str | None = None) -> Path | None:
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
         return None
-    kinds.refuse_strangers(found)
+    gate.refuse_strangers(found)
     whole = folder / "tokenizer.json"
     if found.suffix == ".model" and whole.is_file() and _count(whole) > (_count(found) or sys.maxsize):
         return whole

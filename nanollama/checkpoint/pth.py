@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanollama.checkpoint import kinds
+from nanollama import gate
 from nanollama.checkpoint.weights import CheckpointError
 
 
@@ -56,9 +56,9 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
     except FileNotFoundError:
-        raise kinds.missing(path, "is missing: download it again") from None
+        raise gate.missing(path, "is missing: download it again") from None
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        kinds.refuse_strangers(path)
+        gate.refuse_strangers(path)
         raise CheckpointError(
             path, f"is truncated or not a .pth file of torch >= 1.6 ({error}); download it again"
         ) from None

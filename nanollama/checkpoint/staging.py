@@ -8,7 +8,6 @@ END
 """
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,10 +40,6 @@ class Stage:
     def bytes(self, name: str, data: bytes) -> None:
         with self.open(name) as file:
             file.write(data)
-
-    def copy(self, source: Path, name: str) -> None:
-        with self.open(name) as file, open(source, "rb") as original:
-            shutil.copyfileobj(original, file)
 
     def commit(self) -> None:
         """Rename in the order of writing, so that the file that makes the folder a checkpoint comes last."""

@@ -15,18 +15,10 @@ import torch
 from torch import Tensor
 
 from nanollama.checkpoint.names import weight_shapes
+from nanollama.gate import CheckpointError
 from nanollama.model import ModelConfig
 
-FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be used. The message is one line: where, what, how to mend."""
-
-    def __init__(self, where: str | Path, what: object) -> None:
-        # Libraries put dumps and advice into their messages: whatever comes in, one line of bounded length goes out.
-        line = " ".join(f"{where}: {what}".split())
-        super().__init__(line if len(line) <= 600 else line[:597] + "...")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -36,6 +28,10 @@ class Lazy:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[int, int], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def lazy(tensor: Tensor) -> Lazy:
@@ -92,6 +88,14 @@ class Checkpoint:
     notices: list[str] = field(default_factory=list)
 
 
+def opened(
+    kind: str, path: Path, config: ModelConfig, entries: Mapping[str, Lazy], said_by: str, notices: Iterable[str] = ()
+) -> Checkpoint:
+    """A checkpoint without a tokenizer; raises unless the entries are exactly the weights that `config` asks for."""
+    weights = Weights(check_weights(path, config, entries, said_by))
+    return Checkpoint(config, weights, None, kind, path, list(notices))
+
+
 def make_config(where: str | Path, **fields: object) -> ModelConfig:
     """ModelConfig, with its complaints as CheckpointError."""
     try:
@@ -116,7 +120,7 @@ def check_weights(where: str | Path, config: ModelConfig, entries: Mapping[str, 
             raise CheckpointError(
                 where, f"{name} has shape {found}, {said_by} asks for {shape}: the two are not from one checkpoint"
             )
-        if entries[name].dtype not in FLOATS:
+        if entries[name].dtype not in DTYPES.values():
             raise CheckpointError(
                 where, f"{name} is stored as {entries[name].dtype}: only fp32, bf16 and fp16 weights can be read"
             )
@@ -157,6 +161,12 @@ def cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
     return Weights({name: entry(name) for name in weights})
 
 
+def same_numbers(a: Lazy, b: Lazy) -> bool:
+    """Whether two weights of one shape are equal, compared in blocks of rows."""
+    blocks = range(0, a.shape[0], 4096)
+    return all(torch.equal(a.read(i, i + 4096), b.read(i, i + 4096)) for i in blocks)
+
+
 def row_blocks(entry: Lazy, block_bytes: int = 1 << 26) -> Iterator[Tensor]:
     """A weight in blocks of rows of at most about `block_bytes`."""
     rows = entry.shape[0]
@@ -164,15 +174,6 @@ def row_blocks(entry: Lazy, block_bytes: int = 1 << 26) -> Iterator[Tensor]:
     step = max(1, block_bytes // row_bytes)
     for start in range(0, rows, step):
         yield entry.read(start, min(rows, start + step))
-
-
-Spec = tuple[torch.dtype, tuple[int, ...]]
-
-
-def streamed(entries: Mapping[str, Lazy]) -> tuple[dict[str, Spec], Callable[[str], Iterator[Tensor]]]:
-    """What the writers of `streams` ask for: what is coming, and a function that hands over each weight in blocks."""
-    specs = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-    return specs, lambda name: row_blocks(entries[name])
 
 
 def to_write(

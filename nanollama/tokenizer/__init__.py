@@ -13,10 +13,10 @@
 
 from pathlib import Path
 
-from nanollama.tokenizer.base import AllowedSpecial, Stream, Tokenizer
+from nanollama.tokenizer.base import AllowedSpecial, Tokenizer
 from nanollama.vocabulary import TokenizerError, Vocabulary, read
 
-__all__ = ["AllowedSpecial", "Stream", "Tokenizer", "TokenizerError", "from_vocabulary", "open_tokenizer"]
+__all__ = ["AllowedSpecial", "Tokenizer", "TokenizerError", "from_vocabulary", "open_tokenizer"]
 
 
 def open_tokenizer(path: str | Path, rows: int = 0) -> Tokenizer:

@@ -5,26 +5,14 @@ python -c "from nanollama.tokenizer import open_tokenizer; print(open_tokenizer(
 
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence, Set
-from typing import Literal, Protocol
+from typing import Literal
 
-from nanollama.tokenizer.stream import ByteStream, Pieces, PieceStream, decode_all, pieces_of
+from nanollama.tokenizer.stream import ByteStream, PieceStream, decode_all, shown_pieces
 from nanollama.vocabulary import TokenizerError, Vocabulary
 
 AllowedSpecial = Literal["all"] | Collection[str]
 Encoder = Callable[[str, Set[str]], list[int]]  # (text, special tokens that may be read out of it) -> ids, no BOS
 KINDS = {"ranks": "llama3", "sentencepiece": "llama2", "llama2c": "llama2c", "json": "hf", "gguf": "gguf"}
-
-
-class Stream(Protocol):
-    """Decodes ids as they come: the joined results of push, then flush, equal decode of the same ids."""
-
-    def push(self, token_id: int) -> str:
-        """The whole characters that this id completes; "" while one is still short of bytes."""
-        ...
-
-    def flush(self) -> str:
-        """What is left of an unfinished character, as U+FFFD; the stream is then as new."""
-        ...
 
 
 class Tokenizer:
@@ -44,7 +32,7 @@ class Tokenizer:
         self.stop_ids = frozenset(vocabulary.stop_ids)
         self.special_ids = vocabulary.special_ids
         self.add_bos, self.chat_template = vocabulary.add_bos, vocabulary.chat_template
-        self.pieces: Pieces | None = None if vocabulary.kind == "bpe" else pieces_of(vocabulary, self.rows)
+        self.shown = None if vocabulary.kind == "bpe" else shown_pieces(vocabulary, self.rows)
 
     def encode(self, text: str, *, bos: bool, eos: bool = False, allowed_special: AllowedSpecial = ()) -> list[int]:
         """bos: begin as this tokenizer begins a text, with BOS unless add_bos is false; eos: end with EOS, if any."""
@@ -56,7 +44,12 @@ class Tokenizer:
         return decode_all(self.stream(), ids)
 
     def stream(self) -> ByteStream | PieceStream:
-        return ByteStream(self.token_bytes) if self.pieces is None else PieceStream(self.pieces)
+        """Decodes ids as they come: the joined results of push, then flush, equal decode of the same ids.
+
+        push(id) gives the whole characters that the id completes, "" while one is still short of bytes; flush() what is
+        left of an unfinished character, as U+FFFD, and the stream is then as new.
+        """
+        return ByteStream(self.token_bytes) if self.shown is None else PieceStream(self.vocabulary, self.shown)
 
     def token_bytes(self, token_id: int) -> bytes:
         if not 0 <= token_id < self.rows:
@@ -83,6 +76,11 @@ def allowed_names(special_ids: dict[str, int], allowed_special: AllowedSpecial) 
     if unknown:
         raise TokenizerError(f"allowed_special names {unknown[0]!r}, which is no special token of this tokenizer")
     return set(allowed_special)
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids at the beginning are the same."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def split_special(text: str, names: Set[str]) -> Iterator[tuple[str, bool]]:

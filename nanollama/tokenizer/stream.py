@@ -11,11 +11,10 @@ ByteStream joins the tokens' bytes (Llama 3); PieceStream joins sentencepiece's 
 
 import codecs
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from nanollama.vocabulary import TokenizerError, Vocabulary
-from nanollama.vocabulary.value import BYTE, CONTROL, SPACE, UNKNOWN
+from nanollama.vocabulary.value import BYTE_PIECES, SPACE, TokenType
 
 
 class ByteStream:
@@ -32,67 +31,49 @@ class ByteStream:
         return self.decoder.decode(b"", final=True)
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """A sentencepiece vocabulary as decode sees it.
+def shown_pieces(vocabulary: Vocabulary, rows: int) -> list[str | bytes]:
+    """By id what a sentencepiece token shows: text, "▁" already a space, or one byte of a character.
 
-    texts: id -> text, "▁" already a space, "" for control pieces; bytes_: id -> one byte, for the byte pieces.
-    strip_leading_space: encode puts a space before the text, so decode takes one away;
-    strip_all_leading_spaces: the same until a piece shows text (sentencepiece's remove_extra_whitespaces);
-    unknown_id: the piece whose text, " ⁇ ", keeps its space even in front.
+    Control pieces, and rows without a token, show nothing.
     """
-
-    texts: Sequence[str]
-    bytes_: Mapping[int, bytes]
-    strip_leading_space: bool = True
-    strip_all_leading_spaces: bool = False
-    unknown_id: int | None = None
-
-
-def pieces_of(vocabulary: Vocabulary, rows: int) -> Pieces:
-    """The vocabulary as decode sees it; control pieces and rows without a token show nothing."""
-    hidden = {CONTROL: "", UNKNOWN: " \u2047 "}  # sentencepiece's default unk_surface
-    kinds = dict(enumerate(vocabulary.types))
-    texts = [hidden.get(kinds[i], token.decode().replace(SPACE, " ")) for i, token in enumerate(vocabulary.tokens)]
-    return Pieces(
-        texts=texts + [""] * (rows - len(texts)),
-        bytes_={i: bytes([int(vocabulary.tokens[i][3:5], 16)]) for i, kind in kinds.items() if kind == BYTE},
-        strip_leading_space=vocabulary.add_dummy_prefix,
-        strip_all_leading_spaces=vocabulary.remove_extra_whitespaces,
-        unknown_id=next((i for i, kind in kinds.items() if kind == UNKNOWN), None),
-    )
+    found: list[str | bytes] = []
+    for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
+        hidden = {TokenType.CONTROL: "", TokenType.UNKNOWN: " \u2047 "}.get(TokenType(kind))  # the default unk_surface
+        shown = token.decode().replace(SPACE, " ") if hidden is None else hidden
+        found.append(BYTE_PIECES[token] if kind == TokenType.BYTE else shown)
+    return found + [""] * (rows - len(found))
 
 
 class PieceStream:
     """Follows sentencepiece's own decoder (SentencePieceProcessor::Decode): every byte that is part of no character
     becomes one U+FFFD, and a character's bytes must be neighbours."""
 
-    def __init__(self, pieces: Pieces):
-        self.pieces = pieces
+    def __init__(self, vocabulary: Vocabulary, shown: Sequence[str | bytes]):
+        self.vocabulary, self.shown = vocabulary, shown
         self._restart()
 
     def _restart(self) -> None:
         # surrogateescape gives one mark for each bad byte, where "replace" gives one for several.
         self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self.at_start = self.pieces.strip_leading_space or self.pieces.strip_all_leading_spaces
+        # Encoding puts a space before the text, or takes all of them away: decoding does the same.
+        self.at_start = self.vocabulary.add_dummy_prefix or self.vocabulary.remove_extra_whitespaces
 
     def push(self, token_id: int) -> str:
-        if not 0 <= token_id < len(self.pieces.texts):
-            raise TokenizerError(f"token id {token_id} is outside of the tokenizer's 0..{len(self.pieces.texts) - 1}")
-        byte = self.pieces.bytes_.get(token_id)
-        if byte is not None:
+        if not 0 <= token_id < len(self.shown):
+            raise TokenizerError(f"token id {token_id} is outside of the tokenizer's 0..{len(self.shown) - 1}")
+        shown = self.shown[token_id]
+        if isinstance(shown, bytes):
             self.at_start = False  # even while its character is incomplete: it will show something
-            return _mark_bad_bytes(self.decoder.decode(byte))
+            return _mark_bad_bytes(self.decoder.decode(shown))
         unfinished = _mark_bad_bytes(self.decoder.decode(b"", final=True))
-        return unfinished + self._text(token_id)
-
-    def _text(self, token_id: int) -> str:
-        text = self.pieces.texts[token_id]
-        if token_id == self.pieces.unknown_id:
+        if token_id == self.vocabulary.unknown_id:  # whose text keeps its space even in front
             self.at_start = False
+        return unfinished + self._text(shown)
+
+    def _text(self, text: str) -> str:
         if self.at_start and text:
             stripped = text.removeprefix(" ")
-            took_space = len(stripped) < len(text) and not self.pieces.strip_all_leading_spaces
+            took_space = len(stripped) < len(text) and not self.vocabulary.remove_extra_whitespaces
             self.at_start = not stripped and not took_space
             return stripped
         return text

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nanollama.vocabulary.value import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
+from nanollama.vocabulary.value import TokenType, Vocabulary
 
 MAX_FILE_BYTES = 2**22
 NAMED = ("tokenizer_config.json", "special_tokens_map.json")
@@ -37,7 +37,7 @@ def with_declared(vocabulary: Vocabulary, folders: list[Path]) -> Vocabulary:
         if (data := _read(folder / name))
     }
     named, by_id = [json_object(files.get(name)) for name in NAMED], [json_object(files.get(name)) for name in BY_ID]
-    added = {CONTROL, UNKNOWN, USER_DEFINED}
+    added = {TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED}
     names = {vocabulary.tokens[i]: i for i, kind in enumerate(vocabulary.types) if kind in added}
     found = {role: _ids(role, named, by_id, names, len(vocabulary.tokens)) for role in ROLES}
     own = {"bos": vocabulary.bos_id, "eos": vocabulary.eos_id, "pad": vocabulary.pad_id}

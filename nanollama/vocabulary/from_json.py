@@ -11,19 +11,7 @@ from typing import Any, Literal
 
 from nanollama.vocabulary import spoken
 from nanollama.vocabulary.charsmap import check_charsmap
-from nanollama.vocabulary.value import (
-    BYTE,
-    BYTE_PIECES,
-    CONTROL,
-    MAX_TOKENS,
-    NORMAL,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    TokenizerError,
-    Vocabulary,
-    byte_alphabet,
-)
+from nanollama.vocabulary.value import BYTE_PIECES, MAX_TOKENS, TokenizerError, TokenType, Vocabulary, byte_alphabet
 
 DEEPEST = 32  # of nested normalizers and the like; Rust's recursion is not limited
 Kind = Literal["bpe", "spm", "unigram"]
@@ -40,7 +28,7 @@ def parse(data: bytes) -> Vocabulary:
     names = {text: i for i, text in enumerate(texts)}
     begins = _begins_with(content, names)
     normalizer = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
-    added_ids = {i for i, t in enumerate(types) if t != NORMAL}
+    added_ids = {i for i, t in enumerate(types) if t != TokenType.NORMAL}
     return Vocabulary(
         kind,
         byte_level(texts, added_ids) if kind == "bpe" else [text.encode() for text in texts],
@@ -131,12 +119,12 @@ def _texts(model: dict[str, Any], added: list[dict[str, Any]]) -> list[str]:
 def _type(i: int, text: str, added: dict[str, Any] | None, model: dict[str, Any], kind: Kind) -> int:
     is_unknown = text == (model.get("unk_token") or "<unk>") or (kind == "unigram" and i == model.get("unk_id"))
     if kind != "bpe" and is_unknown:
-        return UNKNOWN
+        return TokenType.UNKNOWN
     if added is not None:
-        return CONTROL if added["special"] else USER_DEFINED
+        return TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     if kind != "bpe" and model.get("byte_fallback") and text.encode() in BYTE_PIECES:
-        return BYTE
-    return UNUSED if text == f"[UNUSED{i}]" else NORMAL
+        return TokenType.BYTE
+    return TokenType.UNUSED if text == f"[UNUSED{i}]" else TokenType.NORMAL
 
 
 def parse_merges(merges: Sequence[Any]) -> list[tuple[str, str]]:

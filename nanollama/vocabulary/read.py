@@ -26,19 +26,17 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from nanollama import gguf_header
 from nanollama.vocabulary import from_json
 from nanollama.vocabulary.beside import with_declared
 from nanollama.vocabulary.charsmap import check_charsmap
 from nanollama.vocabulary.spoken import pattern_of
 from nanollama.vocabulary.value import (
-    BYTE,
     BYTE_PIECES,
-    CONTROL,
     MAX_FILE_BYTES,
-    NORMAL,
     SPACE,
-    UNKNOWN,
     TokenizerError,
+    TokenType,
     Vocabulary,
     check_count,
     llama3_special_tokens,
@@ -72,8 +70,6 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _header_keys(path: Path) -> dict[str, Any]:
-    from nanollama.checkpoint import gguf_header  # which is built on this package
-
     try:
         return gguf_header.read(path).keys
     except ValueError as error:
@@ -130,8 +126,9 @@ def from_ranks(data: bytes) -> Vocabulary:
     if missing:
         raise TokenizerError(f"{len(missing)} of the 256 single bytes have no token, the first is {missing[0]}")
     special = llama3_special_tokens()
+    types: list[int] = [*[TokenType.NORMAL] * n, *[TokenType.CONTROL] * len(special)]
     return Vocabulary(
-        "bpe", sorted(ranks, key=ranks.__getitem__) + special, [NORMAL] * n + [CONTROL] * len(special),
+        "bpe", sorted(ranks, key=ranks.__getitem__) + special, types,
         pre="llama-bpe", bos_id=n, eos_id=n + 1, pad_id=n + 4, format="ranks",
     )  # fmt: skip
 
@@ -180,7 +177,8 @@ def from_llama2c(data: bytes) -> Vocabulary:
         raise TokenizerError("the space, which encoding puts before the text, has no token")
     tokens[:3] = [b"<unk>", b"<s>", b"</s>"]
     tokens[3:] = [token.replace(b" ", SPACE.encode()) for token in tokens[3 : without_padding(tokens)]]
-    types = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * (len(tokens) - 259)
+    counts = {TokenType.UNKNOWN: 1, TokenType.CONTROL: 2, TokenType.BYTE: 256, TokenType.NORMAL: len(tokens) - 259}
+    types: list[int] = [kind for kind, count in counts.items() for _ in range(count)]
     vocabulary = Vocabulary("spm", tokens, types, scores[: len(tokens)], bos_id=1, eos_id=2, format="llama2c")
     check_pieces(vocabulary)
     return vocabulary
@@ -212,7 +210,7 @@ def from_sentencepiece(data: bytes) -> Vocabulary:
     # A piece that is not UTF-8 arrives as bytes; check_pieces refuses it.
     tokens = [p.piece.encode() if isinstance(p.piece, str) else p.piece for p in model.pieces]
     types = [p.type for p in model.pieces]
-    ids = {p.piece: i for i, p in enumerate(model.pieces) if p.type == CONTROL}
+    ids = {p.piece: i for i, p in enumerate(model.pieces) if p.type == TokenType.CONTROL}
     vocabulary = Vocabulary(
         "spm" if trainer.model_type == BPE else "unigram", tokens, types, [p.score for p in model.pieces],
         bos_id=ids.get(trainer.bos_piece), eos_id=ids.get(trainer.eos_piece), pad_id=ids.get(trainer.pad_piece),
@@ -230,14 +228,14 @@ def check_pieces(vocabulary: Vocabulary, needs_bytes: bool = True) -> None:
         piece.decode("utf-8")
         if not piece or b"\0" in piece or piece in seen:
             raise TokenizerError(f"piece {i} is {piece!r:.40}: empty, with a NUL, or there twice")
-        if not NORMAL <= kind <= BYTE or not math.isfinite(score):
+        if not TokenType.NORMAL <= kind <= TokenType.BYTE or not math.isfinite(score):
             raise TokenizerError(f"piece {i} has type {kind} and score {score}")
-        if kind == BYTE and piece not in BYTE_PIECES:
+        if kind == TokenType.BYTE and piece not in BYTE_PIECES:
             raise TokenizerError(f"byte piece {piece!r:.40} is none of <0x00>..<0xFF>")
         seen.add(piece)
-    if vocabulary.types.count(UNKNOWN) != 1:
+    if vocabulary.types.count(TokenType.UNKNOWN) != 1:
         raise TokenizerError("it does not have exactly one unknown piece")
-    missing = BYTE_PIECES.keys() - {p for p, k in zip(vocabulary.tokens, vocabulary.types, strict=True) if k == BYTE}
+    missing = BYTE_PIECES.keys() - {vocabulary.tokens[i] for i, k in enumerate(vocabulary.types) if k == TokenType.BYTE}
     if needs_bytes and missing:
         raise TokenizerError(f"{len(missing)} of the 256 byte pieces are missing, such as {min(missing).decode()}")
 
@@ -268,7 +266,7 @@ def from_gguf(keys: dict[str, Any]) -> Vocabulary:
         "add_bos": part.get("add_bos_token", kind == "spm" or part.get("pre") in ("llama-bpe", "llama3", "llama-v3")),
         "format": "gguf",
     }  # fmt: skip
-    n_added = {i for i, t in enumerate(types) if t != NORMAL}
+    n_added = {i for i, t in enumerate(types) if t != TokenType.NORMAL}
     tokens = from_json.byte_level(texts, n_added) if kind == "bpe" else [text.encode() for text in texts]
     if "tokenizer.huggingface.json" in keys:  # the file itself, where llama.cpp's keys cannot say all that it does
         whole = from_json.parse(str(keys["tokenizer.huggingface.json"]).encode())
@@ -282,7 +280,7 @@ def from_gguf(keys: dict[str, Any]) -> Vocabulary:
         add_dummy_prefix=bool(part.get("add_space_prefix", True)),
         remove_extra_whitespaces=bool(part.get("remove_extra_whitespaces", False)), **shared,
     )  # fmt: skip
-    check_pieces(found, needs_bytes=BYTE in types)
+    check_pieces(found, needs_bytes=found.has_bytes)
     return found
 
 

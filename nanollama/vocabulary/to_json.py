@@ -8,16 +8,7 @@ Sources: the tokenizers package for the form, transformers' convert_slow_tokeniz
 from typing import Any
 
 from nanollama.vocabulary import spoken
-from nanollama.vocabulary.value import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    SPACE,
-    UNKNOWN,
-    USER_DEFINED,
-    Vocabulary,
-    byte_alphabet,
-)
+from nanollama.vocabulary.value import SPACE, TokenType, Vocabulary, byte_alphabet
 
 
 def printable(vocabulary: Vocabulary) -> list[str]:
@@ -26,7 +17,7 @@ def printable(vocabulary: Vocabulary) -> list[str]:
         return [token.decode() for token in vocabulary.tokens]
     letters = {byte: letter for letter, byte in byte_alphabet().items()}
     return [
-        "".join(letters[b] for b in token) if kind == NORMAL else token.decode()
+        "".join(letters[b] for b in token) if kind == TokenType.NORMAL else token.decode()
         for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
     ]
 
@@ -42,7 +33,7 @@ def merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     order: dict[str, float] = {
         text: (i if vocabulary.kind == "bpe" else -vocabulary.scores[i])
         for i, text in enumerate(texts)
-        if vocabulary.types[i] == NORMAL
+        if vocabulary.types[i] == TokenType.NORMAL
     }
     place = {text: i for i, text in enumerate(texts) if text in order}
     found = []
@@ -58,7 +49,7 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
     """tokenizer.json as the tokenizers package reads it."""
     texts = printable(vocabulary)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    kinds = {UNKNOWN: True, CONTROL: True, USER_DEFINED: False}
+    kinds: dict[int, bool] = {TokenType.UNKNOWN: True, TokenType.CONTROL: True, TokenType.USER_DEFINED: False}
     added = [
         {"id": i, "content": texts[i], **flags, "special": kinds[kind]}
         for i, kind in enumerate(vocabulary.types)
@@ -93,10 +84,10 @@ def _post_processor(vocabulary: Vocabulary, texts: list[str]) -> dict[str, Any] 
 
 
 def _model(vocabulary: Vocabulary, texts: list[str]) -> dict[str, Any]:
-    unknown = vocabulary.types.index(UNKNOWN) if UNKNOWN in vocabulary.types else None
+    unknown, has_bytes = vocabulary.unknown_id, vocabulary.has_bytes
     if vocabulary.kind == "unigram":
         pieces = [[text, score] for text, score in zip(texts, vocabulary.scores, strict=True)]
-        return {"type": "Unigram", "unk_id": unknown, "vocab": pieces, "byte_fallback": BYTE in vocabulary.types}
+        return {"type": "Unigram", "unk_id": unknown, "vocab": pieces, "byte_fallback": has_bytes}
     is_bpe = vocabulary.kind == "bpe"
     return {
         "type": "BPE",
@@ -105,7 +96,7 @@ def _model(vocabulary: Vocabulary, texts: list[str]) -> dict[str, Any]:
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
         "fuse_unk": not is_bpe,
-        "byte_fallback": BYTE in vocabulary.types,
+        "byte_fallback": has_bytes,
         "ignore_merges": is_bpe and spoken.pattern_of(vocabulary.pre).whole,
         # The package numbers added tokens that are not in here from the end on, whatever their ids say.
         "vocab": {text: i for i, text in enumerate(texts) if not is_bpe or i < vocabulary.n_ordinary},

@@ -7,9 +7,9 @@ Llama 2, llama2.c, own vocabularies) and its unigram ("unigram").
 """
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, Literal
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # sentencepiece's and GGUF's numbers
 SPACE = "▁"  # U+2581: how sentencepiece spells a space
 BYTE_PIECES = {f"<0x{byte:02X}>".encode(): bytes([byte]) for byte in range(256)}
 
@@ -23,6 +23,10 @@ LLAMA3_NAMED = (  # by order of id, as of Llama 3.1 (3.0 called some of them res
     ("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id")
     + ("step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag", "image")
 )
+
+
+# sentencepiece's and GGUF's numbers, from 1 on
+TokenType = IntEnum("TokenType", "NORMAL UNKNOWN CONTROL USER_DEFINED UNUSED BYTE")
 
 
 class TokenizerError(ValueError):
@@ -59,19 +63,28 @@ class Vocabulary:
     @property
     def special_ids(self) -> dict[str, int]:
         """Name -> id of the tokens that no text makes."""
-        kinds = (UNKNOWN, CONTROL)
+        kinds = (TokenType.UNKNOWN, TokenType.CONTROL)
         return {self.tokens[i].decode(): i for i, kind in enumerate(self.types) if kind in kinds}
 
     @property
     def n_ordinary(self) -> int:
         """How many tokens come before the added ones at the end: any model of this vocabulary has rows for them."""
-        added = next((n for n, kind in enumerate(reversed(self.types)) if kind in (NORMAL, BYTE)), len(self.types))
-        return len(self.types) - added
+        ordinary = (TokenType.NORMAL, TokenType.BYTE)
+        return next((n for n in range(len(self.types), 0, -1) if self.types[n - 1] in ordinary), 0)
 
     @property
     def n_ranks(self) -> int:
         """ "bpe": the number of ordinary tokens before the first special one."""
-        return next((i for i, kind in enumerate(self.types) if kind != NORMAL), len(self.types))
+        return next((i for i, kind in enumerate(self.types) if kind != TokenType.NORMAL), len(self.types))
+
+    @property
+    def has_bytes(self) -> bool:
+        """Whether a text that no pieces make is spelled in bytes."""
+        return TokenType.BYTE in self.types
+
+    @property
+    def unknown_id(self) -> int | None:
+        return next((i for i, kind in enumerate(self.types) if kind == TokenType.UNKNOWN), None)
 
     @property
     def stop_ids(self) -> list[int]:

@@ -16,15 +16,7 @@ from nanollama.vocabulary import spoken
 from nanollama.vocabulary.beside import json_object, with_declared
 from nanollama.vocabulary.read import from_llama2c, from_ranks, from_sentencepiece
 from nanollama.vocabulary.to_json import is_exact, merges, printable, tokenizer_json
-from nanollama.vocabulary.value import (
-    BYTE,
-    SPACE,
-    UNKNOWN,
-    UNUSED,
-    TokenizerError,
-    Vocabulary,
-    llama3_special_tokens,
-)
+from nanollama.vocabulary.value import SPACE, TokenizerError, TokenType, Vocabulary, llama3_special_tokens
 
 LLAMA3_TEMPLATE = (
     "{{- bos_token }}{%- for message in messages %}"
@@ -99,9 +91,9 @@ def sentencepiece(vocabulary: Vocabulary) -> bytes:
         model.pieces.add(piece=token.decode(), score=score, type=kind)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     trainer.model_type = 1 + (vocabulary.kind == "spm")
-    trainer.vocab_size, trainer.byte_fallback = len(vocabulary.tokens), BYTE in vocabulary.types
+    trainer.vocab_size, trainer.byte_fallback = len(vocabulary.tokens), vocabulary.has_bytes
     ids = {"bos": vocabulary.bos_id, "eos": vocabulary.eos_id, "pad": vocabulary.pad_id}
-    for role, i in (ids | {"unk": vocabulary.types.index(UNKNOWN)}).items():
+    for role, i in (ids | {"unk": vocabulary.unknown_id}).items():
         setattr(trainer, f"{role}_id", -1 if i is None else i)
         # By name, too: the package goes by these.
         setattr(trainer, f"{role}_piece", "" if i is None else vocabulary.tokens[i].decode())
@@ -121,7 +113,7 @@ def llama2c_files(vocabulary: Vocabulary, rows: int) -> dict[str, bytes]:
 
 def llama2c(vocabulary: Vocabulary) -> bytes:
     """tokenizer.bin: spaces written out, line ends around BOS and EOS. Raises TokenizerError for what it cannot say."""
-    fixed = [UNKNOWN, *vocabulary.types[1:3], *[BYTE] * 256]
+    fixed = [TokenType.UNKNOWN, *vocabulary.types[1:3], *[TokenType.BYTE] * 256]
     if vocabulary.kind != "spm" or vocabulary.types[:259] != fixed:
         raise TokenizerError("llama2.c's programs read sentencepiece vocabularies with byte tokens 3 to 258 only")
     special = [name for name, i in vocabulary.special_ids.items() if i > 2]
@@ -149,7 +141,7 @@ def padded(vocabulary: Vocabulary, rows: int) -> Vocabulary:
         vocabulary,
         tokens=(vocabulary.tokens + unused)[:rows],
         scores=vocabulary.scores and (vocabulary.scores + [-1e9] * len(unused))[:rows],
-        types=(vocabulary.types + [UNUSED] * len(unused))[:rows],
+        types=(vocabulary.types + [TokenType.UNUSED] * len(unused))[:rows],
     )
 
 
@@ -183,8 +175,7 @@ def hf_files(vocabulary: Vocabulary) -> dict[str, bytes]:
 def tokenizer_config(vocabulary: Vocabulary) -> dict[str, Any]:
     texts = {i: vocabulary.tokens[i].decode() for i in vocabulary.special_ids.values()}
     roles = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id, "pad_token": vocabulary.pad_id}
-    if vocabulary.kind != "bpe" and UNKNOWN in vocabulary.types:
-        roles["unk_token"] = vocabulary.types.index(UNKNOWN)
+    roles |= {} if vocabulary.kind == "bpe" else {"unk_token": vocabulary.unknown_id}
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     config |= {role: texts.get(i, vocabulary.tokens[i].decode()) for role, i in roles.items() if i is not None}
     if not vocabulary.add_bos:
@@ -235,14 +226,14 @@ def gguf_keys(vocabulary: Vocabulary, rows: int) -> dict[str, Any]:
         "model": "gpt2" if whole.kind == "bpe" else "llama",
         "pre": whole.pre if whole.kind == "bpe" else "default",
         "tokens": printable(whole),
-        "token_type": whole.types,
+        "token_type": list(map(int, whole.types)),
     }
     if whole.kind == "bpe":
         keys["merges"] = [f"{left} {right}" for left, right in merges(whole)]
     else:
         keys |= {"scores": whole.scores, "add_space_prefix": whole.add_dummy_prefix}
         keys |= {"remove_extra_whitespaces": True} if whole.remove_extra_whitespaces else {}
-        keys |= {"unknown_token_id": whole.types.index(UNKNOWN)}
+        keys |= {"unknown_token_id": whole.unknown_id}
     ids = {"bos": whole.bos_id, "eos": whole.eos_id, "padding": whole.pad_id}
     others = sorted((i for i in whole.stop_ids if i != whole.eos_id), key=lambda i: whole.tokens[i] == b"<|eom_id|>")
     ids |= dict(zip(("eot", "eom"), others, strict=False))

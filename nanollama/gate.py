@@ -1,14 +1,12 @@
 """What a file is, by its first bytes and not by its name; and what to do about those that are no checkpoint.
 
-python -c "from nanollama.checkpoint.kinds import kind_of; from pathlib import Path; print(kind_of(Path('x.gguf')))"
+python -c "from nanollama.gate import kind_of; from pathlib import Path; print(kind_of(Path('x.gguf')))"
 """
 
 import re
 import struct
 import zipfile
 from pathlib import Path
-
-from nanollama.checkpoint.weights import CheckpointError
 
 UNFINISHED = (".part", ".partial", ".incomplete", ".crdownload", ".download", ".aria2", ".opdownload", ".tmp")
 LLAMA2C = struct.pack("<I", 0x616B3432)  # "ak42"
@@ -17,6 +15,15 @@ GGML = (b"lmgg", b"fmgg", b"tjgg")  # ggml, ggmf and ggjt as little-endian numbe
 # In lower case: pages, and the words with which the hub refuses a file.
 PAGES = re.compile(rb'<!doctype|<html|<head|<\?xml|{"error|entry not found|invalid |access to |not found')
 ARCHIVES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd", b"Rar!")
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used. The message is one line: where, what, how to mend."""
+
+    def __init__(self, where: str | Path, what: object) -> None:
+        # Libraries put dumps and advice into their messages: whatever comes in, one line of bounded length goes out.
+        line = " ".join(f"{where}: {what}".split())
+        super().__init__(line if len(line) <= 600 else line[:597] + "...")
 
 
 def kind_of(path: Path) -> str | None:

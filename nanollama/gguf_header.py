@@ -3,7 +3,7 @@
 The gguf package's own reader trusts the counts and takes seconds for a vocabulary of 128,256 tokens; this one is for
 files from anywhere. The format is in docs/formats.md. A model may be split over several files, of which any is given.
 
-    python -c "from nanollama.checkpoint.gguf_header import read; print(read('x.gguf').keys['general.architecture'])"
+    python -c "from nanollama.gguf_header import read; print(read('x.gguf').keys['general.architecture'])"
 """
 
 import math
@@ -12,11 +12,10 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from nanollama.checkpoint import kinds
-from nanollama.checkpoint.gguf_types import GgmlType, type_of
-from nanollama.checkpoint.weights import CheckpointError
+from nanollama import gate
+from nanollama.gate import CheckpointError
 
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d"}
 BOOL, STRING, ARRAY = 7, 8, 9
@@ -24,14 +23,12 @@ LONGEST_STRING_BYTES = 1 << 24
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """Where a tensor lies: shape in torch's order (rows first), absolute offset and size in bytes."""
+class Tensor(NamedTuple):
+    """What a file says of a tensor: shape in torch's order (rows first), ggml's number of its type, absolute offset."""
 
     shape: tuple[int, ...]
-    type: GgmlType
+    type: int
     offset: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ def read_parts(path: Path) -> dict[Path, Header]:
         part = path.with_name(f"{named[1]}-{i + 1:05d}-of-{count:05d}.gguf")
         if not part.is_file():
             what = f"is missing: part {i + 1} of a split model of {count} files"
-            raise kinds.missing(part, f"{what}; download it beside the others")
+            raise gate.missing(part, f"{what}; download it beside the others")
         parts[part] = header if i == number else read(part)
     _refuse_strangers(parts)
     return parts
@@ -84,8 +81,8 @@ def _refuse_strangers(parts: dict[Path, Header]) -> None:
 
 
 def read(path: Path) -> Header:
-    """Parse the header of one file; raises CheckpointError for damage and for tensor types that cannot be read."""
-    kinds.refuse_strangers(path)
+    """Parse the header of one file; raises CheckpointError for damage."""
+    gate.refuse_strangers(path)
     size = path.stat().st_size
     if size < 24:
         raise CheckpointError(path, f"is truncated: {size} bytes cannot hold a GGUF header; download it again")
@@ -95,7 +92,11 @@ def read(path: Path) -> Header:
         except (ValueError, struct.error, OverflowError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(path, f"is damaged or not a GGUF file ({error}); download it again") from None
+            raise damaged(path, error) from None
+
+
+def damaged(path: Path, what: object) -> CheckpointError:
+    return CheckpointError(path, f"is damaged or not a GGUF file ({what}); download it again")
 
 
 class _Cursor:
@@ -163,7 +164,7 @@ class _Cursor:
                 raise ValueError(f"the key {name!r} stands there twice")
             keys[name] = self.value(self.scalar("<I"))
         infos = [self.tensor_info() for _ in range(n_tensors)]
-        return Header(keys, self.placed(infos, keys.get("general.alignment", 32)))
+        return Header(keys, self.tensors(infos, keys.get("general.alignment", 32)))
 
     def _check_version(self, version: int) -> None:
         if version and version % (1 << 16) == 0:
@@ -182,28 +183,16 @@ class _Cursor:
         shape = tuple(reversed([self.scalar("<Q") for _ in range(n_dims)]))
         return name, shape, self.scalar("<I"), self.scalar("<Q")
 
-    def placed(self, infos: list[tuple[str, tuple[int, ...], int, int]], alignment: Any) -> dict[str, Tensor]:
-        """The tensors with absolute offsets: inside the file, aligned, not on each other's bytes."""
+    def tensors(self, infos: list[tuple[str, tuple[int, ...], int, int]], alignment: Any) -> dict[str, Tensor]:
+        """With absolute offsets."""
         if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
             raise ValueError(f"alignment {alignment!r}")
         start = -(-self.at // alignment) * alignment
         found: dict[str, Tensor] = {}
         for name, shape, kind, offset in infos:
-            ggml = type_of(self.path, name, kind)
             if name in found or 0 in shape or offset % alignment:
                 raise ValueError(f"tensor {name} with shape {shape} at offset {offset} is impossible or repeated")
-            if shape[-1] % ggml.block:
-                what = f"tensor {name} is {ggml.name}, in blocks of {ggml.block} weights, which its rows of {shape[-1]}"
-                raise CheckpointError(self.path, f"{what} are no multiple of: get another file of this model")
-            nbytes = ggml.size(shape)
-            if start + offset + nbytes > len(self.data):
-                raise ValueError(f"tensor {name} ends beyond the file: it is truncated")
-            found[name] = Tensor(shape, ggml, start + offset, nbytes)
-        end = 0
-        for name, tensor in sorted(found.items(), key=lambda item: item[1].offset):
-            if tensor.offset < end:
-                raise ValueError(f"tensor {name} lies on the bytes of another")
-            end = tensor.offset + tensor.nbytes
+            found[name] = Tensor(shape, kind, start + offset)
         return found
 
 

@@ -1,0 +1,68 @@
+"""The flags that `generate` and `chat` share, each declared once; torch is imported when the model is loaded.
+
+ModelOptions(quantize="int8").load("Meta-Llama-3.1-8B")
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from nanollama.generate import Llama
+    from nanollama.model import Transformer
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The flags of how tokens are drawn, those of nanollama.generate.Sampling."""
+
+    max_new_tokens: int = 128  # per answer
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # draw from the k most probable tokens; 0 is off
+    top_p: float = 1.0  # draw from the most probable tokens that together reach p; 1 is off
+    min_p: float = 0.0  # draw from tokens at least p times as probable as the first; 0 is off
+    repetition_penalty: float = 1.0  # above 1 makes tokens that were there less likely
+    seed: int = 0  # same seed, same answers
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The flags of the model that answers."""
+
+    tokenizer: Path | None = None  # a tokenizer file, where there is none beside the checkpoint
+    adapter: Path | None = None  # folder of a LoRA adapter (PEFT's format) to add to the checkpoint
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None  # default: as stored
+    device: Literal["cpu", "cuda", "mps"] = "cpu"
+    quantize: Literal["int8", "int4"] | None = None  # weights as integers; activations keep the dtype
+    compile: Literal["auto", "on", "off"] = "auto"  # the decode step (CPU); auto: where it wins back its time
+    draft: str | None = None  # a smaller checkpoint with the same vocabulary, which guesses tokens ahead
+    lookup: bool = False  # guess tokens ahead from what was said before (speculative decoding, same answers)
+
+    def load(self, ckpt: str) -> "Llama":
+        """The model with its drafter. Raises ValueError, one line."""
+        from nanollama.generate import Llama
+
+        if self.draft and self.lookup:
+            raise ValueError("--draft and --lookup are two ways to guess tokens: give one")
+        options = {name: value for name, value in vars(self).items() if name not in ("draft", "lookup")}
+        llama = Llama.load(ckpt, **options, say=say)
+        if self.draft or self.lookup:
+            from nanollama.speculative import DraftModel, Lookup
+
+            llama.drafter = Lookup() if self.lookup else DraftModel(self._draft_model(llama))
+        return llama
+
+    def _draft_model(self, llama: "Llama") -> "Transformer":
+        model = type(llama).load(str(self.draft), dtype=self.dtype, device=self.device).model
+        if model.config.vocab_size != llama.config.vocab_size:
+            raise ValueError(
+                f"the draft model has {model.config.vocab_size:,} tokens and the model {llama.config.vocab_size:,}: "
+                "give one with the same vocabulary"
+            )
+        return model
+
+
+def say(line: str) -> None:
+    """A line for the user beside the answer."""
+    print(line, file=sys.stderr, flush=True)
