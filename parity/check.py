@@ -178,8 +178,9 @@ def write_reports(args: argparse.Namespace, report: dict[str, Any]) -> None:
 def check(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[str, Any]:
     """Run everything and return the report. The candidate is probed first: a typo in it costs seconds."""
     from parity.candidates.describe import describe
+    from parity.machine import Clock, workspace
     from parity.report import unjudged
-    from parity.runner import Clock, embedded_default, probed, workspace
+    from parity.runner import embedded_default, probed
 
     clock = Clock()
     checkpoint = describe(args.ckpt or str(embedded_default()), args.tokenizer)
@@ -202,7 +203,8 @@ def check_twin(
     """The report of the same candidate on the checkpoint's seeded twin, or why there is none."""
     from parity.candidates.describe import describe
     from parity.candidates.twin import write
-    from parity.runner import Clock, probed
+    from parity.machine import Clock
+    from parity.runner import probed
 
     clock = Clock()
     if why := twin.absent(args, chosen["checks"], checkpoint):
@@ -239,8 +241,9 @@ def compare(
     from parity.cache import trace_cache
     from parity.candidates.describe import reference_files
     from parity.explain import explain
+    from parity.machine import SMALL_BYTES, cache_folder, threads_for, too_large
     from parity.report import summary
-    from parity.runner import ROPE_POSITIONS, SMALL_BYTES, Runner, cache_folder, threads_for, too_large
+    from parity.runner import ROPE_POSITIONS, Runner
 
     context = min(checkpoint.context, max_positions or checkpoint.context)
     prompts, new_tokens = choose_within(args.prompts, checkpoint, context, args.max_new_tokens)

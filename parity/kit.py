@@ -91,7 +91,7 @@ def write_kit(args: argparse.Namespace) -> int:
         if path is not None and flag != "ckpt" and not Path(path).is_file():
             raise UsageError(f"--{flag} {path}: no such file")
     require_installed(REFERENCES)
-    from parity.runner import workspace
+    from parity.machine import workspace
     from parity.synth import new_folder
 
     try:
@@ -122,7 +122,8 @@ def gather(args: argparse.Namespace, dtypes: list[str], folder: Path) -> Source:
     import torch
 
     from parity.candidates.describe import describe, reference_files
-    from parity.runner import ROPE_POSITIONS, SMALL_BYTES, Runner, threads_for
+    from parity.machine import SMALL_BYTES, threads_for
+    from parity.runner import ROPE_POSITIONS, Runner
     from parity.synth import synthesise
 
     if args.ckpt is None:
@@ -223,7 +224,7 @@ def judge_candidate(kit: "Kit", name: str, dtype: str) -> dict[str, Any]:
     """The report of a candidate, which is asked for what a port would have written."""
     from parity.kit_candidate import Answers
     from parity.kit_check import report
-    from parity.runner import workspace
+    from parity.machine import workspace
 
     with workspace() as folder:
         (folder / "port").mkdir()

@@ -15,9 +15,9 @@ from parity.contract import Result, Status, UsageError, judge, tap_names
 from parity.kit_arrays import Gate, Kit, read
 from parity.kit_gates import KL
 from parity.localise import ABOUT
+from parity.machine import Clock
 from parity.metrics import TapError, logit_rows, oracle_rows, ratio
 from parity.report.summary import SCHEMA, own_peak_bytes, verdict
-from parity.runner import Clock
 from parity.tolerances import KL_POSITIONS
 
 GATES = {"taps": "G3", "logits": "G3", "rope": "G1", "training": "G8"}  # of results that are about a whole array

@@ -34,10 +34,10 @@ from parity.cli import Parser
 from parity.contract import Result, Status, UsageError
 from parity.evidence import Evidence
 from parity.localise import first_divergence
+from parity.machine import Clock, cores, workspace
 from parity.prompts import warn
 from parity.record import record, record_identity
 from parity.report import summary
-from parity.runner import Clock, cores, workspace
 from parity.selftest import FAULTS, noticed, problems
 from parity.trace import Trace, TraceWriter
 

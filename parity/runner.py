@@ -9,10 +9,7 @@ import json
 import os
 import re
 import shutil
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +20,10 @@ from parity.candidates import resolve
 from parity.candidates.describe import Description
 from parity.candidates.probe import Probed, probe_in_process
 from parity.conditions import Conditions
-from parity.contract import DTYPES, Case, Status, UsageError
+from parity.contract import Case, Status, UsageError
 from parity.evidence import Evidence
 from parity.forced import cut
+from parity.machine import cache_folder, cores, threads_for, too_large
 from parity.process import Crash, Process, anonymous_bytes, started, wait_any
 from parity.progress import Bar
 from parity.record import last_asked
@@ -33,8 +31,6 @@ from parity.table import has_worse_table
 from parity.tolerances import TABLE_ULP
 from parity.trace import Trace
 
-SMALL_BYTES = 2 * 10**9  # of a checkpoint on disk: below, several implementations fit in memory side by side
-MEMORY_SHARE = 0.8  # of the machine that a model may take
 FAR_POSITIONS = (8191, 8192, 131071)
 ROPE_POSITIONS = (*range(64), 511, 1023, 4095, *FAR_POSITIONS)
 
@@ -362,35 +358,6 @@ def probed(name: str, checkpoint: Description, dtypes: list[str], device: str, f
     return probe_in_process(name, case, folder, lambda label, stage, done: None)
 
 
-@contextmanager
-def workspace() -> Iterator[Path]:
-    """A temporary folder that is gone afterwards, whatever happens."""
-    folder = Path(tempfile.mkdtemp(prefix="parity-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def cores() -> int:
-    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def threads_for(stored_bytes: int) -> int:
-    """CPU threads of every implementation alike, since bits depend on how a sum is split.
-
-    Small checkpoints get one: their processes run side by side, and threads that wait for each other on a busy core
-    are slower than no threads.
-    """
-    return 1 if stored_bytes <= SMALL_BYTES else cores()
-
-
-def cache_folder() -> Path:
-    """Where made checkpoints are kept: $NANOLLAMA_CACHE, else the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("NANOLLAMA_CACHE") or Path(base) / "nanollama")
-
-
 def embedded_default() -> Path:
     """The tiny seeded checkpoint with the real Llama 3 tokenizer, made on first use. Raises UsageError."""
     from parity.shapes import SHAPES
@@ -406,19 +373,3 @@ def embedded_default() -> Path:
                 "set NANOLLAMA_CACHE to a folder with space"
             ) from None
     return folder
-
-
-def too_large(parameters: int, dtypes: Sequence[str]) -> list[str]:
-    """The dtypes at which a model does not fit whole into this machine's memory."""
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return [dtype for dtype in dtypes if parameters * DTYPES[dtype].itemsize > MEMORY_SHARE * memory_bytes]
-
-
-class Clock:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __call__(self) -> float:
-        return time.perf_counter() - self.start

@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanollama import gate, gguf_header
 from nanollama.checkpoint import (
     Checkpoint,
     CheckpointError,
     Lazy,
     Weights,
-    gguf_header,
     gguf_types,
-    kinds,
     open_checkpoint,
     pth,
     write_bin,
@@ -121,7 +120,7 @@ def _write_as(opened: Checkpoint, folder: Path, config: ModelConfig, weights: We
         part = gguf_header.PART.fullmatch(path.name)  # a split model's twin is one file
         path = folder / f"{part[1]}.gguf" if part else path
         write_gguf(path, config, weights, tokenizer=opened.tokenizer, dtype=_gguf_type(opened.path), name=path.stem)
-    elif kinds.kind_of(opened.path) == "pt":
+    elif gate.kind_of(opened.path) == "pt":
         args = pth.load(opened.path)["model_args"] | {"n_layers": config.n_layers}
         torch.save({"model": dict(weights), "model_args": args}, path)
     else:
@@ -192,5 +191,5 @@ def _gguf_type(path: Path) -> str:
 
 
 def _bin_version(path: Path) -> int:
-    head = kinds.first_bytes(path)
-    return int.from_bytes(head[4:8], "little") if head.startswith(kinds.LLAMA2C) else 0
+    head = gate.first_bytes(path)
+    return int.from_bytes(head[4:8], "little") if head.startswith(gate.LLAMA2C) else 0

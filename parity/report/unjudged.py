@@ -6,8 +6,8 @@ from parity.candidates.describe import Description
 from parity.candidates.probe import Probed
 from parity.contract import Result, Status
 from parity.crash import results_of, unrun
+from parity.machine import threads_for
 from parity.report.summary import SCHEMA, environment, own_peak_bytes, verdict
-from parity.runner import threads_for
 
 
 def report(
