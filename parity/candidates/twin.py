@@ -182,9 +182,9 @@ def _copy_others(source: Path, folder: Path) -> None:
 def _gguf_type(path: Path) -> str:
     """The type that most of the weights have; Q8_0 in place of one that cannot be written."""
     counted: Counter[str] = Counter()
-    for header in gguf_header.read_parts(path).values():
-        for tensor in header.tensors.values():
-            counted[tensor.type.name.lower()] += torch.Size(tensor.shape).numel()
+    for file, header in gguf_header.read_parts(path).items():
+        for name, tensor in header.tensors.items():
+            counted[gguf_types.type_of(file, name, tensor.type).name.lower()] += torch.Size(tensor.shape).numel()
     plain = {kind.name.lower(): name for name, kind in gguf_types.DTYPES.items()}
     most = counted.most_common(1)[0][0]
     return plain.get(most) or (most if most in gguf_types.writable() else "q8_0")
