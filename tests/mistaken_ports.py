@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanollama.model import exact_attention, rope_table
-from nanollama.quantize import quantize_
+from nanollama.quantize import load_quantized
 from parity.candidates.mutants import forward
 from parity.candidates.mutants.edit import Edit, linears, norms, override, with_attention, with_table
 
@@ -77,7 +77,7 @@ def inputs(change: Callable[[Tensor], Tensor]) -> Edit:
 
 
 def integers(scheme: str) -> Edit:
-    return lambda nano: override(nano, "model", quantize_(nano.model, scheme))
+    return lambda nano: override(nano, "model", load_quantized(nano.model.config, nano.model.state_dict(), scheme))
 
 
 def logits(change: Callable[[Tensor], Tensor]) -> Edit:
