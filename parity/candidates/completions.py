@@ -46,9 +46,9 @@ def tokens_of(choice: dict[str, Any], named: Named) -> list[int | None]:
     logprobs = _logprobs(choice)
     if choice.get("token_ids"):
         return [_id(i) for i in choice["token_ids"]]
-    entries = logprobs.get("content")
+    entries = [e for e in _dicts(logprobs.get("content") or []) if "id" in e or "token" in e]
     if entries:
-        return [_id(e["id"]) if "id" in e else named(str(e.get("token"))) for e in _dicts(entries)]
+        return [_id(e["id"]) if "id" in e else named(str(e["token"])) for e in entries]
     if logprobs.get("tokens"):
         return [named(str(token)) for token in logprobs["tokens"]]
     return []

@@ -195,6 +195,8 @@ class Endpoint:
             return self.answers[key]
         choice = self._complete(ids, n)
         tokens = self._read(completions.tokens_of, choice, self.named)
+        if self.spelling is None and None in tokens:
+            tokens = []
         listing = self._read(completions.generated_listing, choice, self.named)
         if not tokens and choice.get("finish_reason") == "stop":
             raise Unasked("the server stops there, and does not say by which token")
