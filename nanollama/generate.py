@@ -294,11 +294,7 @@ def _overlap(text: str, stop: str) -> int:
 
 def _is_available(device: str) -> bool:
     kind = device.partition(":")[0]
-    return (
-        kind == "cpu"
-        or (kind == "cuda" and torch.cuda.is_available())
-        or (kind == "mps" and torch.backends.mps.is_available())
-    )
+    return kind == "cpu" or (kind in ("cuda", "mps") and torch.get_device_module(kind).is_available())
 
 
 def _stop_ids(tokenizer: Tokenizer | None) -> frozenset[int]:
@@ -319,9 +315,7 @@ def decode(model: Transformer, rows: list[Row], sampling: Sampling, step: Step |
         logprobs = logits.log_softmax(-1).gather(1, ids.unsqueeze(1)).squeeze(1)  # (B,)
         if seen is not None:
             seen[torch.arange(len(rows)), ids] = True
-        events = [
-            row.add(*new) for row, new in zip(rows, zip(ids.tolist(), logprobs.tolist(), strict=True), strict=True)
-        ]
+        events = [row.add(*new) for row, *new in zip(rows, ids.tolist(), logprobs.tolist(), strict=True)]
         yield from events
         alive = [slot for slot, event in enumerate(events) if event.finish is None]
         if not alive:
