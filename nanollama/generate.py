@@ -228,7 +228,8 @@ class Row:
         self.position = len(ids) - 1
         self.tokens_left = min(sampling.max_new_tokens, context - len(ids) + 1)
         self.generator = row_generator(sampling.seed, answer)
-        self.stop_ids = sampling.stop_ids if sampling.stop_ids is not None else _stop_ids(tokenizer)
+        own = tokenizer.stop_ids if tokenizer else frozenset()
+        self.stop_ids = own if sampling.stop_ids is None else sampling.stop_ids
         self.text = Text(tokenizer, ids, sampling.stop)
         self.n_tokens = tokenizer.vocab_size if tokenizer else sys.maxsize  # rows beyond them are never drawn
 
@@ -295,10 +296,6 @@ def _overlap(text: str, stop: str) -> int:
 def _is_available(device: str) -> bool:
     kind = device.partition(":")[0]
     return kind == "cpu" or (kind in ("cuda", "mps") and torch.get_device_module(kind).is_available())
-
-
-def _stop_ids(tokenizer: Tokenizer | None) -> frozenset[int]:
-    return frozenset() if tokenizer is None else tokenizer.stop_ids
 
 
 @torch.inference_mode()
