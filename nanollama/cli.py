@@ -54,11 +54,11 @@ class Command:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # in place of those in the signature
 
     def parameters(self) -> dict[str, inspect.Parameter]:
-        hints = typing.get_type_hints(self.spec)
+        hints, groups = typing.get_type_hints(self.spec), self.groups()
         found: dict[str, inspect.Parameter] = {}
         for name, parameter in inspect.signature(self.spec).parameters.items():
-            if is_dataclass(hints[name]):
-                found |= Command(self.call, hints[name], vars(parameter.default)).parameters()
+            if name in groups:
+                found |= Command(self.call, type(groups[name]), vars(groups[name])).parameters()
                 continue
             default = self.defaults.get(name, parameter.default)
             found[name] = parameter.replace(annotation=hints[name], default=default)
