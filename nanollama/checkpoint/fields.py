@@ -53,7 +53,8 @@ class Fields:
             raise self.error(key, "is missing: the architecture cannot be known without it")
         return default if value is None else value
 
-    def _checked(self, key: str, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
+    def checked(self, key: str, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
+        """A value that fits; the error names what was expected."""
         value = self.take(key, default)
         if value is not default and not fits(value):
             raise self.error(key, f"is {value!r}: expected {expected}")
@@ -62,20 +63,20 @@ class Fields:
     def integer(self, key: str, default: Any = REQUIRED, alias: int | None = None) -> Any:
         """An integer from 1 on; `alias` is one other value that is allowed too."""
         fits = lambda value: type(value) is int and (1 <= value < 2**31 or value == alias)
-        return self._checked(key, default, fits, "an integer from 1 to 2^31")
+        return self.checked(key, default, fits, "an integer from 1 to 2^31")
 
     def number(self, key: str, default: Any = REQUIRED) -> Any:
         """A positive finite number, as a float."""
         fits = lambda value: type(value) in (int, float) and 0 < value < 1e30
-        value = self._checked(key, default, fits, "a positive number")
+        value = self.checked(key, default, fits, "a positive number")
         return value if value is default else float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
-        return self._checked(key, default, lambda value: type(value) is bool, "true or false")
+        return self.checked(key, default, lambda value: type(value) is bool, "true or false")
 
     def section(self, key: str) -> "Fields | None":
         """A nested object, None when absent."""
-        found = self._checked(key, None, lambda value: type(value) is dict, "an object {...} or null")
+        found = self.checked(key, None, lambda value: type(value) is dict, "an object {...} or null")
         return None if found is None else Fields(self.path, found, f"{self._inside}{key}.")
 
     def left(self) -> list[tuple[str, Any]]:
