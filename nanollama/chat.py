@@ -17,7 +17,7 @@ repository (llama/generation.py) for Llama 2. Content is never read for special 
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -78,12 +78,22 @@ def encode_chat(
     if tokenizer.chat_template:
         tokens = _encode_template(messages, tokenizer, add_generation_prompt, date, tools)
     elif style_of(tokenizer) == "llama3":
-        tokens = _encode_llama3(_llama3_segments(messages, add_generation_prompt, date), tokenizer)
+        tokens = _joined(_encode_llama3(_llama3_segments(messages, add_generation_prompt, date), tokenizer))
     else:
-        tokens = _encode_llama2(_llama2_turns(messages, add_generation_prompt, date), tokenizer)
+        tokens = _joined(_encode_llama2(_llama2_turns(messages, add_generation_prompt, date), tokenizer))
     if require_assistant and not any(tokens.loss_mask):
         raise ChatError(f"none of the {len(messages)} messages is the assistant's: nothing to train on")
     return tokens
+
+
+def _joined(parts: Iterable[tuple[list[int], bool]]) -> ChatTokens:
+    """Of (ids, whether the assistant says them)."""
+    ids: list[int] = []
+    mask: list[bool] = []
+    for new, trained in parts:
+        ids += new
+        mask += [trained] * len(new)
+    return ChatTokens(ids, mask)
 
 
 def render_chat(
@@ -265,19 +275,14 @@ def _with_date(messages: "list[Message]", date: str) -> "list[Message]":
     return [Message("system", [lines], [], None), *messages]
 
 
-def _encode_llama3(segments: Iterator[Segment], tokenizer: Tokenizer) -> ChatTokens:
-    ids: list[int] = []
-    mask: list[bool] = []
+def _encode_llama3(segments: Iterator[Segment], tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
     for segment in segments:
-        if segment.special:
-            if segment.text not in tokenizer.special_ids:  # a vocabulary that names its tokens otherwise
-                raise ChatError(f"the checkpoint has no chat template, and no {segment.text} for Llama 3's chat format")
-            new = [tokenizer.special_ids[segment.text]]
-        else:
-            new = tokenizer.encode(segment.text, bos=False)
-        ids += new
-        mask += [segment.trained] * len(new)
-    return ChatTokens(ids, mask)
+        if not segment.special:
+            yield tokenizer.encode(segment.text, bos=False), segment.trained
+        elif segment.text in tokenizer.special_ids:
+            yield [tokenizer.special_ids[segment.text]], segment.trained
+        else:  # a vocabulary that names its tokens otherwise
+            raise ChatError(f"the checkpoint has no chat template, and no {segment.text} for Llama 3's chat format")
 
 
 # --- Llama 2 ---------------------------------------------------------------------------------------------------------
@@ -320,19 +325,15 @@ def _check_llama2(message: "Message", index: int, *, has_system: bool) -> None:
             raise ChatError(f"message {index}: the content holds {tag}, which Llama 2 would read as the chat's own")
 
 
-def _encode_llama2(turns: list[tuple[str, str | None]], tokenizer: Tokenizer) -> ChatTokens:
-    ids: list[int] = []
-    mask: list[bool] = []
+def _encode_llama2(turns: list[tuple[str, str | None]], tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
     for prompt, answer in turns:
         prompt_ids = tokenizer.encode(prompt, bos=True)
         if answer is None:
-            ids += prompt_ids
-            mask += [False] * len(prompt_ids)
+            yield prompt_ids, False
             continue
         # Prompt and answer are one text to sentencepiece. The answer starts where the ids stop to be the prompt's;
         # its last space is part of what the model has to say before it may end.
         turn_ids = tokenizer.encode(prompt + answer, bos=True, eos=True)
         start = common_length(prompt_ids, turn_ids)
-        ids += turn_ids
-        mask += [False] * start + [True] * (len(turn_ids) - start)
-    return ChatTokens(ids, mask)
+        yield turn_ids[:start], False
+        yield turn_ids[start:], True

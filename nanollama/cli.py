@@ -54,11 +54,11 @@ class Command:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # in place of those in the signature
 
     def parameters(self) -> dict[str, inspect.Parameter]:
-        hints = typing.get_type_hints(self.spec)
+        hints, groups = typing.get_type_hints(self.spec), self.groups()
         found: dict[str, inspect.Parameter] = {}
         for name, parameter in inspect.signature(self.spec).parameters.items():
-            if is_dataclass(hints[name]):
-                found |= Command(self.call, hints[name], vars(parameter.default)).parameters()
+            if name in groups:
+                found |= Command(self.call, type(groups[name]), vars(groups[name])).parameters()
                 continue
             default = self.defaults.get(name, parameter.default)
             found[name] = parameter.replace(annotation=hints[name], default=default)
@@ -200,54 +200,30 @@ def _value(name: str, texts: list[str], annotation: Any) -> Any:
     try:
         if _takes_one_item_per_flag(annotation):
             return texts
-        return converter(annotation)(texts[-1])
+        return read_value(texts[-1], annotation)
     except ValueError as error:
         raise UsageError(f"--{name}: {error}") from None
 
 
-def converter(annotation: Any) -> Callable[[str], Any]:
-    """Text -> value of the annotated type; the ValueErrors that it raises say what was expected."""
+def read_value(text: str, annotation: Any) -> Any:
+    """Text as the annotated type; the ValueErrors that it raises say what was expected."""
     kind = _without_none(annotation)
-    if kind is not annotation and kind is not str:
-        convert = converter(kind)
-        return lambda text: None if text.lower() == "none" else convert(text)
+    if kind is not annotation and kind is not str and text.lower() == "none":
+        return None
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (list, tuple):
-        return lambda text: origin(_items(text, inner))
-    if origin is Literal:
-        return lambda text: _choice(text, inner)
-    if kind is bool:
-        return _lookup_bool
-    assert kind in (str, int, float, Path), f"no way to read a flag of type {annotation}"
-    return lambda text: _number(text, kind) if kind in (int, float) else kind(text)
-
-
-def _items(text: str, inner: tuple[Any, ...]) -> list[Any]:
-    """`list[T]` and `tuple[T, ...]` of any length, `tuple[T, T]` of just that many."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if len(inner) > 1 and inner[-1] is not Ellipsis and len(parts) != len(inner):
-        raise ValueError(f"expected {len(inner)} values with commas between, not {text!r}")
-    return [converter(inner[0])(part) for part in parts]
-
-
-def _choice(text: str, choices: tuple[Any, ...]) -> Any:
-    for choice in choices:
-        if text == str(choice):
-            return choice
-    raise ValueError(f"expected one of {', '.join(map(str, choices))}, not {text!r}")
-
-
-def _lookup_bool(text: str) -> bool:
-    if text.lower() not in WORDS_FOR_BOOL:
-        raise ValueError(f"expected true or false, not {text!r}")
-    return WORDS_FOR_BOOL[text.lower()]
-
-
-def _number(text: str, kind: type) -> Any:
+    if origin in (list, tuple):  # `list[T]` and `tuple[T, ...]` of any length, `tuple[T, T]` of just that many
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if len(inner) > 1 and inner[-1] is not Ellipsis and len(parts) != len(inner):
+            raise ValueError(f"expected {len(inner)} values with commas between, not {text!r}")
+        return origin(read_value(part, inner[0]) for part in parts)
+    assert origin is Literal or kind in (str, int, float, bool, Path), f"no way to read a flag of type {annotation}"
     try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"expected {NAMES_OF_TYPES[kind]}, not {text!r}") from None
+        if origin is Literal:
+            return {str(choice): choice for choice in inner}[text]
+        return WORDS_FOR_BOOL[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        expected = NAMES_OF_TYPES.get(kind) or f"one of {', '.join(map(str, inner))}"
+        raise ValueError(f"expected {expected}, not {text!r}") from None
 
 
 def _is_bool(parameter: inspect.Parameter) -> bool:

@@ -7,6 +7,7 @@ Meta-Llama-3.1-8B: format meta, the shape of Llama 3.1 8B, 8,030,261,248 paramet
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -102,11 +103,10 @@ def summary(facts: dict[str, Any]) -> str:
 
 def _grouped(tensors: dict[str, Any]) -> dict[tuple[str, str, str], int]:
     """(name with * for the layer, shape, dtype) -> how many."""
-    groups: dict[tuple[str, str, str], int] = {}
-    for name, tensor in tensors.items():
-        key = (re.sub(r"^layers\.\d+\.", "layers.*.", name), " x ".join(map(str, tensor["shape"])), tensor["dtype"])
-        groups[key] = groups.get(key, 0) + 1
-    return groups
+    return Counter(
+        (re.sub(r"^layers\.\d+\.", "layers.*.", name), " x ".join(map(str, tensor["shape"])), tensor["dtype"])
+        for name, tensor in tensors.items()
+    )
 
 
 def _show(value: Any) -> str:

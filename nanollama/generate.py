@@ -228,7 +228,8 @@ class Row:
         self.position = len(ids) - 1
         self.tokens_left = min(sampling.max_new_tokens, context - len(ids) + 1)
         self.generator = row_generator(sampling.seed, answer)
-        self.stop_ids = sampling.stop_ids if sampling.stop_ids is not None else _stop_ids(tokenizer)
+        own = tokenizer.stop_ids if tokenizer else frozenset()
+        self.stop_ids = own if sampling.stop_ids is None else sampling.stop_ids
         self.text = Text(tokenizer, ids, sampling.stop)
         self.n_tokens = tokenizer.vocab_size if tokenizer else sys.maxsize  # rows beyond them are never drawn
 
@@ -294,15 +295,7 @@ def _overlap(text: str, stop: str) -> int:
 
 def _is_available(device: str) -> bool:
     kind = device.partition(":")[0]
-    return (
-        kind == "cpu"
-        or (kind == "cuda" and torch.cuda.is_available())
-        or (kind == "mps" and torch.backends.mps.is_available())
-    )
-
-
-def _stop_ids(tokenizer: Tokenizer | None) -> frozenset[int]:
-    return frozenset() if tokenizer is None else tokenizer.stop_ids
+    return kind == "cpu" or (kind in ("cuda", "mps") and torch.get_device_module(kind).is_available())
 
 
 @torch.inference_mode()
@@ -319,9 +312,7 @@ def decode(model: Transformer, rows: list[Row], sampling: Sampling, step: Step |
         logprobs = logits.log_softmax(-1).gather(1, ids.unsqueeze(1)).squeeze(1)  # (B,)
         if seen is not None:
             seen[torch.arange(len(rows)), ids] = True
-        events = [
-            row.add(*new) for row, new in zip(rows, zip(ids.tolist(), logprobs.tolist(), strict=True), strict=True)
-        ]
+        events = [row.add(*new) for row, *new in zip(rows, ids.tolist(), logprobs.tolist(), strict=True)]
         yield from events
         alive = [slot for slot, event in enumerate(events) if event.finish is None]
         if not alive:

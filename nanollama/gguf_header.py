@@ -6,13 +6,14 @@ files from anywhere. The format is in docs/formats.md. A model may be split over
     python -c "from nanollama.gguf_header import read; print(read('x.gguf').keys['general.architecture'])"
 """
 
-import math
 import mmap
 import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from nanollama import gate
 from nanollama.gate import CheckpointError
@@ -198,13 +199,4 @@ class _Cursor:
 
 def shortest(value: float) -> float:
     """The number with the fewest digits that is this float32: 1e-05 and not 9.999999747378752e-06."""
-    if not math.isfinite(value):
-        return value
-    for digits in range(1, 10):
-        candidate = float(f"{value:.{digits}g}")
-        try:
-            if struct.unpack("<f", struct.pack("<f", candidate))[0] == value:
-                return candidate
-        except OverflowError:
-            continue
-    return value
+    return float(str(np.float32(value)))

@@ -124,20 +124,17 @@ def _regex(pattern: str) -> str:
 
 
 def _by_pattern(fields: Fields, key: str, read: Callable[[Fields, str], Any]) -> dict[str, Any]:
-    found = fields.take(key, {})
-    if not isinstance(found, dict):
-        raise fields.error(key, f"is {found!r}: expected an object of patterns and numbers")
+    found = fields.checked(key, {}, lambda value: type(value) is dict, "an object of patterns and numbers")
     inner = Fields(fields.path, found, f"{key}.")
     return {_regex(pattern): read(inner, pattern) for pattern in found}
 
 
 def _names(fields: Fields, key: str, *, pattern: bool = False) -> str | tuple[str, ...]:
     """A list of names; one string is one name, or with `pattern` a regular expression."""
-    value = fields.take(key, [])
+    is_names = lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value)
+    value = fields.checked(key, [], lambda value: isinstance(value, str) or is_names(value), "names of modules")
     if isinstance(value, str):
         return _regex(value) if pattern else (value,)
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise fields.error(key, f"is {value!r}: expected names of modules")
     return tuple(value)
 
 

@@ -4,7 +4,7 @@ python -c "from nanollama.checkpoint.fields import read_json; print(read_json('D
 """
 
 import json
-import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,38 +53,31 @@ class Fields:
             raise self.error(key, "is missing: the architecture cannot be known without it")
         return default if value is None else value
 
-    def integer(self, key: str, default: Any = REQUIRED, low: int = 1, alias: int | None = None) -> Any:
-        """An integer from `low` on; `alias` is one value below `low` that is allowed too."""
+    def checked(self, key: str, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
+        """A value that fits; the error names what was expected."""
         value = self.take(key, default)
-        if value is default or (value == alias and isinstance(value, int) and not isinstance(value, bool)):
-            return value
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
-            raise self.error(key, f"is {value!r}: expected an integer from {low} to 2^31")
+        if value is not default and not fits(value):
+            raise self.error(key, f"is {value!r}: expected {expected}")
         return value
+
+    def integer(self, key: str, default: Any = REQUIRED, alias: int | None = None) -> Any:
+        """An integer from 1 on; `alias` is one other value that is allowed too."""
+        fits = lambda value: type(value) is int and (1 <= value < 2**31 or value == alias)
+        return self.checked(key, default, fits, "an integer from 1 to 2^31")
 
     def number(self, key: str, default: Any = REQUIRED) -> Any:
-        """A positive finite number."""
-        value = self.take(key, default)
-        if value is default:
-            return value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
-            raise self.error(key, f"is {value!r}: expected a positive number")
-        return float(value)
+        """A positive finite number, as a float."""
+        fits = lambda value: type(value) in (int, float) and 0 < value < 1e30
+        value = self.checked(key, default, fits, "a positive number")
+        return value if value is default else float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
-        value = self.take(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, f"is {value!r}: expected true or false")
-        return value
+        return self.checked(key, default, lambda value: type(value) is bool, "true or false")
 
     def section(self, key: str) -> "Fields | None":
         """A nested object, None when absent."""
-        value = self.take(key, None)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise self.error(key, f"is {value!r}: expected an object {{...}} or null")
-        return Fields(self.path, value, f"{self._inside}{key}.")
+        found = self.checked(key, None, lambda value: type(value) is dict, "an object {...} or null")
+        return None if found is None else Fields(self.path, found, f"{self._inside}{key}.")
 
     def left(self) -> list[tuple[str, Any]]:
         """The keys that were not taken."""
@@ -98,8 +91,3 @@ class Fields:
 
     def error(self, key: str, what: str) -> CheckpointError:
         return CheckpointError(self.path, f"{self._inside}{key} {what}")
-
-
-def is_close(a: float, b: float) -> bool:
-    """Equal up to how different programs print the same float."""
-    return math.isclose(a, b, rel_tol=1e-9)

@@ -8,6 +8,7 @@ Sources: `transformers` LlamaConfig and modeling_llama (keys and defaults, 4.x `
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nanollama import gate
-from nanollama.checkpoint.fields import Fields, is_close, read_json
+from nanollama.checkpoint.fields import Fields, read_json
 from nanollama.checkpoint.names import hf_name, hf_rows, is_rotary, meta_from_hf, meta_rows
 from nanollama.checkpoint.staging import refuse_occupied, staged
 from nanollama.checkpoint.streams import write_safetensors
@@ -152,7 +153,7 @@ def _read_rope_section(part: Fields) -> tuple[float | None, RopeScaling | None]:
         scaling = RopeScaling(**{key: part.number(key) for key in FACTORS}, original_context=part.integer(CONTEXT))
         if scaling.high_freq_factor <= scaling.low_freq_factor:
             raise part.error("high_freq_factor", "is not above low_freq_factor")
-    if not is_close(part.number("partial_rotary_factor", 1.0), 1.0):
+    if not math.isclose(part.number("partial_rotary_factor", 1.0), 1.0):
         raise part.error("partial_rotary_factor", "is not 1: whole heads are rotated")
     part.finish()
     return theta, scaling

@@ -114,15 +114,15 @@ def _stored(path: Path, size: int, config: ModelConfig, version: int, group_size
     matrices = [config.vocab_size * config.dim, *(math.prod(s) for s in layer_shapes(config).values() if len(s) == 2)]
     if any(numel % group_size for numel in matrices):
         raise CheckpointError(path, f"has group size {group_size}, which does not divide its matrices: damaged")
-    # A smallest bound first: a header may name a billion layers, of which no list is made.
-    places = list(_layout(config, version, group_size)) if config.n_layers * sum(matrices[1:]) <= size else []
-    if not places or size != places[-1][1]:
-        asked = places[-1][1] if places else "more"
+    # From models of one layer and of two: a header may name a billion layers, of which no list is made.
+    one, two = (list(_layout(replace(config, n_layers=n), version, group_size))[-1][1] for n in (1, 2))
+    asked = one + (config.n_layers - 1) * (two - one)
+    if size != asked:
         what = f"has {size} bytes, its header asks for {asked}: truncated, or not a llama2.c file; download it again"
         raise CheckpointError(path, what)
     data, shapes = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8), weight_shapes(config)
     stored = {}
-    for name, offset, nbytes in places[:-1]:
+    for name, offset, nbytes in list(_layout(config, version, group_size))[:-1]:
         part, shape = data[offset : offset + nbytes], shapes[name]
         if version == 2 and len(shape) == 2:
             numel = math.prod(shape)

@@ -19,7 +19,6 @@ import io
 import math
 import re
 import struct
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ def read(path: str | Path) -> Vocabulary:
             return with_declared(from_gguf(_header_keys(path)), [])
         data = _read_bytes(path)
         folders = [path.parent, *([path.parent.parent] if path.parent.name == "original" else [])]
-        return with_declared(replace(_reader(data)(data), data=data), folders)
+        return with_declared(replace(parse(data), data=data), folders)
     except OSError as error:
         raise TokenizerError(f"tokenizer {path}: cannot be read: {error.strerror}") from None
     except (TokenizerError, UnicodeDecodeError, struct.error) as error:
@@ -89,16 +88,16 @@ def _read_bytes(path: Path) -> bytes:
     return data
 
 
-def _reader(data: bytes) -> Callable[[bytes], Vocabulary]:
-    """What reads such content."""
+def parse(data: bytes) -> Vocabulary:
+    """The vocabulary in a file's content, but for GGUF; raises TokenizerError."""
     if len(data) >= 4 and 0 < int.from_bytes(data[:4], "little") <= MAX_TOKEN_BYTES:
-        return from_llama2c  # first: a longest token of 123 bytes makes it start with "{"
+        return from_llama2c(data)  # first: a longest token of 123 bytes makes it start with "{"
     if data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"["):
-        return from_json.parse
+        return from_json.parse(data)
     if re.match(rb"\s*[A-Za-z0-9+/]+={0,2}[ \t]+[0-9]+[ \t]*(\r?\n|$)", data):
-        return from_ranks
+        return from_ranks(data)
     if len(data) > 2 and data[0] == 0x0A and data[1] > 0:  # a ModelProto starts with its first piece
-        return from_sentencepiece
+        return from_sentencepiece(data)
     raise TokenizerError(
         f"it starts with {data[:8]!r}, which is neither a Llama 3 rank file, a sentencepiece model, "
         "a llama2.c tokenizer.bin nor a tokenizer.json; a cut or a wrong file?"

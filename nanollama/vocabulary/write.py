@@ -14,7 +14,7 @@ from typing import Any
 
 from nanollama.vocabulary import spoken
 from nanollama.vocabulary.beside import json_object, with_declared
-from nanollama.vocabulary.read import from_llama2c, from_ranks, from_sentencepiece
+from nanollama.vocabulary.read import parse
 from nanollama.vocabulary.to_json import is_exact, merges, printable, tokenizer_json
 from nanollama.vocabulary.value import SPACE, TokenizerError, TokenType, Vocabulary, llama3_special_tokens
 
@@ -66,8 +66,7 @@ def _is_llama3(vocabulary: Vocabulary) -> bool:
 
 def _said_beside(vocabulary: Vocabulary, data: bytes) -> dict[str, bytes]:
     """tokenizer_config.json and generation_config.json where the file alone would say something else."""
-    reader = from_llama2c if data[1:4] == b"\0\0\0" else from_sentencepiece if data[:1] == b"\n" else from_ranks
-    alone = with_declared(reader(data), [])
+    alone = with_declared(parse(data), [])
     template = None if vocabulary.chat_template == LLAMA3_TEMPLATE else vocabulary.chat_template
     same = all(getattr(alone, name) == getattr(vocabulary, name) for name in ("bos_id", "eos_id", "pad_id", "add_bos"))
     if same and set(alone.stop_ids) == set(vocabulary.stop_ids) and template is None:
