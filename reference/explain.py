@@ -1,7 +1,9 @@
 """Which mistake gives a candidate's numbers? The oracle runs once for each of a table, on one sequence.
 
 Given is a tap (or the logits) of a candidate, as a file with `value` (R, ...) and `rows` (R,), the positions that they
-belong to. What a mistake explains is the part of the squared error that it takes away: 1 - (what it leaves / error)^2.
+belong to. What a mistake explains is the part of the squared error that it takes away: 1 - (what it leaves / error)^2,
+over all positions, or at the median one if that is more: where integers are rounded, a number that lies between two of
+them falls to the other side at some positions, and all that follows is rounded otherwise there.
 First come what can be read off the numbers alone (a factor, a bias, another order), then reference/mistakes.py.
 
     python -m reference.explain --case case.json --of value.safetensors --tap logits --out DIR   # DIR/explained.json
@@ -95,6 +97,13 @@ def squares(x: Tensor) -> float:
     return float(x.square().sum())
 
 
+def share(c: Tensor, o: Tensor, answer: Tensor) -> float:
+    """The part of the squared error c - o that `answer` in place of o takes away, (R, ...) each."""
+    left, error = ((c - x).nan_to_num(nan=1e30).flatten(1).square().sum(1) for x in (answer, o))
+    at_positions = 1 - left / error.clamp_min(1e-300)
+    return max(float(1 - left.sum() / error.sum()), float(at_positions.median()))
+
+
 def explain(question: Question, seconds: float) -> dict[str, Any]:
     """Every mistake with its share of the error, the best first; how many were asked within the time."""
     started = time.perf_counter()
@@ -103,7 +112,7 @@ def explain(question: Question, seconds: float) -> dict[str, Any]:
     error = squares(question.value - truth)
     loose = set()
     for name, other, free in readings(question.tap, question.value, truth):
-        shares[name] = 1 - squares(question.value.flatten(1) - other) / error
+        shares[name] = share(question.value.flatten(1), truth.flatten(1), other)
         loose |= {name} if free else set()
     c, o = question.seen(question.value), question.seen(truth)
     seen_error = squares(c - o)
@@ -116,7 +125,7 @@ def explain(question: Question, seconds: float) -> dict[str, Any]:
         answer = question.answer(mistake)
         asked += 1
         if answer is not None and answer.shape == c.shape:
-            shares[mistake.name] = 1 - squares(torch.nan_to_num(c - answer, nan=1e30)) / seen_error
+            shares[mistake.name] = share(c, o, answer)
             if mistake.whole is not None:
                 made = answer - o
                 alike = float(((c - o) * made).sum()) / (seen_error * squares(made)) ** 0.5
