@@ -18,7 +18,7 @@ from parity.explained import NAMED, Explained, of_size
 from parity.localise import first_divergence
 from parity.runner import NO_IDENTITY, Runner
 
-TOKENS = 200  # of the sequence are run, more where it departs later
+TOKENS = 128  # of the sequence are run, more where it departs later
 BEHIND = 64  # tokens are run behind the first wrong position at least
 ROWS = 64  # positions of logits that are compared, half of them from the first wrong one on
 SECONDS = 60  # no mistake is begun after so long

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 NAMED = 0.9  # of the squared error: what explains less is not named
+TIED = 1e-9  # two that differ by less say the same of these numbers
 SIZE = (0.5, 1.6)  # of the error that a lower precision makes: one of that size may be it
 # Correlation with the oracle's rounding to it: 0.55 to 0.98 of four models in bf16, below 0.1 of other errors.
 ALIKE = 0.2
@@ -25,7 +26,10 @@ class Explained:
 
     @property
     def name(self) -> str | None:
-        return self.found[0][0] if self.found and self.found[0][1] >= NAMED else None
+        """The mistake, or those that cannot be told apart here."""
+        if not self.found or self.found[0][1] < NAMED:
+            return None
+        return ", or ".join(name for name, part in self.found if self.found[0][1] - part < TIED)
 
     @property
     def told(self) -> bool:
@@ -34,7 +38,8 @@ class Explained:
 
     def __str__(self) -> str:
         if self.name is not None:
-            others = f"; the next explains {share(self.found[1][1])}: {self.found[1][0]}" if self.found[1:] else ""
+            rest = [(name, part) for name, part in self.found if self.found[0][1] - part >= TIED]
+            others = f"; the next explains {share(rest[0][1])}: {rest[0][0]}" if rest else ""
             return f"{self.name} (explains {share(self.found[0][1])} of the error{others})"
         if self.size is not None:
             precision, part, whose = self.size

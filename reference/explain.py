@@ -1,7 +1,9 @@
 """Which mistake gives a candidate's numbers? The oracle runs once for each of a table, on one sequence.
 
 Given is a tap (or the logits) of a candidate, as a file with `value` (R, ...) and `rows` (R,), the positions that they
-belong to. What a mistake explains is the part of the squared error that it takes away: 1 - (what it leaves / error)^2.
+belong to. What a mistake explains is the part of the squared error that it takes away: 1 - (what it leaves / error)^2,
+over all positions, or at the median one if that is more: where integers are rounded, a number that lies between two of
+them falls to the other side at some positions, and all that follows is rounded otherwise there.
 First come what can be read off the numbers alone (a factor, a bias, another order), then reference/mistakes.py.
 
     python -m reference.explain --case case.json --of value.safetensors --tap logits --out DIR   # DIR/explained.json
@@ -27,7 +29,7 @@ from reference.rounding import NOTHING, Rounded
 from reference.weights import Unusable
 
 ENOUGH = 0.999  # of the error explained: after EARLY_S, nothing else is asked
-EARLY_S = 5.0
+EARLY_S = 2.0
 LOOSE = 4  # times as much must be explained by what takes a number for each position or feature
 KEPT = 8  # of the best that are written
 HEAD_ROWS = 8192  # of the vocabulary, spread over it, are computed for each mistake
@@ -95,44 +97,56 @@ def squares(x: Tensor) -> float:
     return float(x.square().sum())
 
 
+def rms(x: Tensor) -> float:
+    return (squares(x) / x.numel()) ** 0.5
+
+
+def share(c: Tensor, o: Tensor, answer: Tensor) -> float:
+    """The part of the squared error c - o that `answer` in place of o takes away, (R, ...) each."""
+    left, error = ((c - x).nan_to_num(nan=1e30).flatten(1).square().sum(1) for x in (answer, o))
+    at_positions = 1 - left / error.clamp_min(1e-300)
+    return max(float(1 - left.sum() / error.sum()), float(at_positions.median()))
+
+
 def explain(question: Question, seconds: float) -> dict[str, Any]:
     """Every mistake with its share of the error, the best first; how many were asked within the time."""
     started = time.perf_counter()
     truth = question.truth()
-    shares, sizes = dict[str, float](), dict[str, dict[str, float]]()
-    error = squares(question.value - truth)
-    loose = set()
-    for name, other, free in readings(question.tap, question.value, truth):
-        shares[name] = 1 - squares(question.value.flatten(1) - other) / error
-        loose |= {name} if free else set()
+    value, right = question.value.flatten(1), truth.flatten(1)
+    found = list(readings(question.tap, question.value, truth))
+    shares = {name: share(value, right, other) for name, other, _ in found}
+    loose = {name for name, _, many in found if many}
     c, o = question.seen(question.value), question.seen(truth)
-    seen_error = squares(c - o)
     table = list(mistakes(question.right.config, len(question.right.sequences[0])))
-    asked = 0
-    for mistake in table if seen_error > 0 else ():
+    sizes, count = dict[str, dict[str, float]](), 0
+    for mistake in table if squares(c - o) > 0 else ():
         spent = time.perf_counter() - started
         if spent > (EARLY_S if max(shares.values(), default=0.0) >= ENOUGH else seconds):
             break
         answer = question.answer(mistake)
-        asked += 1
+        count += 1
         if answer is not None and answer.shape == c.shape:
-            shares[mistake.name] = 1 - squares(torch.nan_to_num(c - answer, nan=1e30)) / seen_error
+            shares[mistake.name] = share(c, o, answer)
             if mistake.whole is not None:
-                made = answer - o
-                alike = float(((c - o) * made).sum()) / (seen_error * squares(made)) ** 0.5
-                sizes[mistake.whole] = {"rms": (squares(made) / o.numel()) ** 0.5, "alike": alike}
+                sizes[mistake.whole] = size(c - o, answer - o)
     best = sorted(shares, key=lambda name: (1 - shares[name]) * (LOOSE if name in loose else 1))
     return {
         "tap": question.tap,
         "tokens": len(question.right.sequences[0]),
-        "error": (error / truth.numel()) ** 0.5,
-        "expected": (squares(truth) / truth.numel()) ** 0.5,
+        "error": rms(value - right),
+        "expected": rms(right),
         "found": [[name, shares[name]] for name in best[:KEPT]],
         "sizes": sizes,
-        "asked": asked,
+        "asked": count,
         "of": len(table),
         "seconds": round(time.perf_counter() - started, 2),
     }
+
+
+def size(error: Tensor, made: Tensor) -> dict[str, float]:
+    """Of the error that a lower precision makes: its RMS, and how alike (a correlation) `error` is."""
+    alike = float((error * made).sum()) / max((squares(error) * squares(made)) ** 0.5, 1e-300)
+    return {"rms": rms(made), "alike": alike}
 
 
 def asked(

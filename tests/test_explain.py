@@ -107,6 +107,7 @@ def test_what_is_right_or_unheard_of_has_no_name(edit: Edit, checkpoint: Path) -
     assert str(found).startswith("unexplained: of ")
 
 
+@torch.inference_mode()
 @pytest.mark.parametrize(("edit", "tap", "words"), [(c[1], *c[3:]) for c in PLANTED], ids=[c[0] for c in PLANTED])
 def test_a_planted_mistake_is_named_at_its_tap(edit: Edit, tap: str, words: str, checkpoint: Path) -> None:
     candidate = edited(edit)(str(checkpoint), torch.float32, "cpu")
