@@ -42,6 +42,9 @@ LAYERS = 4  # at most
 ROOM_BYTES = 2 * 10**9  # beyond it, two layers have to do
 SEEDS = range(64)  # of parity.synth, by which its own checkpoints are recognised
 NORM = "layers.0.attention_norm.weight"
+# Of what blocks add to the residual stream, by a power of two: states of small embedding rows stay small to the end, so
+# that logits alone show the final norm's epsilon, and what attention does to them is most of what they are.
+QUIET = {"attention.wo.weight": 0.125, "feed_forward.w2.weight": 0.125}
 # What is no part of a small folder's description: weights, their index, checksums.
 WEIGHTS = (".safetensors", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", ".chk", "SHA256SUMS")
 OTHERS_BYTES = 1 << 26  # of a file that is copied with the rest
@@ -98,14 +101,14 @@ def _made(seed: int, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> L
     if len(shape) == 1:
         row = block_values(seed, name, 0, 1, shape[0])[0].to(dtype)
         return Lazy(shape, dtype, lambda start, stop: row[start:stop])
-    step = block_rows(shape[1])
+    step, gain = block_rows(shape[1]), QUIET.get(name.split(".", 2)[-1], 1.0)
 
     def read(start: int, stop: int) -> Tensor:
         blocks = [
             block_values(seed, name, first, min(step, shape[0] - first), shape[1])[max(0, start - first) : stop - first]
             for first in range(start // step * step, stop, step)
         ]
-        return torch.cat(blocks).to(dtype)
+        return (gain * torch.cat(blocks)).to(dtype)
 
     return Lazy(shape, dtype, read)
 

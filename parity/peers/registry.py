@@ -1,0 +1,108 @@
+"""What `python -m parity.peers` judges, a row each, and what is known of those that fail."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One implementation on one checkpoint."""
+
+    name: str  # of the row: what --only takes
+    of: str  # whose it is, and which part of it
+    candidate: str
+    checkpoint: str  # of CHECKPOINTS in run.py
+    versioned_by: str  # the distribution whose version names it, or the clone's folder
+    dtypes: str = "fp32,bf16"
+    packages: tuple[
+        str, ...
+    ] = ()  # of an environment of its own, each without what it asks for: what clashes is left out
+    clone: str = ""  # the public repository, whose last part names its folder in --clones
+    conditions: str = ""
+    finding: str = ""  # what is wrong, read in its source
+    repeat: str = ""  # the same outside the harness
+
+
+KERAS = ("keras", "keras-hub", "absl-py", "namex", "h5py", "optree", "ml-dtypes", "kagglehub", "kagglesdk")
+JAX = ("jax", "jaxlib", "opt-einsum", "ml-dtypes", "scipy", "einops")
+PORTS = "parity.peers"
+
+PEERS: tuple[Peer, ...] = (
+    Peer("nanollama", "nanollama, its exact and its fast path", "nanollama", "3.1-meta", "nanollama"),
+    Peer("nanollama-int8", "nanollama, weights as int8", "parity.candidates.quantized:int8", "3.1-meta", "nanollama",
+         conditions='`integers = "int8"`'),
+    Peer("transformers-sdpa", "transformers, sdpa", f"{PORTS}.transformers_port:sdpa", "3.1-hf", "transformers"),
+    Peer("transformers-eager", "transformers, eager", f"{PORTS}.transformers_port:eager", "3.1-hf", "transformers"),
+    Peer("llama.cpp-f32", "llama.cpp, F32 file", f"{PORTS}.llamacpp_port:f32", "3.1-gguf-fp32", "llama-cpp-python",
+         "fp32", conditions="cache in float32"),
+    Peer("llama.cpp-f16", "llama.cpp, F16 file", f"{PORTS}.llamacpp_port:f32", "3.1-gguf-fp16", "llama-cpp-python",
+         "fp32", conditions="cache in float32; the reference has the file's weights"),
+    Peer("llama.cpp-default", "llama.cpp, its default cache", f"{PORTS}.llamacpp_port:load", "3.1-gguf-fp32",
+         "llama-cpp-python", "fp32", conditions="cache in float16",
+         finding="a real deviation, by design: keys and values are rounded to float16, attention computes with them",
+         repeat="""
+import llama_cpp, numpy as np
+ids = list(range(3, 63))
+def last(kind):
+    llama = llama_cpp.Llama("x.gguf", n_ctx=512, logits_all=True, verbose=False, type_k=kind, type_v=kind)
+    llama.eval(ids)
+    return llama.scores[len(ids) - 1]
+print(np.abs(last(llama_cpp.GGML_TYPE_F16) - last(llama_cpp.GGML_TYPE_F32)).max())
+"""),
+    Peer("llama.cpp-q8_0", "llama.cpp, Q8_0 file", f"{PORTS}.llamacpp_port:f32", "3.1-gguf-q8_0", "llama-cpp-python",
+         "fp32", conditions="cache in float32; the reference has the file's weights, in float32",
+         finding="a real deviation, by design: before a product with Q8_0 weights ggml rounds the inputs to int8, too",
+         repeat="""
+# ggml-cpu/ggml-cpu.c, type_traits_cpu[GGML_TYPE_Q8_0]: vec_dot_type = GGML_TYPE_Q8_0 is what inputs are rounded to
+import gguf, numpy as np
+x = np.random.default_rng(0).standard_normal((1, 128)).astype(np.float32)
+rounded = gguf.dequantize(gguf.quantize(x, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0)
+print(np.abs(x - rounded).max())
+"""),
+    Peer("keras-hub", "KerasHub, torch backend", f"{PORTS}.keras_hub_port:load", "3.1-hf", "keras-hub", packages=KERAS,
+         finding="**a bug**: its converter of Hugging Face folders drops `rms_norm_eps`; every model gets 1e-6",
+         repeat="""
+import json, os
+os.environ["KERAS_BACKEND"] = "torch"
+import keras_hub
+model = keras_hub.models.Llama3Backbone.from_preset("x-hf")
+print(json.load(open("x-hf/config.json"))["rms_norm_eps"], model.layer_norm_epsilon)
+"""),
+    Peer("keras-hub-eps", "KerasHub, its eps put right", f"{PORTS}.keras_hub_port:eps", "3.1-hf", "keras-hub",
+         packages=KERAS, conditions="`epsilon` of each layer set to the checkpoint's"),
+    Peer("tinygrad-3", "tinygrad.llm on Llama 3", f"{PORTS}.tinygrad_port:load", "3-gguf-fp32", "tinygrad", "fp32",
+         packages=("tinygrad",), conditions="clang installed; weights and cache in float32 for its float16"),
+    Peer("tinygrad-3.1", "tinygrad.llm on Llama 3.1", f"{PORTS}.tinygrad_port:load", "3.1-gguf-fp32", "tinygrad",
+         "fp32", packages=("tinygrad",), conditions="as above",
+         finding="**a bug**: no RoPE scaling; rope_freqs.weight, which holds it, is loaded by name and unused",
+         repeat="""
+import os
+os.environ["HALF"] = "0"
+from tinygrad.llm.gguf import gguf_load
+from tinygrad.llm.model import Transformer
+model, keys = Transformer.from_gguf("x.gguf", 64)
+print(gguf_load("x.gguf")[1]["rope_freqs.weight"].numpy())  # not all 1: the scaling of Llama 3.1
+print(model.blk[0].config.rope_theta, hasattr(model, "rope_freqs"))  # all that its table is made of
+"""),
+    Peer("llama-2-jax-mha", "llama-2-jax, a kv head a query head", f"{PORTS}.llama2_jax_port:load", "2-mha-hf",
+         "llama-2-jax", "fp32", packages=JAX, clone="ayaka14732/llama-2-jax"),
+    Peer("llama-2-jax-gqa", "llama-2-jax, grouped heads as in Llama 2 70B", f"{PORTS}.llama2_jax_port:load", "2-gqa-hf",
+         "llama-2-jax", "fp32", packages=JAX, clone="ayaka14732/llama-2-jax",
+         finding="**a bug**: query heads are mapped to kv heads round robin (query head h reads kv head h mod K)",
+         repeat="""
+# lib/llama_params/convert_params.py reshapes q_proj to (d_model, n_rep_kv, n_heads_kv, d_k): head h is (h // K, h % K).
+import torch
+heads, kv_heads = 8, 2
+print(torch.arange(heads).view(heads // kv_heads, kv_heads)[:, 0])  # its queries of kv head 0: 0, 2, 4, 6
+print(torch.arange(heads).view(kv_heads, heads // kv_heads)[0])  # transformers' repeat_kv: 0, 1, 2, 3
+"""),
+    Peer("nano-llama31", "nano-llama31 on Llama 3.1", f"{PORTS}.nano_llama31_port:load", "3.1-meta", "nano-llama31",
+         clone="karpathy/nano-llama31"),
+    Peer("nano-llama31-3.2", "nano-llama31 on Llama 3.2's scaling", f"{PORTS}.nano_llama31_port:load", "3.2-meta",
+         "nano-llama31", clone="karpathy/nano-llama31",
+         finding="**a bug**: `apply_scaling` hard-codes a factor of 8, which params.json's 32 does not reach",
+         repeat="""
+import llama31, torch
+plain = 1 / 500000.0 ** (torch.arange(0, 16, 2)[:8].float() / 16)
+print((plain / llama31.apply_scaling(plain)).max())  # 8, whatever the checkpoint says
+"""),
+)  # fmt: skip
