@@ -45,15 +45,6 @@ def write(path: Path, format: str, config: ModelConfig, weights: dict[str, Tenso
     return path
 
 
-def split_by_columns(folder: Path) -> None:
-    """The embedding of a Meta folder split as in Llama 2, by columns; a tied head stays split by rows."""
-    paths = sorted(folder.glob("consolidated.*.pth"))
-    shards = [torch.load(path, weights_only=True) for path in paths]
-    whole = torch.cat([shard["tok_embeddings.weight"] for shard in shards])
-    for path, shard, part in zip(paths, shards, whole.chunk(len(paths), dim=1), strict=True):
-        torch.save({**shard, "tok_embeddings.weight": part.clone()}, path)
-
-
 def holds(format: str, config: ModelConfig) -> bool:
     """Whether the format can say this config: llama2.c fixes the epsilon and the RoPE base."""
     return format != "llama2c" or (config.norm_eps, config.rope_theta, config.rope_scaling) == (1e-5, 10_000.0, None)

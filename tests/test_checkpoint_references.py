@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_cases import FAMILIES, LLAMA2, LLAMA31, make_weights, split_by_columns, write
+from checkpoint_cases import FAMILIES, LLAMA2, LLAMA31, make_weights, write
 from nanollama.checkpoint import open_checkpoint
 from nanollama.model import ModelConfig, RopeScaling
 from nanollama.tokenizer import open_tokenizer
@@ -39,9 +39,7 @@ def test_every_family(tmp_path: Path, family: str, format: str) -> None:
 @pytest.mark.parametrize("split", ["rows", "columns"])
 def test_shards_repeated_kv_heads_and_tied_heads(tmp_path: Path, shards: int, tied: bool, split: str) -> None:
     config = replace(LLAMA31, n_heads=16, n_kv_heads=8, head_dim=4, tied=tied)  # 16 shards hold each kv head twice
-    path = write(tmp_path, "meta", config, make_weights(config), shards=shards)
-    if split == "columns":
-        split_by_columns(path)
+    path = write(tmp_path, "meta", config, make_weights(config), shards=shards, embedding_split=split)
     assert_both_read_the_same(path, config)
 
 

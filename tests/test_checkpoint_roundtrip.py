@@ -9,17 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from checkpoint_cases import (
-    FAMILIES,
-    FORMATS,
-    LLAMA2,
-    LLAMA31,
-    assert_same,
-    holds,
-    make_weights,
-    split_by_columns,
-    write,
-)
+from checkpoint_cases import FAMILIES, FORMATS, LLAMA2, LLAMA31, assert_same, holds, make_weights, write
 from nanollama import __main__ as commands
 from nanollama.adapter import Adapter, merged, write_adapter
 from nanollama.checkpoint import CheckpointError, convert, open_checkpoint
@@ -99,9 +89,7 @@ def test_any_shape_survives_a_tour_of_the_formats(
 def test_shards_merge_bit_for_bit(tmp_path: Path, shards: int, split: str, tied: bool) -> None:
     config = replace(LLAMA31, n_heads=16, head_dim=4, tied=tied)
     weights = make_weights(config)
-    path = write(tmp_path, "meta", config, weights, shards=shards)
-    if split == "columns":
-        split_by_columns(path)
+    path = write(tmp_path, "meta", config, weights, shards=shards, embedding_split=split)
     assert len(list(path.glob("*.pth"))) == shards
     assert_same(open_checkpoint(path), config, weights, None)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint_cases import LLAMA2, LLAMA31, LLAMA32, make_weights, split_by_columns, write
+from checkpoint_cases import LLAMA2, LLAMA31, LLAMA32, make_weights, write
 from nanollama.checkpoint import (
     CheckpointError,
     open_checkpoint,
@@ -208,8 +208,7 @@ def test_repeated_kv_heads_that_differ(tmp_path: Path) -> None:
 def test_published_quirks_load(tmp_path: Path) -> None:
     """Llama 2: vocab_size -1, no rope_theta, rope.freqs in the file. 405B on 16 shards: kv heads repeated."""
     config = replace(LLAMA2, max_seq_len=4096)
-    path = write(tmp_path, "meta", config, make_weights(config), shards=2)
-    split_by_columns(path)
+    path = write(tmp_path, "meta", config, make_weights(config), shards=2, embedding_split="columns")
     edit(path / "params.json", vocab_size=-1, rope_theta=..., use_scaled_rope=..., n_kv_heads=...)
     for shard in path.glob("*.pth"):
         resave(shard, lambda s: s.update({"rope.freqs": torch.ones(6)}))

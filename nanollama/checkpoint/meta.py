@@ -245,12 +245,13 @@ def write_meta(
     tokenizer: Path | None = None,
     shards: int = 1,
     dtype: torch.dtype | None = None,
+    embedding_split: str = "rows",
 ) -> None:
     """Write a Meta folder that Meta's own code opens, streaming; weights as `open_checkpoint` returns them, or a dict.
 
     tokenizer: a file of any kind, written as tokenizer.model. shards: 1 to 16, read by as many processes of Meta's code
-    (more shards than kv heads: each head is repeated, as in the 16-shard 405B). The embedding is split by rows, as
-    in Llama 3 and all of today's code.
+    (more shards than kv heads: each head is repeated, as in the 16-shard 405B). embedding_split: "rows" as in Llama 3
+    and all of today's code, "columns" as in Llama 2.
     Raises CheckpointError when the model cannot be said in params.json or split so.
     """
     folder = Path(folder)
@@ -260,9 +261,12 @@ def write_meta(
     vocabulary = None if tokenizer is None else fitting(read(tokenizer), config.vocab_size)
     with staged(folder) as stage:
         for s in range(shards):
-            parts = {n: _shard(folder, n, entry, s, shards, config) for n, entry in entries.items()}
+            parts = {n: _shard(folder, n, entry, s, shards, config, embedding_split) for n, entry in entries.items()}
+            aliases = {HEAD: EMBEDDING} if config.tied else {}
+            if config.tied and embedding_split != "rows" and shards > 1:
+                parts[HEAD], aliases = _shard(folder, HEAD, entries[EMBEDDING], s, shards, config, "rows"), {}
             with stage.open(f"consolidated.{s:02d}.pth") as file:
-                write_pth(file, parts, {HEAD: EMBEDDING} if config.tied else None)
+                write_pth(file, parts, aliases)
         for file_name, data in meta_files(vocabulary).items() if vocabulary else ():
             stage.bytes(file_name, data)
         stage.text("params.json", json.dumps(params, indent=2) + "\n")
@@ -319,13 +323,13 @@ def _ffn_numbers(dim: int, hidden_dim: int) -> tuple[int, float | None]:
     return hidden_dim, None if plain <= hidden_dim else hidden_dim / plain
 
 
-def _shard(where: Path, name: str, entry: Lazy, s: int, shards: int, config: ModelConfig) -> Lazy:
+def _shard(where: Path, name: str, entry: Lazy, s: int, shards: int, config: ModelConfig, embedding_split: str) -> Lazy:
     """Shard s of a whole weight: the inverse of `merge_shards`."""
     if shards == 1 or len(entry.shape) == 1:
         return entry
     if name.endswith(KV) and shards > config.n_kv_heads:
         n, first = config.head_dim, s * config.n_kv_heads // shards * config.head_dim
-    elif name.endswith(ROW_PARALLEL):
+    elif name.endswith(ROW_PARALLEL) or (name == EMBEDDING and embedding_split == "columns"):
         return _columns(where, name, entry, s, shards)
     else:
         n = entry.shape[0] // shards

@@ -20,7 +20,7 @@ from parity.contract import UsageError
 from parity.peers.page import markdown, text
 from parity.peers.registry import PEERS, Peer
 from parity.peers.run import Row, chosen, run
-from parity.runner import cache_folder, workspace
+from parity.machine import cache_folder, workspace
 
 
 def unexpected(peer: Peer, row: Row) -> str | None:
