@@ -165,7 +165,8 @@ class Runner:
             ev.prepare(cores(), dtypes)
             if in_doubt(ev, dtypes):
                 self._coarse_oracle(ev, dtypes)
-            self.notices += precision.remarks(ev, dtypes, self._in_other_precisions)
+            judged = ev.be_lenient() if ev.coarse is not None else ev
+            self.notices += precision.remarks(judged, dtypes, self._in_other_precisions)
             self.peak_bytes = max(self.peak_bytes, anonymous_bytes(os.getpid()))
             if self.large:
                 for path in group:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from hostile_cases import ANSWERS, Called, Model, Server, Trainer, judge, spoiled
+from hostile_cases import ANSWERS, TABLES, Called, Model, Server, Trainer, judge, spoiled
 from parity.contract import Result, Status
 
 BAD = (Status.FAIL, Status.ERROR)
@@ -93,6 +93,38 @@ def test_a_hostile_server_passes_no_gate(kind: str, tmp_path: Path) -> None:
 
     results, verdict = judge(load, tmp_path)
     assert verdict == "fail", [r for r in results if r.check in ("argmax", "greedy")]
+
+
+def right_listing(ids: list[int]) -> dict[int, dict[int, float]]:
+    """Every token's log-probability at every position."""
+    rows = TABLES["logits"][torch.tensor(ids)].double().log_softmax(-1)
+    return {position: dict(enumerate(row.tolist())) for position, row in enumerate(rows)}
+
+
+LISTINGS: dict[str, Any] = {
+    "None": lambda ids: None,
+    "a list": lambda ids: [0.0],
+    "rows of numbers": lambda ids: {0: -1.0},
+    "a position beyond": lambda ids: {len(ids): {0: -1.0}},
+    "an id beyond": lambda ids: {0: {10**6: -1.0}},
+    "words": lambda ids: {0: {0: "likely"}},
+    "NaN": lambda ids: right_listing(ids) | {0: {0: float("nan")}},
+    "inf": lambda ids: right_listing(ids) | {0: {0: -float("inf")}},
+    "off": lambda ids: {p: {i: x - 1e-3 for i, x in row.items()} for p, row in right_listing(ids).items()},
+    "raises": lambda ids: {}[0],
+}
+
+
+@pytest.mark.parametrize("kind", ["right", *LISTINGS])
+def test_hostile_log_probabilities_pass_no_gate(kind: str, tmp_path: Path) -> None:
+    class Listing(Server):
+        def log_probs(self, ids: list[int], positions: list[int]) -> Any:
+            return LISTINGS.get(kind, right_listing)(ids)
+
+    results, verdict = judge(Listing, tmp_path)
+    found = {r.status for r in of(results, "logits")}
+    assert (verdict, found) == ("pass", {Status.PASS}) if kind == "right" else verdict == "fail" and found & set(BAD)
+    assert {r.status for r in of(results, "argmax")} == {Status.PASS}  # what the others found is kept
 
 
 def test_a_right_server_passes_by_its_tokens(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_every_row_feeds_a_check_and_says_what_its_absence_means() -> None:
 def test_nanollama_has_the_whole_interface_but_its_alternatives() -> None:
     nano = Nano.__new__(Nano)
     found = Interface(nano)
-    assert found.ignored == {} and {m.name for m in METHODS} - found.has == {"next_tokens"}
+    assert found.ignored == {} and {m.name for m in METHODS} - found.has == {"next_tokens", "log_probs"}
     assert Interface(NanoTrainer(nano), TRAINER).has == {m.name for m in TRAINER}
 
 

@@ -98,6 +98,7 @@ def test_a_right_server_passes(name: str, dtype: str, files: Path) -> None:
     assert code == (0 if dtype == "fp32" else 3), report["why"]  # fp16 alone is limited
     assert {r["check"] for r in report["results"] if r["status"] == "pass"} == {"logits", "kl", "argmax", "greedy"}
     assert any("prompts are sent as text" in note for note in report["notices"])
+    assert not any("precision" in note or "probably computes" in note for note in report["notices"])
 
 
 @pytest.mark.parametrize(("name", "said"), [("q8_0", "int8"), ("q4_0", "int4")])
