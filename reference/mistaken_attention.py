@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from reference.files import Config
-from reference.oracle import Operation
+from reference.oracle import Layer, Operation
 from reference.rounding import BF16, FP16, Round, exact
 
 See = Callable[[Tensor, Tensor], Tensor]  # positions of queries (T, 1) and keys (T,) -> True where seen
@@ -36,8 +36,8 @@ def mixed(
 ) -> Operation:
     """Right by default. sink: a score of 0 that belongs to no key takes part in the softmax."""
 
-    def attn_mix(layer: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        config, n_rep = layer.oracle.config, q.shape[1] // k.shape[1]  # type: ignore[attr-defined]
+    def attn_mix(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        config, n_rep = layer.oracle.config, q.shape[1] // k.shape[1]
         k, v = (heads(cache_as(x), n_rep).transpose(0, 1) for x in (k, v))
         at = torch.arange(len(q))
         scores = scores_as(queries_as(q).transpose(0, 1) @ k.transpose(1, 2) * scale(config))  # (H, T, T)

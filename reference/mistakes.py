@@ -187,9 +187,8 @@ def _norms(config: Config) -> Iterator[Mistake]:
         yield Mistake(f"the norms {name}", changed=_all_norms(norm))
     yield Mistake("the final norm is skipped", changed={"final_norm": lambda oracle, x: x})
     yield Mistake("the layers' norms are skipped", changed=_block_norms(lambda x, w, eps: x))
-    yield Mistake("attention's and feed-forward's norm weights are exchanged", changed={
-        tap: lambda layer, x, name=name: layer._norm(name, x)
-        for tap, name in zip(NORMS, reversed(NORMS.values()), strict=True)})  # fmt: skip
+    exchanged = {tap: _norm_of(name) for tap, name in zip(NORMS, reversed(NORMS.values()), strict=True)}
+    yield Mistake("attention's and feed-forward's norm weights are exchanged", changed=exchanged)
     yield Mistake("each norm follows its block, not the other way round", changed={
         "attn_norm": lambda layer, x: x,
         "attn_out": lambda layer, x: layer.attn_norm(layer.attn_out(x)),
@@ -212,6 +211,10 @@ def _norms(config: Config) -> Iterator[Mistake]:
     yield Mistake("the embedding is multiplied by sqrt(dim)", changed={"embed": lambda oracle: oracle.embed() * root})
     yield Mistake("queries and keys are normed (QK-norm)", changed={
         "q": lambda layer, x: _unit(layer.q(x), layer), "k": lambda layer, x: _unit(layer.k(x), layer)})  # fmt: skip
+
+
+def _norm_of(name: str) -> Operation:
+    return lambda layer, x: ops.rms_norm(x, _weight(layer, name), layer.oracle.config["norm_eps"])
 
 
 def _unit(x: Tensor, layer: Layer) -> Tensor:

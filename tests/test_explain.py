@@ -13,6 +13,7 @@ from mistaken_ports import PLANTED, UNKNOWN
 from parity.candidates.mutants.edit import Edit, edited
 from parity.candidates.mutants.forward import NOTHING
 from parity.causes import View, signature
+from parity.explain import chosen_rows
 from parity.explained import Explained, of_size
 from parity.family import FAMILY
 from parity.synth import write_meta
@@ -57,8 +58,10 @@ def remembered(tap: str, name: str, compute: Callable[[], Tensor | None]) -> Ten
 
 
 @torch.inference_mode()
-def said(checkpoint: Path, edit: Edit, tap: str, dtype: torch.dtype = torch.float32) -> Explained:
-    candidate = edited(edit)(str(checkpoint), dtype, "cpu")
+def said(
+    checkpoint: Path, edit: Edit, tap: str, dtype: torch.dtype = torch.float32, attention: str = "exact"
+) -> Explained:
+    candidate = edited(edit, attention)(str(checkpoint), dtype, "cpu")
     tokens = torch.tensor([TOKENS])
     value = (candidate(tokens) if tap == "logits" else candidate.taps(tokens)[tap])[0]
     rows = ROWS if tap == "logits" else torch.arange(len(TOKENS))
@@ -118,3 +121,32 @@ def test_a_planted_mistake_is_named_at_its_tap(edit: Edit, tap: str, words: str,
         assert found.name is not None, str(found)
         named = found.name
     assert words in named
+
+
+@pytest.mark.parametrize("attention", ["exact", "fast"])
+def test_a_lower_precision_than_claimed_is_told(attention: str, checkpoint: Path) -> None:
+    found = said(checkpoint, NOTHING, "logits", torch.bfloat16, attention)
+    assert str(found).startswith("it computes in bf16"), str(found)
+
+
+@pytest.mark.parametrize(
+    ("error", "alike", "told"), [(0.9, 0.5, "bf16"), (0.9, 0.1, None), (3.0, 0.9, None), (0.2, 0.9, None)]
+)
+def test_a_size_alone_tells_no_precision(error: float, alike: float, told: str | None) -> None:
+    found = of_size(error, {"bf16": (1.0, "the references'", alike), "fp16": (1e-3, "the references'", 0.9)})
+    assert (found and found[0]) == told
+
+
+def test_what_explains_less_than_nine_tenths_has_no_name() -> None:
+    best = [("A", 0.899), ("B", 0.5), ("C", 0.2), ("D", 0.1)]
+    found = Explained("logits", "fp32", None, best, None, 120, 160, 160)
+    assert found.name is None and not found.told
+    assert str(found).endswith("the nearest are A (89.90%), B (50.00%), C (20.00%)")
+    assert found.as_json()["best"][0] == {"mistake": "A", "share": 0.899}
+    tied = Explained("logits", "fp32", None, [("A", 0.95), ("B", 0.95), ("C", 0.9)], None, 120, 160, 160)
+    assert tied.name == "A, or B" and "the next explains 90.00%: C" in str(tied)
+
+
+def test_half_of_the_rows_lie_behind_the_first_wrong_one() -> None:
+    rows = chosen_rows(320, 256)
+    assert rows[0] == 0 and rows[-1] == 319 and int((rows >= 256).sum()) >= 32 and len(rows) <= 64
