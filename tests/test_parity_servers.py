@@ -13,7 +13,7 @@ from torch import Tensor
 from mutant_evidence import base, judge
 from nanollama.tokenizer import open_tokenizer
 from nanollama.tokenizer.base import Tokenizer
-from parity import mutants, runner
+from parity import machine, mutants
 from parity.candidates.endpoint import Endpoint, endpoint_loader, server_name
 from parity.candidates.spelling import Spelling
 from parity.check import main
@@ -278,7 +278,7 @@ def test_servers_say_in_their_own_words_what_they_hold(words: str) -> None:
 def test_both_dtypes_of_a_large_checkpoint_are_judged(
     checkpoint: Path, port: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "SMALL_BYTES", 0)
+    monkeypatch.setattr(machine, "SMALL_BYTES", 0)
     out = tmp_path / "report.json"
     with server(port, Manner(lists="prompt_logprobs")) as found:
         code = run(checkpoint, "--candidate", found.url, "--dtype", "fp32,bf16", "--json", str(out))

@@ -42,8 +42,6 @@ class Spelling:
 
     def _shown(self, token: int) -> str:
         """A token whose bytes are no text is shown as what is text in them."""
-        pieces = self.tokenizer.pieces
-        if pieces is not None and token not in pieces.bytes_:
-            return pieces.texts[token]
-        raw = self.tokenizer.token_bytes(token) if pieces is None else pieces.bytes_[token]
-        return raw.decode("utf-8", "ignore")
+        pieces = self.tokenizer.shown
+        found = self.tokenizer.token_bytes(token) if pieces is None else pieces[token]
+        return found.decode("utf-8", "ignore") if isinstance(found, bytes) else found

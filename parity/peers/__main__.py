@@ -17,10 +17,10 @@ from typing import Any
 
 from parity.cli import Parser
 from parity.contract import UsageError
+from parity.machine import cache_folder, workspace
 from parity.peers.page import markdown, text
 from parity.peers.registry import PEERS, Peer
 from parity.peers.run import Row, chosen, run
-from parity.machine import cache_folder, workspace
 
 
 def unexpected(peer: Peer, row: Row) -> str | None:

@@ -70,18 +70,18 @@ print(json.load(open("x-hf/config.json"))["rms_norm_eps"], model.layer_norm_epsi
     Peer("keras-hub-eps", "KerasHub, its eps put right", f"{PORTS}.keras_hub_port:eps", "3.1-hf", "keras-hub",
          packages=KERAS, conditions="`epsilon` of each layer set to the checkpoint's"),
     Peer("tinygrad-3", "tinygrad.llm on Llama 3", f"{PORTS}.tinygrad_port:load", "3-gguf-fp32", "tinygrad", "fp32",
-         packages=("tinygrad",), conditions="clang installed; weights and cache in float32 for its float16"),
+         packages=("tinygrad",), conditions="clang installed; weights and cache in float32 for its float16; "
+         "tinygrad.llm.kernels, which its wheel lacks, replaced"),
     Peer("tinygrad-3.1", "tinygrad.llm on Llama 3.1", f"{PORTS}.tinygrad_port:load", "3.1-gguf-fp32", "tinygrad",
          "fp32", packages=("tinygrad",), conditions="as above",
          finding="**a bug**: no RoPE scaling; rope_freqs.weight, which holds it, is loaded by name and unused",
          repeat="""
 import os
 os.environ["HALF"] = "0"
-from tinygrad.llm.gguf import gguf_load
-from tinygrad.llm.model import Transformer
-model, keys = Transformer.from_gguf("x.gguf", 64)
-print(gguf_load("x.gguf")[1]["rope_freqs.weight"].numpy())  # not all 1: the scaling of Llama 3.1
-print(model.blk[0].config.rope_theta, hasattr(model, "rope_freqs"))  # all that its table is made of
+from tinygrad.llm import gguf
+print(gguf.gguf_load("x.gguf")[1]["rope_freqs.weight"].numpy())  # not all 1: the scaling of Llama 3.1
+source = open(gguf.__file__.replace("gguf.py", "model.py")).read()
+print([line for line in source.splitlines() if "rope_freqs" in line])  # "NOTE: rope_freqs.weight (32,) is unused"
 """),
     Peer("llama-2-jax-mha", "llama-2-jax, a kv head a query head", f"{PORTS}.llama2_jax_port:load", "2-mha-hf",
          "llama-2-jax", "fp32", packages=JAX, clone="ayaka14732/llama-2-jax"),

@@ -1,6 +1,9 @@
 """tinygrad's own Llama (tinygrad.llm, from PyPI) on a .gguf, weights and cache in float32. It compiles with clang."""
 
 import os
+import sys
+import types
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,22 +11,33 @@ from torch import Tensor
 
 os.environ["HALF"] = "0"  # else it rounds what the file holds to float16; read when the file is
 import tinygrad
-from tinygrad.llm.model import Transformer, precompute_freqs_cis
+
+# The wheel of 0.14.0 lacks this module: layers for AMD's graphics cards, which are nn.Linear elsewhere.
+kernels: Any = types.ModuleType("tinygrad.llm.kernels.amd")
+kernels.Linear, kernels.amd_custom_kernels_supported = tinygrad.nn.Linear, lambda device: False
+kernels.gated_delta_prefill = kernels.flash_attention = None
+sys.modules.setdefault("tinygrad.llm.kernels", types.ModuleType("tinygrad.llm.kernels"))
+sys.modules.setdefault("tinygrad.llm.kernels.amd", kernels)
+import tinygrad.llm.model as llm  # noqa: E402
 
 POSITIONS, STEP = 640, 320  # lengths are padded: each is compiled
+
+
+class Wide:
+    """tinygrad's dtypes, but that its caches, which say `half`, are float32."""
+
+    half = tinygrad.dtypes.float32
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(tinygrad.dtypes, name)
 
 
 class Port:
     dtypes = ("fp32",)
     max_positions = POSITIONS
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
-        for block in model.blk:  # its caches are float16, unless they are there before the first call
-            c = block.config
-            size = (2, 1, c.n_kv_heads, c.max_context, c.head_dim)
-            block.cache_kv = tinygrad.Tensor.zeros(*size, dtype=tinygrad.dtypes.float32).contiguous().realize()
-            block.freqs_cis = precompute_freqs_cis(c.rope_dim, c.max_context, c.rope_theta)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         return torch.cat([self._row(row) for row in tokens])
@@ -39,4 +53,5 @@ class Port:
 
 
 def load(checkpoint: str, dtype: torch.dtype, device: str) -> Port:
-    return Port(Transformer.from_gguf(checkpoint, POSITIONS)[0])
+    llm.dtypes = Wide()
+    return Port(llm.Transformer.from_gguf(checkpoint, POSITIONS)[0])
