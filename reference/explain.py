@@ -88,7 +88,7 @@ def head(oracle: Oracle, normed: Tensor, mistake: Mistake) -> Tensor:
     parts, kind = chosen.split(HEAD_BLOCK), oracle.rounding or torch.float64
     load = oracle.checkpoint.weights.load
     rows = torch.cat([load(name, kind, start=int(part[0]), stop=int(part[-1]) + 1).double() for part in parts])
-    rounded = oracle.rounded if mistake.head else NOTHING
+    rounded = oracle.rounded if mistake.head is None else mistake.head
     logits = rounded.inputs(normed) @ rounded.weights(rows).T
     return logits if mistake.whole is None else HALVES[mistake.whole](logits)
 

@@ -31,7 +31,7 @@ class Mistake:
     changed: Mapping[str, Operation] = field(default_factory=dict)  # by tap
     rounded: Rounded = NOTHING
     order: tuple[int, ...] | None = None  # of the layers
-    head: bool = True  # whether the output head is rounded as the layers are
+    head: Rounded | None = None  # of the output head, where not as of the layers
     whole: str | None = None  # the precision of all of its arithmetic, where that is the mistake
 
     def applied(self, right: Oracle) -> Oracle:
@@ -264,6 +264,15 @@ def _cache() -> Iterator[Mistake]:
 INTEGERS = ("int8", "int8/32", "int8/64", "int8/128", "int4/32", "int4/64", "int4/128", "int4", "int6/16", "int5/32")
 
 
+def ggml_q8_0(x: Tensor) -> Tensor:
+    """(n, K), K a multiple of 32 -> blocks of 32 with a scale stored in fp16: weights, and inputs of products."""
+    if x.shape[-1] % 32:
+        return x
+    blocks = x.unflatten(-1, (-1, 32))
+    step = blocks.abs().amax(-1, keepdim=True) / 127
+    return ((blocks / torch.where(step == 0, 1.0, step)).round() * FP16(step)).flatten(-2)
+
+
 def ggml_q4_0(x: Tensor) -> Tensor:
     """(n, K), K a multiple of 32 -> blocks of 32 by 16 steps, the largest number of a block being -8 of them."""
     if x.shape[-1] % 32:
@@ -284,21 +293,29 @@ def scaled_fp8(x: Tensor) -> Tensor:
 def _weights() -> Iterator[Mistake]:
     """Weights, inputs of linear layers, and both; with the output head and without it."""
     ways = {name: rounding(name) for name in (*INTEGERS, *FLOATS)}
-    ways |= {"fp8 with a scale for each row": scaled_fp8, "int4/32 as ggml's Q4_0": ggml_q4_0}
-    both = [("int8/32", "int8/32"), ("int8", "int8"), ("int4/32 as ggml's Q4_0", "int8/32")]
+    ways["fp8 with a scale for each row"] = scaled_fp8
+    both = [("int8/32", "int8/32"), ("int8", "int8")]
     both += [("fp8 with a scale for each row", "fp8 with a scale for each row")]
-    for head, layers in ((True, ""), (False, " of the layers, not of the head,")):
+    for head, but in ((None, ""), (NOTHING, ", not of the head,")):
         for name, way in ways.items():
-            yield Mistake(f"weights{layers} are rounded to {name}", rounded=Rounded(weights=way), head=head)
+            yield Mistake(f"weights{but} are rounded to {name}", rounded=Rounded(weights=way), head=head)
         for name in ("int8/32", "int8", *FLOATS):
             rounded = Rounded(inputs=rounding(name))
-            yield Mistake(f"the inputs of linear layers{', not of the head,' * (not head)} are rounded to {name}",
-                          rounded=rounded, head=head)  # fmt: skip
+            yield Mistake(f"the inputs of linear layers{but} are rounded to {name}", rounded=rounded, head=head)
     for weights, inputs in both:
         yield Mistake(f"weights are rounded to {weights}, the inputs of linear layers to {inputs}",
                       rounded=Rounded(ways[weights], ways[inputs]))  # fmt: skip
+    q8 = Rounded(ggml_q8_0, ggml_q8_0)
+    for name, way in {"Q8_0": ggml_q8_0, "Q4_0": ggml_q4_0}.items():
+        says = f"weights and embedding are ggml's {name}, inputs of linear layers Q8_0"
+        yield Mistake(says, rounded=Rounded(way, ggml_q8_0), head=q8, changed={"embed": _embed_as(way)})
+        yield Mistake(f"weights are rounded to ggml's {name}", rounded=Rounded(way), head=Rounded(ggml_q8_0))
     for name, low in HALVES.items():
         yield Mistake(f"linear layers compute in {name}: their weights and inputs", rounded=Rounded(low, low))
+
+
+def _embed_as(way: Round) -> Operation:
+    return lambda oracle: way(oracle.embed())
 
 
 def _precision() -> Iterator[Mistake]:

@@ -52,7 +52,10 @@ def test_what_is_declared_passes(port: str, verdict: str, gguf: Path, tmp_path: 
     ("port", "named"),
     [
         ("default", "attention (queries, keys, values, weights) is in fp16"),
-        ("q8_0", "weights are rounded to int8/32, the inputs of linear layers to int8/32"),
+        (
+            "q8_0",
+            "weights and embedding are ggml's Q8_0, inputs of linear layers Q8_0",
+        ),
         ("q4_0_said_to_be_q8_0", "Q4_0"),
     ],
 )
