@@ -90,7 +90,7 @@ def test_an_unknown_row_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_page_shows_failures_with_their_reproduction_and_rows_that_were_not_run() -> None:
-    bad = next(p for p in PEERS if p.finding.startswith("**a bug**"))
+    bad = next(p for p in PEERS if p.finding.startswith("**A bug**"))
     rows = {
         bad.name: peers.row(bad, report(result("logits", "rho", "fp32", 5.0, "fail"), cause="a|b"), "1.2").as_json()
     }
@@ -98,7 +98,7 @@ def test_the_page_shows_failures_with_their_reproduction_and_rows_that_were_not_
     made = page.markdown(rows, "torch 2")
     assert f"| `{bad.name}`: {bad.of} | 1.2 | FAIL |" in made and "a\\|b" in made
     assert "NOT RUN" in made and "needs a clone" in made
-    assert f"### {bad.of} 1.2\n\n{bad.finding}." in made and bad.repeat.strip().splitlines()[0] in made
+    assert f"### {bad.of}, 1.2\n\n{bad.finding}." in made and bad.repeat.strip().splitlines()[0] in made
 
 
 def test_a_wrong_port_becomes_a_failed_row(tmp_path: Path) -> None:

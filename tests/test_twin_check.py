@@ -46,7 +46,8 @@ def checked(tmp_path: Path, ckpt: Path, candidate: str, *more: str) -> tuple[int
 def test_a_mistake_that_trained_weights_hide_is_found_on_the_twin(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, report = checked(tmp_path, trained, f"{PORT}:wrong_eps", "--junit", str(tmp_path / "junit.xml"))
+    files = ("--junit", str(tmp_path / "junit.xml"), "--html", str(tmp_path / "report.html"))
+    code, report = checked(tmp_path, trained, f"{PORT}:wrong_eps", *files)
     said = capsys.readouterr().out
     failed = {(r["checkpoint"], r["check"]) for r in report["results"] if r["status"] == "fail"}
     assert {("twin", "taps"), ("twin", "logits")} <= failed and {where for where, _ in failed} == {"twin"}
@@ -56,6 +57,7 @@ def test_a_mistake_that_trained_weights_hide_is_found_on_the_twin(
     assert report["twin"]["status"] == "run" and report["twin"]["checkpoint"]["config"]["n_layers"] == 4
     assert "first departs, in the twin, at layers.0.attn_norm" in said
     assert "twin, fp32" in (tmp_path / "junit.xml").read_text()
+    assert "First divergence, in the seeded twin" in (tmp_path / "report.html").read_text()
 
 
 def test_without_the_twin_it_passes_and_the_report_says_what_goes_unseen(

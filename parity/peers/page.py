@@ -57,9 +57,8 @@ def _cells(peer: Peer, row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _failure(peer: Peer, row: dict[str, Any]) -> list[str]:
-    lines = [f"### {peer.of} {row['version']}", "", f"{(peer.finding or 'not explained yet').capitalize()}.", ""]
-    if peer.finding.startswith("**"):
-        lines[2] = f"{peer.finding}."
+    said = peer.finding or "Not explained yet"
+    lines = [f"### {peer.of}, {row['version']}", "", f"{said}.", ""]
     return [*lines, "```python", *peer.repeat.strip().splitlines(), "```", ""] if peer.repeat else lines
 
 

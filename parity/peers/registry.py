@@ -38,7 +38,7 @@ PEERS: tuple[Peer, ...] = (
          "fp32", conditions="cache in float32; the reference has the file's weights"),
     Peer("llama.cpp-default", "llama.cpp, its default cache", f"{PORTS}.llamacpp_port:load", "3.1-gguf-fp32",
          "llama-cpp-python", "fp32", conditions="cache in float16",
-         finding="a real deviation, by design: keys and values are rounded to float16, attention computes with them",
+         finding="A real deviation, by design: keys and values are rounded to float16, attention computes with them",
          repeat="""
 import llama_cpp, numpy as np
 ids = list(range(3, 63))
@@ -50,7 +50,7 @@ print(np.abs(last(llama_cpp.GGML_TYPE_F16) - last(llama_cpp.GGML_TYPE_F32)).max(
 """),
     Peer("llama.cpp-q8_0", "llama.cpp, Q8_0 file", f"{PORTS}.llamacpp_port:f32", "3.1-gguf-q8_0", "llama-cpp-python",
          "fp32", conditions="cache in float32; the reference has the file's weights, in float32",
-         finding="a real deviation, by design: before a product with Q8_0 weights ggml rounds the inputs to int8, too",
+         finding="A real deviation, by design: before a product with Q8_0 weights ggml rounds the inputs to int8, too",
          repeat="""
 # ggml-cpu/ggml-cpu.c, type_traits_cpu[GGML_TYPE_Q8_0]: vec_dot_type = GGML_TYPE_Q8_0 is what inputs are rounded to
 import gguf, numpy as np
@@ -59,7 +59,7 @@ rounded = gguf.dequantize(gguf.quantize(x, gguf.GGMLQuantizationType.Q8_0), gguf
 print(np.abs(x - rounded).max())
 """),
     Peer("keras-hub", "KerasHub, torch backend", f"{PORTS}.keras_hub_port:load", "3.1-hf", "keras-hub", packages=KERAS,
-         finding="**a bug**: its converter of Hugging Face folders drops `rms_norm_eps`; every model gets 1e-6",
+         finding="**A bug**: its converter of Hugging Face folders drops `rms_norm_eps`; every model gets 1e-6",
          repeat="""
 import json, os
 os.environ["KERAS_BACKEND"] = "torch"
@@ -74,7 +74,7 @@ print(json.load(open("x-hf/config.json"))["rms_norm_eps"], model.layer_norm_epsi
          "tinygrad.llm.kernels, which its wheel lacks, replaced"),
     Peer("tinygrad-3.1", "tinygrad.llm on Llama 3.1", f"{PORTS}.tinygrad_port:load", "3.1-gguf-fp32", "tinygrad",
          "fp32", packages=("tinygrad",), conditions="as above",
-         finding="**a bug**: no RoPE scaling; rope_freqs.weight, which holds it, is loaded by name and unused",
+         finding="**A bug**: no RoPE scaling; rope_freqs.weight, which holds it, is loaded by name and unused",
          repeat="""
 import os
 os.environ["HALF"] = "0"
@@ -87,19 +87,22 @@ print([line for line in source.splitlines() if "rope_freqs" in line])  # "NOTE: 
          "llama-2-jax", "fp32", packages=JAX, clone="ayaka14732/llama-2-jax"),
     Peer("llama-2-jax-gqa", "llama-2-jax, grouped heads as in Llama 2 70B", f"{PORTS}.llama2_jax_port:load", "2-gqa-hf",
          "llama-2-jax", "fp32", packages=JAX, clone="ayaka14732/llama-2-jax",
-         finding="**a bug**: query heads are mapped to kv heads round robin (query head h reads kv head h mod K)",
+         finding="**A bug**: query heads are mapped to kv heads round robin (query head h reads kv head h mod K)",
          repeat="""
-# lib/llama_params/convert_params.py reshapes q_proj to (d_model, n_rep_kv, n_heads_kv, d_k): head h is (h // K, h % K).
-import torch
-heads, kv_heads = 8, 2
-print(torch.arange(heads).view(heads // kv_heads, kv_heads)[:, 0])  # its queries of kv head 0: 0, 2, 4, 6
-print(torch.arange(heads).view(kv_heads, heads // kv_heads)[0])  # transformers' repeat_kv: 0, 1, 2, 3
+import jax, torch
+from types import SimpleNamespace
+jax.tree_map = jax.tree.map
+from lib.llama_params.convert_params import convert_q_proj
+sizes = SimpleNamespace(d_model=8, n_rep_kv=4, n_heads_kv=2, d_k=1)  # 8 query heads on 2 kv heads
+rows = torch.nn.Linear(8, 8, bias=False).requires_grad_(False)
+rows.weight[:] = torch.arange(8.0)[:, None]  # row h belongs to query head h
+print(convert_q_proj(rows, model_config=sizes)[0, :, 0, 0])  # those of kv head 0: 0, 2, 4, 6; repeat_kv has 0, 1, 2, 3
 """),
     Peer("nano-llama31", "nano-llama31 on Llama 3.1", f"{PORTS}.nano_llama31_port:load", "3.1-meta", "nano-llama31",
          clone="karpathy/nano-llama31"),
     Peer("nano-llama31-3.2", "nano-llama31 on Llama 3.2's scaling", f"{PORTS}.nano_llama31_port:load", "3.2-meta",
          "nano-llama31", clone="karpathy/nano-llama31",
-         finding="**a bug**: `apply_scaling` hard-codes a factor of 8, which params.json's 32 does not reach",
+         finding="**A bug**: `apply_scaling` hard-codes a factor of 8, which params.json's 32 does not reach",
          repeat="""
 import llama31, torch
 plain = 1 / 500000.0 ** (torch.arange(0, 16, 2)[:8].float() / 16)
