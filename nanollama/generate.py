@@ -111,7 +111,6 @@ class Llama:
         adapter: str | Path | None = None,
         dtype: str | None = None,
         device: str = "cpu",
-        attention: str = "fast",
         quantize: str | None = None,
         compile: Literal["auto", "on", "off"] = "auto",
         say: Callable[[str], None] | None = None,
@@ -135,9 +134,9 @@ class Llama:
         if adapter is not None:
             weights = merged(weights, read_adapter(adapter, config))
         if quantize is None:
-            model = Transformer.from_weights(config, weights, dtype=wanted, device=device, attention=attention)
+            model = Transformer.from_weights(config, weights, dtype=wanted, device=device)
         else:
-            model = load_quantized(config, weights, quantize, dtype=wanted, attention=attention).to(device)
+            model = load_quantized(config, weights, quantize, dtype=wanted).to(device)
         return cls(model.eval(), opened, compile=compile, say=say, drafter=drafter)
 
     @property

@@ -139,19 +139,14 @@ def apply_head(model: Transformer, hidden: Tensor) -> Tensor:
 
 
 def load_quantized(
-    config: ModelConfig,
-    weights: Mapping[str, Tensor],
-    scheme: str,
-    *,
-    dtype: torch.dtype | None = None,
-    attention: str = "fast",
+    config: ModelConfig, weights: Mapping[str, Tensor], scheme: str, *, dtype: torch.dtype | None = None
 ) -> Transformer:
     """A quantised model straight from a checkpoint's weights, read one matrix at a time and let go.
 
     dtype: of activations, norms and embedding; None: as stored. Raises ValueError for an unknown scheme.
     """
     with torch.device("meta"):
-        model = Transformer(config, attention=attention)
+        model = Transformer(config)
     dtype = dtype or weights["norm.weight"].dtype
     if scheme not in SCHEMES:
         raise ValueError(f"quantize is {scheme!r}: expected one of {', '.join(SCHEMES)}")

@@ -46,11 +46,11 @@ def convert(
     opened = open_checkpoint(src)
     opened = change(opened) if change else opened
     vocabulary = Path(tokenizer) if tokenizer is not None else opened.tokenizer
-    model = (opened.config, opened.weights)
+    model, floats = (opened.config, opened.weights), DTYPES.get(dtype or "")
     if format == "meta":
-        write_meta(dst, *model, tokenizer=vocabulary, shards=shards, dtype=DTYPES.get(str(dtype)))
+        write_meta(dst, *model, tokenizer=vocabulary, shards=shards, dtype=floats)
     elif format == "hf":
-        write_hf(dst, *model, tokenizer=vocabulary, dtype=DTYPES.get(str(dtype)))
+        write_hf(dst, *model, tokenizer=vocabulary, dtype=floats)
     elif format == "gguf":
         write_gguf(dst, *model, tokenizer=vocabulary, dtype=dtype, name=opened.path.stem)
     else:

@@ -153,21 +153,19 @@ def write_bin(
     *,
     tokenizer: Path | None = None,
     version: int = 0,
-    group_size: int = 64,
 ) -> None:
     """Write a .bin that llama2.c's programs read: version 0 for run.c, 1 (fp32), 2 (int8) for runq.c; streaming.
 
     tokenizer: a file of any sentencepiece kind, written as tokenizer.bin beside the file, as the programs expect.
-    group_size: int8 weights that share a scale; halved until it divides dim and hidden_dim, as runq.c needs. Raises
-    CheckpointError for a model that the C programs would compute differently.
+    64 int8 weights share a scale, or as many as divide dim and hidden_dim, as runq.c needs. Raises CheckpointError for
+    a model that the C programs would compute differently.
     """
     path = Path(path)
     if version not in HEADER_BYTES:
         raise CheckpointError(path, f"version {version} of llama2.c's format is unknown: choose 0, 1 or 2")
     _refuse_what_c_cannot(path, config)
     entries = to_write(path, config, weights, torch.float32)
-    while config.dim % group_size or config.hidden_dim % group_size:
-        group_size //= 2
+    group_size = math.gcd(64, config.dim, config.hidden_dim)
     files = llama2c_files(read(tokenizer), config.vocab_size) if tokenizer else {}
     with staged(path.parent) as stage:
         for name, data in files.items():

@@ -261,10 +261,10 @@ def write_meta(
     vocabulary = None if tokenizer is None else fitting(read(tokenizer), config.vocab_size)
     with staged(folder) as stage:
         for s in range(shards):
-            parts = {n: _shard(folder, n, entry, s, shards, config, embedding_split) for n, entry in entries.items()}
+            parts = {n: _shard(n, entry, s, shards, config, embedding_split) for n, entry in entries.items()}
             aliases = {HEAD: EMBEDDING} if config.tied else {}
             if config.tied and embedding_split != "rows" and shards > 1:
-                parts[HEAD], aliases = _shard(folder, HEAD, entries[EMBEDDING], s, shards, config, "rows"), {}
+                parts[HEAD], aliases = _shard(HEAD, entries[EMBEDDING], s, shards, config, "rows"), {}
             with stage.open(f"consolidated.{s:02d}.pth") as file:
                 write_pth(file, parts, aliases)
         for file_name, data in meta_files(vocabulary).items() if vocabulary else ():
@@ -323,23 +323,16 @@ def _ffn_numbers(dim: int, hidden_dim: int) -> tuple[int, float | None]:
     return hidden_dim, None if plain <= hidden_dim else hidden_dim / plain
 
 
-def _shard(where: Path, name: str, entry: Lazy, s: int, shards: int, config: ModelConfig, embedding_split: str) -> Lazy:
-    """Shard s of a whole weight: the inverse of `merge_shards`."""
+def _shard(name: str, entry: Lazy, s: int, shards: int, config: ModelConfig, embedding_split: str) -> Lazy:
+    """Shard s of a whole weight: the inverse of `merge_shards`. `make_params` has seen that the sizes are multiples."""
     if shards == 1 or len(entry.shape) == 1:
         return entry
+    if name.endswith(ROW_PARALLEL) or (name == EMBEDDING and embedding_split == "columns"):
+        rows, n = entry.shape[0], entry.shape[1] // shards
+        return Lazy((rows, n), entry.dtype, lambda start, stop: entry.read(start, stop)[:, s * n : (s + 1) * n])
     if name.endswith(KV) and shards > config.n_kv_heads:
         n, first = config.head_dim, s * config.n_kv_heads // shards * config.head_dim
-    elif name.endswith(ROW_PARALLEL) or (name == EMBEDDING and embedding_split == "columns"):
-        return _columns(where, name, entry, s, shards)
     else:
         n = entry.shape[0] // shards
         first = s * n
     return Lazy((n, *entry.shape[1:]), entry.dtype, lambda start, stop: entry.read(first + start, first + stop))
-
-
-def _columns(where: Path, name: str, entry: Lazy, s: int, shards: int) -> Lazy:
-    if entry.shape[1] % shards:
-        raise CheckpointError(where, f"the {entry.shape[1]} columns of {name} cannot be split into {shards} shards")
-    n = entry.shape[1] // shards
-    shape = (entry.shape[0], n)
-    return Lazy(shape, entry.dtype, lambda start, stop: entry.read(start, stop)[:, s * n : (s + 1) * n])
