@@ -41,25 +41,14 @@ def explain(ev: Evidence, runner: Runner) -> Evidence:
         value = trace.get(pair.dtype, sequence, tap)[rows]
     if not torch.isfinite(value).all():
         return ev
-    folder = runner.folder / "explain"
-    folder.mkdir(exist_ok=True)
-    save_file({"value": value.contiguous(), "rows": rows}, folder / "value.safetensors")
+    asked = runner.folder / "value-to-explain.safetensors"  # not in the folder of the answer, which the cache may fill
+    save_file({"value": value.contiguous(), "rows": rows}, asked)
     case = replace(ev.case, prompts=[tokens], dtypes=[pair.dtype], training=None, **NO_IDENTITY)
-    flags: tuple[str, ...] = (
-        "--of",
-        str(folder / "value.safetensors"),
-        "--tap",
-        tap.split("@")[0],
-        "--seconds",
-        str(SECONDS),
-    )
-    flags += Conditions.of(trace.meta).flags
-    out = runner.run_aside("explain", "reference.explain", case, flags)
-    return (
-        ev
-        if out is None
-        else replace(ev, explained=read(ev, pair, tap, json.loads((out / "explained.json").read_text())))
-    )
+    flags = ("--of", str(asked), "--tap", tap.split("@")[0], "--seconds", str(SECONDS))
+    out = runner.run_aside("explain", "reference.explain", case, (*flags, *Conditions.of(trace.meta).flags))
+    if out is None:
+        return ev
+    return replace(ev, explained=read(ev, pair, tap, json.loads((out / "explained.json").read_text())))
 
 
 def chosen_rows(tokens: int, position: int) -> torch.Tensor:

@@ -210,6 +210,20 @@ def test_a_second_try_runs_no_reference_and_judges_alike(
     assert run("load")["cached"] == [] and "reference.meta" in started
 
 
+def test_a_second_try_names_the_cause_as_the_first_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOLLAMA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NANOLLAMA_TRACE_BYTES", "100000000")
+    synthesise(SMALL, tmp_path / "meta")
+    name = f"{plain_port.__file__}:bare_with_wrong_eps"
+    flags = ["--references", "meta", "--dtype", "fp32", "--max_new_tokens", "2", "--checks", "logits", "--twin", "off"]
+    named = []
+    for _ in range(2):
+        out = tmp_path / "report.json"
+        main(["--ckpt", str(tmp_path / "meta"), "--candidate", name, "--json", str(out), *flags])
+        named.append(json.loads(out.read_text())["first_divergence"]["explained"]["named"])
+    assert named == ["the norms' eps is 1e-05, the config says 2e-05"] * 2
+
+
 def note_processes(monkeypatch: pytest.MonkeyPatch, started: list[str]) -> None:
     """The module of every process that a runner starts."""
     real = runner.started

@@ -116,3 +116,8 @@ def bare(checkpoint: str, dtype: torch.dtype, device: str):  # type: ignore[no-u
     """A callable and nothing else."""
     port = load(checkpoint, dtype, device)
     return lambda tokens: port(tokens)
+
+
+def bare_with_wrong_eps(checkpoint: str, dtype: torch.dtype, device: str):  # type: ignore[no-untyped-def]
+    port = wrong_eps(checkpoint, dtype, device)
+    return lambda tokens: port(tokens)
