@@ -95,14 +95,19 @@ def failed(results: list[Result]) -> list[Result]:
     return [r for r in results if r.status in (Status.FAIL, Status.ERROR)]
 
 
+def wrong(results: list[Result]) -> list[Result]:
+    """Those that were judged and failed: a mutant that crashes is broken itself, and not killed."""
+    return [r for r in results if r.status is Status.FAIL]
+
+
 def killer(results: list[Result], order: tuple[str, ...] = ORDER) -> str | None:
     """The first check, in the order of diagnosis, that failed."""
-    names = {r.check for r in failed(results)}
+    names = {r.check for r in wrong(results)}
     return next((name for name in order if name in names), None)
 
 
 def row_of(ev: Evidence, results: list[Result]) -> Row:
-    bad = failed(results)
+    bad = wrong(results)
     gates = {d: [g for g in GATES if any(r.gate == g and r.dtype in (d, None) for r in bad)] for d in ev.case.dtypes}
     killed_by, found, cause = killer(results), None, None
     if killed_by in ("tokens", "chat"):

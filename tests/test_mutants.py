@@ -9,6 +9,7 @@ from mutant_evidence import judge
 from parity import mutants
 from parity.candidates.mutants import MUTANTS, VARIANTS, Mutant, Variant
 from parity.checks import CHECKS
+from parity.contract import Result, Status
 from parity.report import matrix
 from parity.shapes import SHAPES
 from parity.synth import synthesise
@@ -40,6 +41,12 @@ def test_registry_is_complete_and_unambiguous() -> None:
     assert wanted <= {int(n.rstrip("abcde")) for n in numbers}
     assert {m.killed_by for m in MUTANTS} <= set(CHECKS)
     assert len(VARIANTS) >= 20
+
+
+def test_a_mutant_that_crashes_is_not_killed() -> None:
+    crash = Result("tokens", "G0", Status.ERROR, reason="encode('Hi') raised AttributeError")
+    assert mutants.killer([crash]) is None
+    assert mutants.killer([crash, Result("logits", "G3", Status.FAIL)]) == "logits"
 
 
 def test_only_refuses_a_number_that_no_mutant_has(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,8 @@ def no_bos(tokenizer: Any, text: str, bos: bool) -> list[int]:
 
 
 def gpt2_pattern(tokenizer: Any, text: str, bos: bool) -> list[int]:
-    ranks = tokenizer.model._mergeable_ranks
+    vocabulary = tokenizer.vocabulary
+    ranks = {token: i for i, token in enumerate(vocabulary.tokens[: vocabulary.n_ranks])}
     other = tiktoken.Encoding("gpt2-regex", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
     return [tokenizer.bos_id] * bos + other.encode_ordinary(text)
 
