@@ -23,7 +23,13 @@ def result(check: str, metric: str, dtype: str, value: float, status: str = "pas
 
 def report(*results: dict[str, Any], cause: str | None = None) -> dict[str, Any]:
     first = {"probable_cause": cause} if cause else None
-    fields = {"quantized": [], "notices": ["RoPE table: coarse", "other"], "why": "why", "seconds": 2.0}
+    fields = {
+        "quantized": [],
+        "notices": ["RoPE table: coarse", "other"],
+        "why": "why",
+        "seconds": 2.0,
+        "tokens": {"positions": 9},
+    }
     return {"results": list(results), "first_divergence": first, **fields}
 
 
@@ -61,6 +67,12 @@ def test_a_row_has_the_worst_of_both_references_by_dtype() -> None:
 def test_a_report_without_logits_is_no_pass() -> None:
     row = peers.row(PEERS[0], report(), "1.0")
     assert row.verdicts == {"fp32": "not covered", "bf16": "not covered"} and row.why == "why"
+
+
+def test_a_peer_that_could_not_be_asked_was_not_run() -> None:
+    died = report(result("logits", "rho", "fp32", 0.0, "error")) | {"tokens": {"positions": 0}, "why": "SIGILL"}
+    row = peers.row(PEERS[0], died, "1.0")
+    assert row.verdicts is None and row.why == "could not be run: SIGILL"
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,7 @@ print(convert_q_proj(rows, model_config=sizes)[0, :, 0, 0])  # those of kv head 
          "nano-llama31", clone="karpathy/nano-llama31",
          finding="**A bug**: `apply_scaling` hard-codes a factor of 8, which params.json's 32 does not reach",
          repeat="""
+# In the folder of the clone, with fire and tiktoken installed.
 import llama31, torch
 plain = 1 / 500000.0 ** (torch.arange(0, 16, 2)[:8].float() / 16)
 print((plain / llama31.apply_scaling(plain)).max())  # 8, whatever the checkpoint says

@@ -142,7 +142,9 @@ def version(peer: Peer, python: Path, clones: Path | None) -> str:
 
 
 def row(peer: Peer, report: dict[str, Any], version: str) -> Row:
-    """What the table says, from a report."""
+    """What the table says, from a report; of a peer that could not even be asked, why."""
+    if not report["tokens"]["positions"]:
+        return Row(peer.name, version, why=f"could not be run: {report['why']}")
     verdicts, rho, kl = dict[str, str](), dict[str, float](), dict[str, float]()
     for dtype in peer.dtypes.split(","):
         results = [r for r in report["results"] if r["dtype"] == dtype]
