@@ -46,7 +46,7 @@ def build_parser() -> Parser:
         "--candidate",
         default="nanollama",
         metavar="NAME",
-        help="nanollama, module:attr, file.py:attr, cmd:PROGRAM ... or http://host:port/v1",
+        help="nanollama, module:attr, file.py:attr, torch:file.py:Class, hf:FOLDER, cmd:PROGRAM ... or http://host:port/v1",
     )
     add(
         "--candidate_python",

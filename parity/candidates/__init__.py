@@ -1,5 +1,5 @@
-"""Candidates by name: `nanollama`, `module:attr`, `file.py:attr`, `env:PYTHON file.py:attr`, `cmd:PROGRAM ...`,
-`http://host:port/v1`.
+"""Candidates by name: `nanollama`, `module:attr`, `file.py:attr`, `torch:file.py:Class`, `hf:FOLDER`,
+`env:PYTHON file.py:attr`, `cmd:PROGRAM ...`, `http://host:port/v1`.
 
 `resolve` turns a name into the paths to check: {path: load}, where load(checkpoint, dtype, device) gives a candidate
 (see parity/contract.py). Everything that knows `nanollama` lives in this package.
@@ -26,6 +26,14 @@ def resolve(name: str) -> dict[str | None, Load]:
         from parity.candidates.command import command_loader
 
         return {None: command_loader(name.removeprefix("cmd:"))}
+    if name.startswith("torch:"):
+        from parity.candidates.module.loading import module_loader
+
+        return {None: module_loader(name.removeprefix("torch:"))}
+    if name.startswith("hf:"):
+        from parity.candidates.module.loading import transformers_loader
+
+        return {None: transformers_loader(name.removeprefix("hf:"))}
     if name.startswith("env:"):
         from parity.candidates.environment import environment_loader
 
@@ -35,7 +43,9 @@ def resolve(name: str) -> dict[str | None, Load]:
 
         return {None: endpoint_loader(name)}
     if ":" not in name:
-        known = "nanollama, module:attr, file.py:attr, cmd:PROGRAM or http://host:port/v1"
+        known = (
+            "nanollama, module:attr, file.py:attr, torch:file.py:Class, hf:FOLDER, cmd:PROGRAM or http://host:port/v1"
+        )
         raise UsageError(f"candidate {name!r} is unknown: expected {known}")
     from parity.candidates.python import load_attribute
 

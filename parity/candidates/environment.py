@@ -34,7 +34,7 @@ def within(python: str, candidate: str) -> str:
     """The name of a Python candidate that is to run under another Python. Raises UsageError for any other candidate."""
     if (
         candidate == "nanollama"
-        or candidate.startswith(("cmd:", "http://", "https://", PREFIX))
+        or candidate.startswith(("cmd:", "http://", "https://", "torch:", "hf:", PREFIX))
         or ":" not in candidate
     ):
         raise UsageError(f"--candidate_python runs module:attr or file.py:attr, not {candidate!r}")
