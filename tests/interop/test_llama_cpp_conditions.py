@@ -54,12 +54,12 @@ def test_what_is_declared_passes(port: str, verdict: str, gguf: Path, tmp_path: 
         ("default", "attention (queries, keys, values, weights) is in fp16"),
         (
             "q8_0",
-            "weights and embedding are ggml's Q8_0, inputs of linear layers Q8_0",
+            "the nearest are weights and embedding are ggml's Q8_0",
         ),
         ("q4_0_said_to_be_q8_0", "Q4_0"),
     ],
 )
-def test_what_is_not_declared_fails_and_is_named(port: str, named: str, gguf: Path, tmp_path: Path) -> None:
+def test_what_is_not_declared_fails_and_is_told(port: str, named: str, gguf: Path, tmp_path: Path) -> None:
     report = run(gguf, tmp_path, port)
     assert report["verdict"] == "fail"
     assert named in report["first_divergence"]["probable_cause"]
