@@ -28,7 +28,7 @@ from reference.readings import readings
 from reference.rounding import NOTHING, Rounded
 from reference.weights import Unusable
 
-ENOUGH = 0.999  # of the error explained: after EARLY_S, nothing else is asked
+ENOUGH = 0.999  # of the error explained: after EARLY_S, only what is of the same kind is asked
 EARLY_S = 2.0
 LOOSE = 4  # times as much must be explained by what takes a number for each position or feature
 KEPT = 8  # of the best that are written
@@ -119,16 +119,18 @@ def explain(question: Question, seconds: float) -> dict[str, Any]:
     c, o = question.seen(question.value), question.seen(truth)
     table = list(mistakes(question.right.config, len(question.right.sequences[0])))
     sizes, count = dict[str, dict[str, float]](), 0
-    for mistake in table if squares(c - o) > 0 else ():
-        spent = time.perf_counter() - started
-        if spent > (EARLY_S if max(shares.values(), default=0.0) >= ENOUGH else seconds):
+    for kind in table if squares(c - o) > 0 else ():
+        if max(shares.values(), default=0.0) >= ENOUGH and time.perf_counter() - started > EARLY_S:
             break
-        answer = question.answer(mistake)
-        count += 1
-        if answer is not None and answer.shape == c.shape:
-            shares[mistake.name] = share(c, o, answer)
-            if mistake.whole is not None:
-                sizes[mistake.whole] = size(c - o, answer - o)
+        for mistake in kind:
+            if time.perf_counter() - started > seconds:
+                break
+            answer = question.answer(mistake)
+            count += 1
+            if answer is not None and answer.shape == c.shape:
+                shares[mistake.name] = share(c, o, answer)
+                if mistake.whole is not None:
+                    sizes[mistake.whole] = size(c - o, answer - o)
     best = sorted(shares, key=lambda name: (1 - shares[name]) * (LOOSE if name in loose else 1))
     return {
         "tap": question.tap,
@@ -138,7 +140,7 @@ def explain(question: Question, seconds: float) -> dict[str, Any]:
         "found": [[name, shares[name]] for name in best[:KEPT]],
         "sizes": sizes,
         "asked": count,
-        "of": len(table),
+        "of": sum(map(len, table)),
         "seconds": round(time.perf_counter() - started, 2),
     }
 

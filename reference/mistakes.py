@@ -40,17 +40,16 @@ class Mistake:
         return replace(right, checkpoint=checkpoint, order=self.order, changed=self.changed, rounded=rounded)
 
 
-def mistakes(config: Config, tokens: int) -> Iterator[Mistake]:
-    """Those that this config can show on so many tokens, the usual ones first."""
-    yield from _rope(config)
-    yield from _norms(config)
-    yield from _layout(config)
-    for name, operation in (ATTENTION | windows(config, tokens)).items():
-        yield Mistake(name, changed={"attn_mix": operation})
-    yield from _cache()
-    yield from _weights()
-    yield from _layers(config)
-    yield from _precision()
+def mistakes(config: Config, tokens: int) -> Iterator[list[Mistake]]:
+    """Those that this config can show on so many tokens, like with like, the usual ones first."""
+    yield list(_rope(config))
+    yield list(_norms(config))
+    yield list(_layout(config))
+    yield [Mistake(name, changed={"attn_mix": op}) for name, op in (ATTENTION | windows(config, tokens)).items()]
+    yield list(_cache())
+    yield list(_weights())
+    yield list(_layers(config))
+    yield list(_precision())
 
 
 # --- RoPE ------------------------------------------------------------------------------------------------------------
@@ -284,16 +283,10 @@ def ggml_q4_0(x: Tensor) -> Tensor:
     return (steps * FP16(step)).flatten(-2)
 
 
-def scaled_fp8(x: Tensor) -> Tensor:
-    """(n, K) -> fp8 with a scale for each row, its largest number being fp8's largest."""
-    scale = (x.abs().amax(-1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max).clamp_min(1e-300)
-    return rounding("fp8")(x / scale) * scale
-
-
 def _weights() -> Iterator[Mistake]:
     """Weights, inputs of linear layers, and both; with the output head and without it."""
     ways = {name: rounding(name) for name in (*INTEGERS, *FLOATS)}
-    ways["fp8 with a scale for each row"] = scaled_fp8
+    ways["fp8 with a scale for each row"] = rounding("fp8/row")
     both = [("int8/32", "int8/32"), ("int8", "int8")]
     both += [("fp8 with a scale for each row", "fp8 with a scale for each row")]
     for head, but in ((None, ""), (NOTHING, ", not of the head,")):
@@ -340,5 +333,5 @@ def everything(low: Round) -> dict[str, Operation]:
 
 if __name__ == "__main__":
     shape = {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "head_dim": 128, "tied": False}
-    print("\n".join(m.name for m in mistakes(
-        {**shape, "norm_eps": 1e-5, "rope_theta": 5e5, "rope_scaling": LLAMA31}, 1024)))  # fmt: skip
+    print("\n".join(m.name for alike in mistakes(
+        {**shape, "norm_eps": 1e-5, "rope_theta": 5e5, "rope_scaling": LLAMA31}, 1024) for m in alike))  # fmt: skip

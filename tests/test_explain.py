@@ -26,6 +26,12 @@ TOKENS = torch.randint(0, 512, (120,), generator=torch.Generator().manual_seed(1
 ROWS = torch.linspace(0, len(TOKENS) - 1, 48).long()
 
 
+@pytest.fixture(autouse=True)
+def slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One on which no second is left once a mistake explains the error."""
+    monkeypatch.setattr("reference.explain.EARLY_S", 0.0)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("gqa")
