@@ -156,7 +156,7 @@ def chat(work: Work) -> dict[str, Any]:
     said = work.command("nanollama", "chat", work.ckpt, "--temperature", 0, "--max_new_tokens", 200, stdin=QUESTION)
     claim("Paris" in said, f"{QUESTION} -> {said}")
     claim("cut after" not in said, f"the answer does not stop: {said}")
-    return {"question": QUESTION, "answer": said.strip()[-300:]}
+    return {"question": QUESTION, "answer": said.split("\n", 1)[1].strip("> \n")}
 
 
 def convert(work: Work) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def chat_tune(work: Work) -> dict[str, Any]:
     losses = metric(out, "loss")
     claim("Arr, matey!" in after and "Arr" not in before, f"before: {before}; after: {after}")
     claim("cut after" not in after, f"the answer does not stop: {after}")
-    return {"first_loss": losses[0], "last_loss": losses[-1], "answer": after.strip()[-200:]}
+    return {"first_loss": losses[0], "last_loss": losses[-1], "answer": after.split("\n", 1)[1].strip("> \n")}
 
 
 def mutants(work: Work) -> dict[str, Any]:
