@@ -58,8 +58,11 @@ def rms(x: Tensor) -> float:
 
 
 def best(c: Tensor, o: Tensor, mistakes: Mapping[str, Tensor | None]) -> str | None:
-    """The mistake that leaves the least of c - o unexplained, if that is little enough."""
-    error = rms(torch.nan_to_num(c - o, nan=1e30))
+    """The mistake that leaves the least of c - o unexplained, if that is little enough.
+
+    Little beside c, too: next to nothing, as of a head of tiny numbers, is like any small multiple of o.
+    """
+    error = min(rms(torch.nan_to_num(x, nan=1e30)) for x in (c - o, c))
     left = {
         name: rms(torch.nan_to_num(c - x, nan=1e30))
         for name, x in mistakes.items()

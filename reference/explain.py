@@ -102,10 +102,16 @@ def rms(x: Tensor) -> float:
 
 
 def share(c: Tensor, o: Tensor, answer: Tensor) -> float:
-    """The part of the squared error c - o that `answer` in place of o takes away, (R, ...) each."""
-    left, error = ((c - x).nan_to_num(nan=1e30).flatten(1).square().sum(1) for x in (answer, o))
+    """The part of the squared error c - o that `answer` in place of o takes away, (R, ...) each.
+
+    What is left is held against c as well: numbers that are next to nothing are like any small multiple of o.
+    """
+    left, error, own = (
+        (c - x).nan_to_num(nan=1e30).flatten(1).square().sum(1) for x in (answer, o, torch.zeros_like(o))
+    )
+    error = torch.minimum(error, own)
     at_positions = 1 - left / error.clamp_min(1e-300)
-    return max(float(1 - left.sum() / error.sum()), float(at_positions.median()))
+    return max(1 - float(left.sum()) / max(float(error.sum()), 1e-300), float(at_positions.median()))
 
 
 def explain(question: Question, seconds: float) -> dict[str, Any]:

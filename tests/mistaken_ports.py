@@ -218,5 +218,6 @@ UNKNOWN: list[tuple[str, Edit]] = [
     ("noise in wo", noisy("attention.wo")),
     ("noise in w1", noisy("feed_forward.w1")),
     ("noise in v", noisy("attention.wv")),
+    ("a tiny random head", logits(lambda x: 1e-3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3)))),
     ("base off by 1e-4", with_table(forward.table_of(forward.theta_off))),
 ]  # fmt: skip
