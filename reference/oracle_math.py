@@ -8,7 +8,7 @@ Legend: N tokens of all sequences one after another, T tokens of one, H heads, K
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -70,8 +70,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of one sequence: q (T, H, D), k and v (T, K, D) -> (T, H*D). Head h reads kv head h // (H/K)."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, weights_as: Callable[[Tensor], Tensor] = lambda weights: weights
+) -> Tensor:
+    """Causal attention of one sequence: q (T, H, D), k and v (T, K, D) -> (T, H*D). Head h reads kv head h // (H/K).
+
+    weights_as: rounds the attention weights (T, T).
+    """
     length, heads, head_dim = q.shape
     group = heads // k.shape[1]
     hidden = torch.ones(length, length, dtype=torch.bool).triu(1)  # later tokens
@@ -79,7 +84,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     for head in range(heads):
         scores = q[:, head] @ k[:, head // group].T / math.sqrt(head_dim)  # (T, T)
         weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
-        out[:, head] = weights @ v[:, head // group]
+        out[:, head] = weights_as(weights) @ v[:, head // group]
     return out.flatten(1)
 
 

@@ -86,14 +86,18 @@ class Rounded:
     weights: Round = exact  # of the linear layers and the head, rows of them (n, K)
     inputs: Round = exact  # of these layers, (N, K)
     cache: Round = exact  # rotated keys, and values, (N, heads, D)
+    attention: Round = exact  # rotated queries (N, heads, D), and the attention weights (T, T)
 
     @classmethod
-    def declared(cls, integers: str | None, activations: str | None, kv: str | None) -> "Rounded":
+    def declared(
+        cls, integers: str | None, activations: str | None, kv: str | None, attention: str | None
+    ) -> "Rounded":
         """As a candidate declares it. Raises Unusable for a scheme that is none."""
         return cls(
             rounding(integers) if integers else exact,
             rounding(activations) if activations else exact,
             rounding(kv) if kv else exact,
+            rounding(attention) if attention else exact,
         )
 
 

@@ -9,7 +9,7 @@ report says about a missing method stands in it. To add a method, add a row, and
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -119,6 +119,8 @@ ATTRIBUTES: tuple[Attribute, ...] = (
     Attribute("activations", "it rounds the inputs of its linear layers", '`"int8/32"`, `"int8"`, `"fp8"`, `"fp16"`',
               lambda v: isinstance(v, str)),
     Attribute("kv", "it rounds keys and values", '`"fp16"`, `"bf16"`, `"fp8"`, `"int8"`', lambda v: isinstance(v, str)),
+    Attribute("attention", "it rounds queries and attention weights", '`"fp16"`, `"bf16"`',
+              lambda v: isinstance(v, str)),
     Attribute("max_positions", "how many positions it holds: prompts are kept within them", "an int",
               lambda v: type(v) is int and v > 0),
     Attribute("last_only", "model(tokens) returns the last token's logits alone, `(B, 1, V)`: it is asked prefix by"
@@ -236,7 +238,7 @@ class Interface:
     @property
     def conditions(self) -> Conditions:
         """What is declared of rounding. Raises UsageError for a scheme that is none."""
-        return Conditions(*(self.declared(name) for name in ("integers", "activations", "kv")))
+        return Conditions(**{field.name: self.declared(field.name) for field in fields(Conditions)})
 
 
 def lacking(meta: dict[str, Any], name: str) -> str:

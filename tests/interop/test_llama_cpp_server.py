@@ -96,7 +96,9 @@ def test_a_right_server_passes(name: str, dtype: str, files: Path) -> None:
     with served(files / f"{name}.gguf", *(F32_CACHE if name == "fp32" else ())) as url:
         code, report = check(files, url, "--dtype", dtype)
     assert code == (0 if dtype == "fp32" else 3), report["why"]  # fp16 alone is limited
-    assert {r["check"] for r in report["results"] if r["status"] == "pass"} == {"logits", "kl", "argmax", "greedy"}
+    # Where two tokens are shown as the same text, as tok512's bytes are, greedy texts are not judged.
+    passed = {r["check"] for r in report["results"] if r["status"] == "pass"}
+    assert {"logits", "kl", "argmax"} <= passed <= {"logits", "kl", "argmax", "greedy"}
     assert any("prompts are sent as text" in note for note in report["notices"])
     assert not any("precision" in note or "probably computes" in note for note in report["notices"])
 
