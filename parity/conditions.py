@@ -4,7 +4,7 @@ class Port:
     integers = "int8/32"       # weights of the linear layers and the head: a scale for each 32 inputs
     activations = "int8/32"    # the inputs of these layers
     kv = "fp16"                # keys and values
-    attention = "fp16"         # queries, and the attention weights
+    attention_dtype = "fp16"   # queries, and the attention weights
 """
 
 import re
@@ -19,7 +19,7 @@ ALLOWED = {
     "integers": (INTEGERS, "int8, or int4/32 (a scale for 32 inputs)"),
     "activations": (f"{INTEGERS}|{FLOATS}", "int8, int8/32 (a scale for 32 inputs), fp16, bf16 or fp8"),
     "kv": (f"int8|{FLOATS}", "fp16, bf16, fp8 or int8"),
-    "attention": ("fp16|bf16", "fp16 or bf16"),
+    "attention_dtype": ("fp16|bf16", "fp16 or bf16"),
 }
 
 
@@ -30,7 +30,7 @@ class Conditions:
     integers: str | None = None
     activations: str | None = None
     kv: str | None = None
-    attention: str | None = None
+    attention_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():

@@ -185,7 +185,7 @@ def main(arguments: list[str]) -> None:
     if not case.prompts or len(case.prompts) != 1 or len(case.dtypes) != 1:
         raise Unusable(f"{options.case}: expected one prompt of token ids and one dtype")
     set_numerics(case.threads)
-    rounded = Rounded.declared(options.integers, options.activations, options.kv, options.attention)
+    rounded = Rounded.declared(options.integers, options.activations, options.kv, options.attention_dtype)
     given, checkpoint = load_file(options.of), open_folder(case.checkpoint)
     with torch.inference_mode():
         question = asked(

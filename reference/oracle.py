@@ -338,7 +338,7 @@ def add_conditions(flags: Parser) -> None:
     flags.add_argument("--integers", metavar="SCHEME", help="round weights to int8 (a scale a row), int4/32, ... first")
     flags.add_argument("--activations", metavar="SCHEME", help="round the inputs of linear layers: int8/32, fp16, ...")
     flags.add_argument("--kv", metavar="SCHEME", help="round keys and values: fp16, bf16, fp8, int8 (a scale a head)")
-    flags.add_argument("--attention", metavar="SCHEME", help="round queries and attention weights: fp16, bf16")
+    flags.add_argument("--attention_dtype", metavar="SCHEME", help="round queries and attention weights: fp16, bf16")
 
 
 def main(arguments: list[str]) -> None:
@@ -347,7 +347,7 @@ def main(arguments: list[str]) -> None:
     add_conditions(flags)
     flags.add_argument("--off_ulp", type=float, default=0.0, metavar="N", help="RoPE frequencies off by N ulp")
     options = parse(flags, arguments)
-    rounded = Rounded.declared(options.integers, options.activations, options.kv, options.attention)
+    rounded = Rounded.declared(options.integers, options.activations, options.kv, options.attention_dtype)
     if options.case is not None:
         run_case(read_case(options.case), options.out, options.ops, rounded, options.off_ulp)
         return

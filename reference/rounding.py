@@ -90,14 +90,14 @@ class Rounded:
 
     @classmethod
     def declared(
-        cls, integers: str | None, activations: str | None, kv: str | None, attention: str | None
+        cls, integers: str | None, activations: str | None, kv: str | None, attention_dtype: str | None
     ) -> "Rounded":
         """As a candidate declares it. Raises Unusable for a scheme that is none."""
         return cls(
             rounding(integers) if integers else exact,
             rounding(activations) if activations else exact,
             rounding(kv) if kv else exact,
-            rounding(attention) if attention else exact,
+            rounding(attention_dtype) if attention_dtype else exact,
         )
 
 

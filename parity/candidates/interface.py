@@ -119,7 +119,7 @@ ATTRIBUTES: tuple[Attribute, ...] = (
     Attribute("activations", "it rounds the inputs of its linear layers", '`"int8/32"`, `"int8"`, `"fp8"`, `"fp16"`',
               lambda v: isinstance(v, str)),
     Attribute("kv", "it rounds keys and values", '`"fp16"`, `"bf16"`, `"fp8"`, `"int8"`', lambda v: isinstance(v, str)),
-    Attribute("attention", "it rounds queries and attention weights", '`"fp16"`, `"bf16"`',
+    Attribute("attention_dtype", "it rounds queries and attention weights", '`"fp16"`, `"bf16"`',
               lambda v: isinstance(v, str)),
     Attribute("max_positions", "how many positions it holds: prompts are kept within them", "an int",
               lambda v: type(v) is int and v > 0),

@@ -46,8 +46,8 @@ def loader(cache: int, weights: str = "fp32", **conditions: str) -> Callable[...
 
 Q8 = {"integers": "int8/32", "activations": "int8/32"}
 default = loader(F16)
-default_declared = loader(F16, kv="fp16", attention="fp16")
+default_declared = loader(F16, kv="fp16", attention_dtype="fp16")
 q8_0 = loader(F32, "q8_0")
 q8_0_declared = loader(F32, "q8_0", **Q8)
-q8_0_default_declared = loader(F16, "q8_0", **Q8, kv="fp16", attention="fp16")
+q8_0_default_declared = loader(F16, "q8_0", **Q8, kv="fp16", attention_dtype="fp16")
 q4_0_said_to_be_q8_0 = loader(F32, "q4_0", **Q8)
