@@ -20,13 +20,13 @@ import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from parity.contract import UsageError
+from parity.machine import installed
 
 LIMIT_BYTES = 8 * 10**9
 SHARE_OF_FREE = 0.25  # of the disk's free bytes that traces may take, if that is less
@@ -194,15 +194,9 @@ def trace_cache(folder: Path) -> TraceCache | None:
 
 def machine() -> dict[str, Any]:
     """Versions, processor and settings on which bits depend."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     settings = {key: value for key, value in sorted(os.environ.items()) if key.startswith(SETTINGS)}
     cpu = [platform.machine(), torch.backends.cpu.get_cpu_capability(), _processor()]
-    return {"versions": versions, "python": platform.python_version(), "cpu": cpu, "settings": settings}
+    return {"versions": installed(PACKAGES), "python": platform.python_version(), "cpu": cpu, "settings": settings}
 
 
 def _processor() -> str:

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from parity.contract import DTYPES
@@ -31,6 +32,17 @@ def too_large(parameters: int, dtypes: Sequence[str]) -> list[str]:
     """The dtypes at which a model does not fit whole into this machine's memory."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return [dtype for dtype in dtypes if parameters * DTYPES[dtype].itemsize > MEMORY_SHARE * memory_bytes]
+
+
+def installed(packages: Sequence[str]) -> dict[str, str]:
+    """Those of these distributions that are here, and their versions."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def cache_folder() -> Path:

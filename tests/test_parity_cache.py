@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from parity import cache as cache_module
-from parity import runner
+from parity import machine, runner
 from parity.cache import CODE, TraceCache, trace_cache
 from parity.check import main
 from parity.contract import UsageError
@@ -90,9 +90,9 @@ def test_another_file_is_another_entry(change: str, made: Made) -> None:
 
 def test_a_version_a_thread_or_another_prompt_is_another_entry(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = [made.key(), made.key(threads=2), made.key(prompts=[[1, 2]]), made.key(prompts=[[1, 3]])]
-    monkeypatch.setattr(cache_module, "version", lambda name: "0.0" if name == "transformers" else "1.0")
+    monkeypatch.setattr(machine, "version", lambda name: "0.0" if name == "transformers" else "1.0")
     keys.append(made.key())
-    monkeypatch.setattr(cache_module, "version", lambda name: "0.1" if name == "transformers" else "1.0")
+    monkeypatch.setattr(machine, "version", lambda name: "0.1" if name == "transformers" else "1.0")
     keys.append(made.key())
     assert len(set(keys)) == 6 and None not in keys
 

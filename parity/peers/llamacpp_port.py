@@ -1,10 +1,10 @@
 """llama.cpp through llama-cpp-python, on a .gguf: its default cache, float16 (`load`), and one in float32 (`f32`)."""
 
-from typing import Any
-
 import llama_cpp
 import torch
 from torch import Tensor
+
+from parity.peers.ggml import without_repacking
 
 POSITIONS = 1024
 
@@ -13,9 +13,12 @@ class Port:
     dtypes = ("fp32",)
     max_positions = POSITIONS
 
-    def __init__(self, path: str, cache: int, **more: Any) -> None:
-        options = {"type_k": cache, "type_v": cache, "logits_all": True, "verbose": False, **more}
-        self.llama = llama_cpp.Llama(path, n_ctx=POSITIONS, n_batch=POSITIONS, n_threads=1, **options)
+    def __init__(self, path: str, cache: int) -> None:
+        with without_repacking(llama_cpp.llama_cpp):
+            self.llama = llama_cpp.Llama(
+                path, n_ctx=POSITIONS, n_batch=POSITIONS, n_threads=1, n_threads_batch=1, type_k=cache, type_v=cache,
+                logits_all=True, verbose=False,
+            )  # fmt: skip
 
     def _logits(self, ids: list[int]) -> Tensor:
         before = self.llama.n_tokens
@@ -39,7 +42,3 @@ def load(checkpoint: str, dtype: torch.dtype, device: str) -> Port:
 
 def f32(checkpoint: str, dtype: torch.dtype, device: str) -> Port:
     return Port(checkpoint, llama_cpp.GGML_TYPE_F32)
-
-
-def f32_flash(checkpoint: str, dtype: torch.dtype, device: str) -> Port:
-    return Port(checkpoint, llama_cpp.GGML_TYPE_F32, flash_attn=True)

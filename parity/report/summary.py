@@ -3,7 +3,6 @@
 import os
 import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from parity.contract import Result, Status
 from parity.crash import results_of
 from parity.evidence import Evidence, Pair
 from parity.localise import first_divergence, rho_curve
+from parity.machine import installed
 from parity.metrics import LogitRows, noise, percentile, ratio
 from parity.runner import Runner
 from parity.table import grades
@@ -125,15 +125,15 @@ def decided_fraction(ev: Evidence) -> dict[str, float]:
 
 
 def environment(case_threads: int, device: str) -> dict[str, Any]:
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     cpu = torch.backends.cpu.get_cpu_capability()
     machine = {"system": platform.system(), "machine": platform.machine(), "cpu_capability": cpu}
-    return {"python": platform.python_version(), **versions, **machine, "threads": case_threads, "device": device}
+    return {
+        "python": platform.python_version(),
+        **installed(PACKAGES),
+        **machine,
+        "threads": case_threads,
+        "device": device,
+    }
 
 
 def summarise(ev: Evidence, results: list[Result], runner: Runner, seconds: float, checkpoint: dict) -> dict[str, Any]:

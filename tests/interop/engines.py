@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nanollama.checkpoint import open_checkpoint
 from nanollama.checkpoint.names import weight_shapes
 from nanollama.model import ModelConfig, Transformer
+from parity.peers.ggml import without_repacking
 from reference.files import open_folder
 from reference.oracle import Oracle, forward
 
@@ -67,23 +68,6 @@ class LlamaCpp:
 
     def close(self) -> None:
         self.llama.close()
-
-
-@contextmanager
-def without_repacking(module: Any) -> Iterator[None]:
-    """ggml's plain kernels, the same on every machine: those on AMX tiles crash in some virtual machines."""
-    default = module.llama_model_default_params
-
-    def plain() -> Any:
-        params = default()
-        params.use_extra_bufts = False
-        return params
-
-    module.llama_model_default_params = plain
-    try:
-        yield
-    finally:
-        module.llama_model_default_params = default
 
 
 def decisive_weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:

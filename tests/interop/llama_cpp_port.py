@@ -3,40 +3,19 @@
 from collections.abc import Callable
 
 import llama_cpp
-import torch
-from torch import Tensor
 
-from engines import without_repacking
+from parity.peers import llamacpp_port
 
 F16, F32 = llama_cpp.GGML_TYPE_F16, llama_cpp.GGML_TYPE_F32
 
 
-class Port:
-    """tokens (B, T) -> logits (B, T, V), row by row."""
+class Port(llamacpp_port.Port):
+    """What it rounds, declared."""
 
     def __init__(self, path: str, cache: int, **conditions: str) -> None:
-        with without_repacking(llama_cpp.llama_cpp):
-            self.llama = llama_cpp.Llama(
-                path, n_ctx=1024, n_batch=1024, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False,
-                type_k=cache, type_v=cache,
-            )  # fmt: skip
+        super().__init__(path, cache)
         for name, value in conditions.items():
             setattr(self, name, value)
-
-    def _eval(self, ids: list[int]) -> Tensor:
-        before = self.llama.n_tokens
-        self.llama.eval(ids)
-        return torch.from_numpy(self.llama.scores[before : self.llama.n_tokens].copy())
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        return torch.cat([self.prefill(row[None]) for row in tokens])
-
-    def prefill(self, tokens: Tensor) -> Tensor:
-        self.llama.reset()
-        return self.decode(tokens)
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        return self._eval(tokens[0].tolist())[None]
 
 
 def loader(cache: int, weights: str = "fp32", **conditions: str) -> Callable[..., Port]:
