@@ -199,10 +199,11 @@ def test_a_program_answers_batches_a_cache_and_texts_beside_what_it_prints(check
     program = command_loader(wide())(checkpoint, torch.float32, "cpu")
     alone = plain_port.load(checkpoint, torch.float32, "cpu")
     both = torch.cat([IDS, IDS + 1])
-    assert torch.equal(program(both), alone(both))
+    # Two processes may share out a product among other numbers of threads, so bits are not asked for.
+    torch.testing.assert_close(program(both), alone(both))
     first, second = program.prefill(IDS), program.decode(IDS[:, :1])  # type: ignore[attr-defined]
-    assert torch.equal(first, alone(IDS))
-    assert torch.equal(second, alone(torch.cat([IDS, IDS[:, :1]], 1))[:, -1:])
+    torch.testing.assert_close(first, alone(IDS))
+    torch.testing.assert_close(second, alone(torch.cat([IDS, IDS[:, :1]], 1))[:, -1:])
     assert program.encode("a b\n") == [1, 97, 32, 98, 10]  # type: ignore[attr-defined]
     with pytest.raises(NotImplementedError, match=r"^hello there$"):
         program.encode_chat([{"role": "user", "content": "hello there"}])  # type: ignore[attr-defined]
