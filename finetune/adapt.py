@@ -12,7 +12,7 @@ import torch
 from finetune.config import LORA_METHODS, TrainConfig, lora_targets
 from finetune.lora import add_lora_, add_rows_, wear_
 from finetune.nf4 import quantize_base_
-from nanollama.adapter import Adapter, read_adapter
+from nanollama.checkpoint.adapter import Adapter, read_adapter
 from nanollama.model import Transformer
 from nanollama.tokenizer import Tokenizer
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanollama.adapter import EMBEDDING, ROW_MATRICES, Adapter, delta, target_names
+from nanollama.checkpoint.adapter import EMBEDDING, ROW_MATRICES, Adapter, delta, target_names
 from nanollama.model import Transformer
 
 LORA_SUFFIXES = (".lora_A", ".lora_B", ".token_rows")  # of the parameters that --method lora trains
@@ -88,7 +88,7 @@ def add_lora_(
     dropout: float,
     generator: torch.Generator,
 ) -> None:
-    """Put a LoraLinear around every layer that `targets` (of nanollama.adapter.TARGETS) name; freeze all else.
+    """Put a LoraLinear around every layer that `targets` (see nanollama/checkpoint/adapter.py) name; freeze all else.
 
     Raises ValueError for an unknown target, a tied head, or a layer that has an adapter already.
     """
@@ -156,7 +156,7 @@ def merge_(model: Transformer) -> Transformer:
 
 
 def adapter_of(model: Transformer) -> Adapter:
-    """The adapter that the model wears, as nanollama.adapter writes it."""
+    """The adapter that the model wears, as nanollama.checkpoint.adapter writes it."""
     loras = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
     tables = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, TokenRows)}
     assert loras, "the model has no adapter"

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nanollama.adapter import LINEARS
+from nanollama.checkpoint.adapter import LINEARS
 from nanollama.model import Transformer
 
 BLOCK, SCALER_BLOCK = 64, 256  # weights that share a scale, and scales that share one: QLoRA's

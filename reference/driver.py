@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reference.files import Checkpoint, Config
+from reference.files.weights import DTYPE_NAMES, DTYPES, Unusable
 from reference.protocol import (
     TRACE_SCHEMA,
     Case,
@@ -33,7 +34,6 @@ from reference.protocol import (
     write_json,
 )
 from reference.training import Trainable, longest, run_training, torch_adamw
-from reference.weights import DTYPE_NAMES, DTYPES, Unusable
 
 SMALL_BYTES = 2 << 30  # models up to this size run whole, on fresh copies of the weights
 HEAD_ROWS = 16384  # of the vocabulary at a time; a multiple of 256, which leaves every bit of the logits as it is

@@ -19,9 +19,9 @@ from transformers.models.llama import modeling_llama
 from reference.command import engine_main, run_command
 from reference.driver import Recorder, Stream, Text, replaced, use_copies
 from reference.files import Checkpoint, Config
-from reference.files_hf import hf_name, meta_name
+from reference.files.hf import hf_name, meta_name
+from reference.files.weights import Unusable, half_split_rows
 from reference.training import Trainable, unfrozen
-from reference.weights import Unusable, half_split_rows
 
 HOOKS = (  # module of a block, tap, whether the tap is its input
     ("input_layernorm", "attn_norm", False),

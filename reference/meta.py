@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from reference.command import engine_main, run_command
 from reference.driver import Recorder, Stream, Text, replaced, use_copies
 from reference.files import Checkpoint, Config
+from reference.files.weights import Unusable
 from reference.training import Trainable, unfrozen
-from reference.weights import Unusable
 
 META_SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context": 8192}
 

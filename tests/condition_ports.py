@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from mistaken_ports import base, by_rows, fp8, inputs, through, weights
-from parity.candidates.mutants.edit import Edit, Load, edited, override
+from parity.mutants.edits.edit import Edit, Load, edited, override
 
 
 def declaring(*edits: Edit, **conditions: str) -> Load:

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from parity import kit as command
-from parity.synth import synthesise
+from parity.kit import make as command
+from parity.synth.checkpoint import synthesise
 
 Arrays = dict[str, Tensor]
 Made = tuple[command.Source, Path]

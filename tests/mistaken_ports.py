@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from nanollama.model import exact_attention, rope_table
-from nanollama.quantize import load_quantized
-from parity.candidates.mutants import forward
-from parity.candidates.mutants.edit import Edit, linears, norms, override, with_attention, with_table
+from nanollama.speed.quantize import load_quantized
+from parity.mutants.edits import forward
+from parity.mutants.edits.edit import Edit, linears, norms, override, with_attention, with_table
 
 Attend = Callable[..., Tensor]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from parity import family
 from parity.contract import Result
-from parity.evidence import Evidence
-from parity.mutants import evaluate, measure_references
+from parity.measure.evidence import Evidence
+from parity.mutants import family
+from parity.mutants.evaluate import evaluate, measure_references
 
 DTYPES = ("fp32",)
 

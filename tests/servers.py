@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from nanollama.tokenizer.base import Tokenizer
-from parity.shapes import SHAPES
-from parity.synth import synthesise
+from parity.synth.checkpoint import synthesise
+from parity.synth.shapes import SHAPES
 
 Logits = Callable[[Tensor], Tensor]  # tokens (1, T) -> (1, T, V)
 

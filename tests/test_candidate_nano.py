@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from parity.candidates.nano import Nano
+from parity.candidates.nano.model import Nano
 from parity.contract import DTYPES, tap_names
-from parity.shapes import SHAPES
-from parity.synth import synthesise
+from parity.synth.checkpoint import synthesise
+from parity.synth.shapes import SHAPES
 
 SEQUENCES = [list(range(5, 28)), [7], list(range(40, 90))]
 

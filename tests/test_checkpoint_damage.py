@@ -22,7 +22,7 @@ from nanollama.checkpoint import (
     write_meta,
 )
 from nanollama.checkpoint.integrity import MANIFESTS, file_digest
-from parity.synth import write_manifest
+from parity.synth.checkpoint import write_manifest
 
 READERS = ("pth", "params.json", "safetensors", "config.json", "index.json", "gguf", "gguf q4_1")
 READERS += ("bin v0", "bin v1", "bin v2", "pt")

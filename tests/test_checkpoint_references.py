@@ -11,12 +11,12 @@ from checkpoint_cases import FAMILIES, LLAMA2, LLAMA31, make_weights, write
 from nanollama.checkpoint import open_checkpoint
 from nanollama.model import ModelConfig, RopeScaling
 from nanollama.tokenizer import open_tokenizer
-from parity.candidates.describe import describe, has_tokenizer, reference_files
-from parity.candidates.nano import config_echo
+from parity.candidates.nano.checkpoint import describe, has_tokenizer, reference_files
+from parity.candidates.nano.model import config_echo
 from reference.files import open_folder
+from reference.files.weights import Unusable
 from reference.hf_text import HfText
 from reference.meta_text import open_text
-from reference.weights import Unusable
 
 
 def assert_both_read_the_same(path: Path, config: ModelConfig) -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from checkpoint_cases import FAMILIES, FORMATS, LLAMA2, LLAMA31, assert_same, holds, make_weights, write
 from nanollama import __main__ as commands
-from nanollama.adapter import Adapter, merged, write_adapter
 from nanollama.checkpoint import CheckpointError, convert, open_checkpoint
+from nanollama.checkpoint.adapter import Adapter, merged, write_adapter
 from nanollama.checkpoint.llama2c import quantize_groups
 from nanollama.checkpoint.names import hf_rows, meta_rows, to_hf_rows, to_meta_rows
 from nanollama.model import ModelConfig, RopeScaling

@@ -11,7 +11,7 @@ from nanollama import __main__ as commands
 from nanollama.checkpoint import open_checkpoint, write_hf, write_meta
 from nanollama.cli import run
 from nanollama.describe import published_name
-from nanollama.generate import Llama, Sampling
+from nanollama.generation.llama import Llama, Sampling
 from nanollama.model import ModelConfig, RopeScaling, Transformer
 from nanollama.options import Drawing, ModelOptions
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nanollama import compiled
-from nanollama.compiled import CompileError, Step, compile_step, in_words, is_compiled, matvec, worth_compiling
-from nanollama.generate import DTYPES, Llama, Sampling, eager_step
+from nanollama.generation.llama import DTYPES, Llama, Sampling, eager_step
 from nanollama.model import KVCache, Transformer
-from nanollama.quantize import SCHEMES, QuantLinear, dequantize, load_quantized
+from nanollama.speed import compiled
+from nanollama.speed.compiled import CompileError, Step, compile_step, in_words, is_compiled, matvec, worth_compiling
+from nanollama.speed.quantize import SCHEMES, QuantLinear, dequantize, load_quantized
 from test_generate import VOCAB, assert_same_answer, of_row, prompt_ids, small_model
 
 NOISE_RATIO = 2  # as G3; more where so few sums hardly average the noise of integers up to 127, or 15 less 8
@@ -145,7 +145,7 @@ def test_unknown_layers_are_left_to_the_model() -> None:
     with pytest.raises(CompileError, match=r"a layer is a Adapted.*--compile off$"):
         Llama(model, compile="on").generate([prompt], sampling)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanollama.generate.worth_compiling", lambda *_: True)
+        patch.setattr("nanollama.generation.llama.worth_compiling", lambda *_: True)
         auto = Llama(model, compile="auto", say=lines.append)
         assert_same_answer(list(auto.generate([prompt], sampling)), list(Llama(model).generate([prompt], sampling)))
     assert "--compile off" in lines[0]

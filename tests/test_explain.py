@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from mistaken_ports import PLANTED, UNKNOWN
-from parity.candidates.mutants.edit import Edit, edited
-from parity.candidates.mutants.forward import NOTHING
-from parity.causes import View, signature
-from parity.explain import chosen_rows
-from parity.explained import Explained, of_size
-from parity.family import FAMILY
-from parity.synth import write_meta
-from reference.explain import Question, asked, explain
+from parity.explain.ask import chosen_rows
+from parity.explain.causes import View, signature
+from parity.explain.explained import Explained, of_size
+from parity.mutants.edits.edit import Edit, edited
+from parity.mutants.edits.forward import NOTHING
+from parity.mutants.family import FAMILY
+from parity.synth.checkpoint import write_meta
 from reference.files import open_folder
-from reference.mistakes import Mistake
-from reference.oracle import Oracle, forward
+from reference.mistakes.explain import Question, asked, explain
+from reference.mistakes.table import Mistake
+from reference.oracle.forward import Oracle, forward
 
 TOKENS = torch.randint(0, 512, (120,), generator=torch.Generator().manual_seed(1)).tolist()
 ROWS = torch.linspace(0, len(TOKENS) - 1, 48).long()
@@ -29,7 +29,7 @@ ROWS = torch.linspace(0, len(TOKENS) - 1, 48).long()
 @pytest.fixture(autouse=True)
 def slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """One on which no second is left once a mistake explains the error."""
-    monkeypatch.setattr("reference.explain.EARLY_S", 0.0)
+    monkeypatch.setattr("reference.mistakes.explain.EARLY_S", 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from finetune.loss import IGNORE
 from finetune.start import fresh_weights
 from nanollama.chat import encode_chat
 from nanollama.checkpoint import open_checkpoint, write_meta
-from nanollama.generate import Llama, Sampling
+from nanollama.generation.llama import Llama, Sampling
+from nanollama.generation.repl import Chat
 from nanollama.model import ModelConfig, Transformer
-from nanollama.repl import Chat
 from nanollama.tokenizer import Tokenizer, open_tokenizer
 from terminals import Terminal
 

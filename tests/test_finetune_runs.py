@@ -23,7 +23,7 @@ from finetune.metrics import read_metrics
 from finetune.prepare.stories import stories
 from finetune.text import ENTRY
 from nanollama.checkpoint import open_checkpoint
-from nanollama.generate import Llama, Sampling
+from nanollama.generation.llama import Llama, Sampling
 
 SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 48}
 Start = Callable[..., BaseProcess]

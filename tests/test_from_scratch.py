@@ -15,7 +15,7 @@ from finetune.entry import run
 from finetune.tinyshakespeare import ENTRY
 from nanollama.checkpoint import convert, open_checkpoint
 from nanollama.cli import run_config
-from nanollama.generate import Llama, Sampling
+from nanollama.generation.llama import Llama, Sampling
 
 RECIPES = Path(__file__).resolve().parent.parent / "runs"
 EXPORTS = {"bin/model.bin": "llama2c", "model.gguf": "gguf", "hf": "hf"}

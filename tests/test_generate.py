@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanollama import generate
-from nanollama.generate import Event, Llama, Sampling, Text, prefill
+from nanollama.generation import llama as generate
+from nanollama.generation.llama import Event, Llama, Sampling, Text, prefill
 from nanollama.model import ModelConfig, Transformer
-from nanollama.static import static_step
+from nanollama.speed.static import static_step
 from nanollama.tokenizer import Tokenizer, open_tokenizer
 
 VOCAB = 61

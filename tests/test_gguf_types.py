@@ -19,7 +19,7 @@ from nanollama.checkpoint import CheckpointError, convert, open_checkpoint, writ
 from nanollama.checkpoint.gguf_types import STEP_BYTES, writable
 from nanollama.checkpoint.names import gguf_name, weight_shapes
 from nanollama.model import ModelConfig
-from parity.shapes import SHAPES
+from parity.synth.shapes import SHAPES
 
 DEQUANTIZED = [kind for kind in TYPES if kind in gguf.quants._type_traits and kind != TYPES.BF16]
 NOT_DEQUANTIZED = [kind for kind in TYPES if kind not in (*DEQUANTIZED, TYPES.F32, TYPES.F16, TYPES.BF16)]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from parity.prompts import from_file
-from parity.selftest import FAULTS, Fault, noticed, problems
+from parity.mutants.selftest import FAULTS, Fault, noticed, problems
+from parity.run.prompts import from_file
 
 
 def test_harness_is_sound_on_made_up_evidence() -> None:

@@ -12,15 +12,15 @@ from torch import Tensor
 
 import kit_cases
 from kit_cases import Arrays, Made, check
-from parity import kit as command
 from parity.checks.training import gradient_floor
-from parity.evidence import Pair
-from parity.evidence import judged as judged_groups
-from parity.kit_arrays import Gate, Kit, KitWriter
-from parity.kit_check import METRICS, Port, judged
-from parity.kit_gates import Judges, write_training
-from parity.metrics import noise, ratio
-from parity.training import FILE, read
+from parity.kit import make as command
+from parity.kit.arrays import Gate, Kit, KitWriter
+from parity.kit.check import METRICS, Port, judged
+from parity.kit.gates import Judges, write_training
+from parity.measure.evidence import Pair
+from parity.measure.evidence import judged as judged_groups
+from parity.measure.metrics import noise, ratio
+from parity.run.training import FILE, read
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_training_is_judged_by_the_nearer_reference(
     parties = {r.meta["implementation"]: r for r in ev.references.values()}
     assert len(parties) == 2
     floors = dict(zip(parties.values(), (3.0, 0.5), strict=True))
-    monkeypatch.setattr("parity.kit_gates.loss_noise", lambda ev, reference: floors[reference])
+    monkeypatch.setattr("parity.kit.gates.loss_noise", lambda ev, reference: floors[reference])
     writer = KitWriter(tmp_path)
     write_training(ev, writer, {n: kit.get(n) for n, a in kit.arrays.items() if a.file == "weights.f32"})
     (loss,) = [g for g in writer.gates if g.array == "train.loss"]

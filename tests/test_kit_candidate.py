@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import kit_cases
-from parity.kit import main
+from parity.kit.make import main
 
 PORT = Path(__file__).parent / "ports" / "plain_port.py"
 

@@ -11,8 +11,8 @@ import torch
 
 import kit_cases
 from kit_cases import check
-from parity import kit as command
 from parity.contract import UsageError
+from parity.kit import make as command
 
 SOURCE = Path(__file__).parent / "ports" / "kit_port.c"
 
@@ -161,7 +161,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(
     argv: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("parity.runner.Runner.run_references", lambda self: pytest.fail("work was started"))
+    monkeypatch.setattr("parity.run.runner.Runner.run_references", lambda self: pytest.fail("work was started"))
     assert named in refused(capsys, *argv)
     assert list(tmp_path.iterdir()) == []
 
@@ -175,14 +175,14 @@ def test_a_full_folder_is_refused_and_a_failed_run_leaves_nothing(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     assert "not empty" in refused(capsys, "--out", tmp_path / "full")
-    monkeypatch.setattr("parity.runner.Runner.run_references", fail)
+    monkeypatch.setattr("parity.run.runner.Runner.run_references", fail)
     assert "the oracle is out" in refused(capsys, "--out", tmp_path / "kit")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
 
 
 def test_weights_that_two_readers_read_differently_are_refused() -> None:
-    from parity.candidates.describe import float32_weights
+    from parity.candidates.nano.checkpoint import float32_weights
 
     source = kit_cases.made()[0]
     hashes = source.evidence.references["meta"].meta["weights"]

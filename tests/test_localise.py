@@ -11,10 +11,10 @@ from torch import Tensor
 
 from mutant_evidence import judge
 from nanollama.model import exact_attention, rope_table
-from parity.candidates.mutants.edit import Edit, edited, linears, norms, override, with_attention, with_table
-from parity.candidates.mutants.forward import NOTHING
-from parity.localise import first_divergence
-from parity.rotation import frequencies, pairs, rope_cause
+from parity.explain.localise import first_divergence
+from parity.explain.rotation import frequencies, pairs, rope_cause
+from parity.mutants.edits.edit import Edit, edited, linears, norms, override, with_attention, with_table
+from parity.mutants.edits.forward import NOTHING
 
 
 def later(cfg: Any, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,8 @@ from finetune.lora import adapter_of, add_lora_, add_rows_, lora_parameters, mer
 from finetune.nf4 import quantize_base_
 from finetune.optim import make_optimizer, select_trained_
 from finetune.start import fresh_weights
-from nanollama.adapter import CONFIG, LINEARS, TENSORS, merged, read_adapter, write_adapter
 from nanollama.checkpoint import CheckpointError
+from nanollama.checkpoint.adapter import CONFIG, LINEARS, TENSORS, merged, read_adapter, write_adapter
 from nanollama.model import ModelConfig, Transformer
 
 TOKENS = torch.arange(2, 32).unsqueeze(0)

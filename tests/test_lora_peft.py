@@ -17,8 +17,8 @@ from torch import Tensor
 from checkpoint_cases import LLAMA31, LLAMA32
 from finetune.lora import adapter_of, wear_
 from finetune.start import fresh_weights
-from nanollama.adapter import CONFIG, PICKLE, TENSORS, merged, read_adapter, write_adapter
 from nanollama.checkpoint import CheckpointError
+from nanollama.checkpoint.adapter import CONFIG, PICKLE, TENSORS, merged, read_adapter, write_adapter
 from nanollama.checkpoint.names import hf_name, is_rotary, to_hf_rows, weight_shapes
 from nanollama.model import ModelConfig, Transformer
 

@@ -19,8 +19,8 @@ from finetune.start import fresh_weights
 from finetune.text import ENTRY
 from finetune.train import Loop
 from nanollama.__main__ import COMMANDS
-from nanollama.adapter import CONFIG, TENSORS
 from nanollama.checkpoint import open_checkpoint, write_meta
+from nanollama.checkpoint.adapter import CONFIG, TENSORS
 from nanollama.cli import run as run_command
 from nanollama.model import ModelConfig
 from nanollama.tokenizer import open_tokenizer

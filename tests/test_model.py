@@ -16,12 +16,12 @@ from torch import Tensor
 import nanollama.model as model_module
 from nanollama.checkpoint import open_checkpoint
 from nanollama.model import KVCache, ModelConfig, RopeScaling, Transformer, rope_table
-from parity.metrics import TapError, noise, ratio
-from parity.shapes import SHAPES
-from parity.synth import synthesise
-from parity.tolerances import BOUNDS
+from parity.measure.metrics import TapError, noise, ratio
+from parity.measure.tolerances import BOUNDS
+from parity.synth.checkpoint import synthesise
+from parity.synth.shapes import SHAPES
 from parity.trace import Trace
-from reference import oracle as oracle_module
+from reference.oracle import forward as oracle_module
 from reference.protocol import Case
 
 TOKENS = torch.randint(300, (1, 37), generator=torch.Generator().manual_seed(0))

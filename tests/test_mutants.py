@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from mutant_evidence import judge
-from parity import mutants
-from parity.candidates.mutants import MUTANTS, VARIANTS, Mutant, Variant
 from parity.checks import CHECKS
 from parity.contract import Result, Status
-from parity.report import matrix
-from parity.shapes import SHAPES
-from parity.synth import synthesise
+from parity.mutants import evaluate as mutants
+from parity.mutants import matrix
+from parity.mutants.edits import MUTANTS, VARIANTS, Mutant, Variant
+from parity.synth.checkpoint import synthesise
+from parity.synth.shapes import SHAPES
 
 # 13 is visible in low precision alone, and compiling takes a while: the slow run below has them, and all variants.
 FAST = [m for m in MUTANTS if "fp32" in m.dtypes and m.member in ("gqa", "train", "llama2-text")]

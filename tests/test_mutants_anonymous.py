@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 
 from mutant_evidence import judge
-from parity import mutants
-from parity.candidates.mutants import MUTANTS, Mutant
 from parity.candidates.python import load_attribute
-from parity.localise import first_divergence
+from parity.explain.localise import first_divergence
+from parity.mutants import evaluate as mutants
+from parity.mutants.edits import MUTANTS, Mutant
 
 FORWARD = [m for m in MUTANTS if m.member == "gqa" and m.tap.startswith(("layers", "final_norm", "logits"))]
 FORWARD = [m for m in FORWARD if "@" not in m.tap and "fp32" in m.dtypes]
 SOURCE = """
-from parity.candidates.mutants import MUTANTS
+from parity.mutants.edits import MUTANTS
 
 
 class Port:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from checkpoint_cases import LLAMA2, LLAMA31, make_weights, write
-from nanollama.adapter import Adapter, write_adapter
 from nanollama.checkpoint import CheckpointError, open_checkpoint, sniff, write_gguf
+from nanollama.checkpoint.adapter import Adapter, write_adapter
 from nanollama.checkpoint.names import hf_name, to_hf_rows, weight_shapes
 from nanollama.model import ModelConfig
 

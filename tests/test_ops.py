@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from mutant_evidence import base, judge
-from parity.candidates.mutants.edit import edited, override
-from parity.candidates.mutants.forward import NOTHING
-from parity.candidates.nano import Nano
+from parity.candidates.nano.model import Nano
 from parity.contract import Status
-from parity.forced import cut, op_inputs, op_names
-from parity.tolerances import BOUNDS
+from parity.measure.tolerances import BOUNDS
+from parity.mutants.edits.edit import edited, override
+from parity.mutants.edits.forward import NOTHING
+from parity.run.teacher_forcing import cut, op_inputs, op_names
 
 
 def results_of(load: Any) -> dict[str, Any]:

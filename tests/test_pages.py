@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from checkpoint_cases import LLAMA31, make_weights
-from nanollama import generate, pages
 from nanollama.checkpoint import write_hf
-from nanollama.generate import Llama, Sampling
+from nanollama.generation import llama as generate
+from nanollama.generation.llama import Llama, Sampling
 from nanollama.model import Transformer
-from nanollama.quantize import load_quantized
+from nanollama.speed import pages
+from nanollama.speed.quantize import load_quantized
 
 CONFIG = replace(LLAMA31, vocab_size=4099, max_seq_len=256)  # odd, so that tensors end inside of cache lines
 linux = pytest.mark.skipif(pages.available_bytes() == 0, reason="the system says nothing of its memory")

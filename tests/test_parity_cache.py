@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from parity import cache as cache_module
-from parity import machine, runner
-from parity.cache import CODE, TraceCache, trace_cache
+from parity import machine
 from parity.check import main
 from parity.contract import UsageError
-from parity.shapes import SHAPES
-from parity.synth import synthesise
+from parity.run import cache as cache_module
+from parity.run import runner
+from parity.run.cache import CODE, TraceCache, trace_cache
+from parity.synth.checkpoint import synthesise
+from parity.synth.shapes import SHAPES
 from ports import plain_port
 
 SMALL = replace(SHAPES["tiny"], vocab_size=512, n_layers=4, n_heads=16, n_kv_heads=4)

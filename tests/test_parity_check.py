@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from parity.check import main
-from parity.shapes import SHAPES
-from parity.synth import synthesise
+from parity.synth.checkpoint import synthesise
+from parity.synth.shapes import SHAPES
 
 PORT = Path(__file__).parent / "ports" / "plain_port.py"
 SMALL = replace(SHAPES["tiny"], vocab_size=1024, n_layers=2, n_heads=16, n_kv_heads=4)  # head_dim 8
@@ -118,7 +118,7 @@ BAD_INPUT = [
 def test_bad_usage_is_one_line_and_exit_code_2(
     argv: list[str], named: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("parity.runner.Runner.run", lambda self: pytest.fail("work was started"))
+    monkeypatch.setattr("parity.run.runner.Runner.run", lambda self: pytest.fail("work was started"))
     try:
         code: int | str | None = main(argv)
     except SystemExit as stop:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from parity.candidates.conditions import Conditions
 from parity.check import main
-from parity.conditions import Conditions
 from parity.contract import UsageError
-from parity.shapes import SHAPES
-from parity.synth import synthesise
+from parity.synth.checkpoint import synthesise
+from parity.synth.shapes import SHAPES
 
 PORTS = Path(__file__).parent / "condition_ports.py"
 CHECKS = "config,taps,logits,kl,argmax,cache,metamorphic"

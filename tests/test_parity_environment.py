@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from mutant_evidence import base, judge
-from parity import mutants
 from parity.candidates.command import command_loader
+from parity.candidates.crash import Crashed, Wrong
 from parity.candidates.environment import environment_loader, within
 from parity.check import main
 from parity.contract import UsageError
-from parity.crash import Crashed, Wrong
-from parity.shapes import SHAPES
-from parity.synth import synthesise
+from parity.mutants import evaluate as mutants
+from parity.synth.checkpoint import synthesise
+from parity.synth.shapes import SHAPES
 from ports import plain_port
 
 PORTS = Path(plain_port.__file__).parent

@@ -11,8 +11,8 @@ import pytest
 
 from nanollama.checkpoint import convert
 from parity.check import main as check
-from parity.shapes import SHAPES, Shape
-from parity.synth import synthesise
+from parity.synth.checkpoint import synthesise
+from parity.synth.shapes import SHAPES, Shape
 
 LLAMA31 = replace(SHAPES["tiny"], vocab_size=1024, n_layers=2)
 # llama2.c's files have no word for epsilon, RoPE scaling or its base.

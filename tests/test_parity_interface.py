@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hostile_cases import Model, judge
+from parity.candidates.crash import Crashed
 from parity.candidates.interface import (
     ATTRIBUTES,
     METHODS,
@@ -18,12 +19,11 @@ from parity.candidates.interface import (
     loaded,
     method_table,
 )
-from parity.candidates.nano import Nano
+from parity.candidates.nano.model import Nano
+from parity.candidates.nano.training import NanoTrainer
 from parity.candidates.python import load_attribute
-from parity.candidates.training import NanoTrainer
 from parity.checks import CHECKS
 from parity.contract import Status, UsageError
-from parity.crash import Crashed
 
 DOCS = (Path(__file__).parents[1] / "docs" / "parity.md").read_text()
 

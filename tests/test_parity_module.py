@@ -9,12 +9,12 @@ import torch
 from mutant_evidence import judge
 from nanollama.checkpoint import open_checkpoint
 from nanollama.model import Transformer
-from parity import mutants
 from parity.candidates import resolve
-from parity.candidates.nano import taps_of
+from parity.candidates.nano.model import taps_of
 from parity.contract import UsageError
-from parity.shapes import SHAPES
-from parity.synth import synthesise
+from parity.mutants import evaluate as mutants
+from parity.synth.checkpoint import synthesise
+from parity.synth.shapes import SHAPES
 from ports import plain_port
 
 MODULES = Path(plain_port.__file__).parent / "modules.py"

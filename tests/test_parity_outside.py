@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from mutant_evidence import judge
-from parity import mutants
 from parity.candidates.command import command_loader
 from parity.check import main
 from parity.contract import Result
-from parity.shapes import SHAPES
-from parity.synth import synthesise
+from parity.mutants import evaluate as mutants
+from parity.synth.checkpoint import synthesise
+from parity.synth.shapes import SHAPES
 from ports import plain_port
 
 PROGRAM = Path(plain_port.__file__).parent / "program.py"

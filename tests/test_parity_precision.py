@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from mutant_evidence import base, folder
-from parity.candidates.endpoint import endpoint_loader
+from parity.candidates.server.endpoint import endpoint_loader
 from parity.check import main
-from parity.evidence import Evidence, Pair
-from parity.mutants import evaluate
-from parity.precision import few_tokens, remark, remarks
+from parity.measure.evidence import Evidence, Pair
+from parity.measure.precision import few_tokens, remark, remarks
+from parity.mutants.evaluate import evaluate
 from parity.trace import Trace
 from ports import plain_port
 from servers import Manner, server, small_checkpoint

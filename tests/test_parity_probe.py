@@ -8,10 +8,10 @@ import pytest
 
 from parity.check import main
 from parity.contract import UsageError
-from parity.prompts import BUILT_IN, Prompts, built_in, within
 from parity.report import terminal
-from parity.shapes import SHAPES
-from parity.synth import synthesise
+from parity.run.prompts import BUILT_IN, Prompts, built_in, within
+from parity.synth.checkpoint import synthesise
+from parity.synth.shapes import SHAPES
 
 PORT = Path(__file__).parent / "ports" / "plain_port.py"
 SMALL = replace(SHAPES["tiny"], vocab_size=512, n_layers=1, n_heads=16, n_kv_heads=4)
@@ -68,7 +68,7 @@ def test_a_candidate_that_fails_at_once_is_reported_before_the_references_run(
     attribute: str, code: int, said: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("parity.runner.Runner.run", lambda self: pytest.fail("the references were started"))
+    monkeypatch.setattr("parity.run.runner.Runner.run", lambda self: pytest.fail("the references were started"))
     (tmp_path / "fails.py").write_text(FAILS)
     found, report = run(checkpoint, tmp_path, f"{tmp_path / 'fails.py'}:{attribute}")
     assert found == code and said in report["why"]

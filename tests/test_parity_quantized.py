@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from parity.check import main
-from parity.shapes import SHAPES
-from parity.synth import synthesise
-from reference.rounding import Integers
-from reference.weights import Unusable
+from parity.synth.checkpoint import synthesise
+from parity.synth.shapes import SHAPES
+from reference.files.weights import Unusable
+from reference.oracle.rounding import Integers
 
 PORTS = Path(__file__).parent / "ports" / "integer_ports.py"
 CHECKS = "config,taps,logits,kl,argmax,greedy,cache,metamorphic"

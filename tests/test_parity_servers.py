@@ -13,12 +13,13 @@ from torch import Tensor
 from mutant_evidence import base, judge
 from nanollama.tokenizer import open_tokenizer
 from nanollama.tokenizer.base import Tokenizer
-from parity import machine, mutants
-from parity.candidates.endpoint import Endpoint, endpoint_loader, server_name
-from parity.candidates.spelling import Spelling
+from parity import machine
+from parity.candidates.crash import Unasked
+from parity.candidates.server.endpoint import Endpoint, endpoint_loader, server_name
+from parity.candidates.server.spelling import Spelling
 from parity.check import main
 from parity.contract import Result, UsageError
-from parity.crash import Unasked
+from parity.mutants import evaluate as mutants
 from ports import plain_port
 from servers import Manner, Server, server, small_checkpoint
 
@@ -265,8 +266,8 @@ def test_no_more_is_asked_than_a_server_holds(tells: str) -> None:
     ],
 )
 def test_servers_say_in_their_own_words_what_they_hold(words: str) -> None:
-    from parity.candidates.completions import holds
-    from parity.candidates.transport import Refused
+    from parity.candidates.server.completions import holds
+    from parity.candidates.server.transport import Refused
 
     assert holds(Refused("", 400, words)) == 512
     assert holds(Refused("", 400, re.sub(r"\D*512.*", "", words))) is None

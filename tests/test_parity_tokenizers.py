@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from nanollama.chat import ChatError, encode_chat
-from parity.candidates.nano import Nano
+from parity.candidates.nano.model import Nano
 from parity.checks.identity import chat, disagreements, tokens
 from parity.contract import Case, Result, Status
-from parity.evidence import Evidence
+from parity.measure.evidence import Evidence
 from parity.report.terminal import _uncovered
 
 TEXTS, DIALOGS = ["one", "two", "three"], [[{"role": "user", "content": "Hi"}]]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from parity.candidates import transport
-from parity.candidates.endpoint import endpoint_loader
+from parity.candidates.server import transport
+from parity.candidates.server.endpoint import endpoint_loader
 from parity.check import main
 from parity.contract import UsageError
 from servers import answer, asked_of, serving, small_checkpoint

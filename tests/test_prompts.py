@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanollama import __main__ as commands
-from parity.prompts import from_file
+from parity.run.prompts import from_file
 
 TEXTS = {
     "lines": b"Once upon\nThe cat\n",

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanollama.model import ModelConfig, Transformer
-from nanollama.quantize import (
+from nanollama.speed.quantize import (
     SCHEMES,
     QuantLinear,
     dequantize,

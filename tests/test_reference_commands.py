@@ -13,11 +13,14 @@ import pytest
 import sentencepiece
 import torch
 
-from reference import meta, oracle
+from reference import meta
 from reference.command import run_command
 from reference.files import open_folder
 from reference.hf_text import HfText
 from reference.meta_text import open_text
+from reference.oracle import forward as oracle
+from reference.oracle.__main__ import main as oracle_main
+from reference.oracle.run import next_tokens
 from reference_checkpoints import Shape, make_weights, write_hf, write_meta
 
 SHAPE = replace(Shape(), vocab_size=330)
@@ -91,7 +94,7 @@ def test_the_oracle_prints_the_likeliest_tokens_with_margins(answers: dict[str, 
     assert len(rest) == 4
     text = open_text(open_folder(folder / "meta"), None)
     tokens = text.encode("the cat", bos=True)
-    best = oracle.next_tokens(open_folder(folder / "hf"), tokens, "fp32")
+    best = next_tokens(open_folder(folder / "hf"), tokens, "fp32")
     assert int(first.split()[0]) == best[0][0]
     assert float(first.split()[2]) == 0
 
@@ -189,7 +192,7 @@ def command(
     arguments: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    main: Callable[[list[str]], None] = oracle.main,
+    main: Callable[[list[str]], None] = oracle_main,
 ) -> str:
     """The one line that a command prints on stderr."""
     monkeypatch.setattr(sys, "argv", ["reference", *arguments])

@@ -12,7 +12,7 @@ import transformers
 from checkpoint_cases import LLAMA31, make_weights, write
 from nanollama.checkpoint import CheckpointError, open_checkpoint
 from reference.files import open_folder
-from reference.weights import Unusable
+from reference.files.weights import Unusable
 
 # Of a real release (SmolLM2-135M's config.json), and others that people publish.
 PUBLISHED = {

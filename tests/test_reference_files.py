@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reference.files import Checkpoint, open_folder
-from reference.files_hf import hf_name, meta_name
-from reference.weights import Unusable, half_split_rows, interleaved_rows
+from reference.files.hf import hf_name, meta_name
+from reference.files.weights import Unusable, half_split_rows, interleaved_rows
 from reference_checkpoints import Shape, make_weights, params_json, write_hf, write_meta
 
 SHAPE = Shape()

@@ -10,9 +10,9 @@ from gguf import GGUFWriter
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from reference.files import Checkpoint
+from reference.files.weights import Unusable, Weights
 from reference.hf_text import HfText
 from reference.meta_text import open_text
-from reference.weights import Unusable, Weights
 
 TEXTS = ["the cat sat on the mat", "twice the cat, once the dog; 12345 times"] * 20
 NAMES = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<|im_start|>", "<|im_end|>"]

@@ -14,9 +14,9 @@ import torch
 
 from nanollama.chat import encode_chat
 from nanollama.checkpoint import write_meta
-from nanollama.generate import Llama, Sampling
+from nanollama.generation.llama import Llama, Sampling
+from nanollama.generation.repl import Chat, obey
 from nanollama.model import ModelConfig, Transformer
-from nanollama.repl import Chat, obey
 from nanollama.tokenizer import Tokenizer, open_tokenizer
 from terminals import Terminal
 

@@ -9,12 +9,12 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from mutant_evidence import base, judge
-from parity.candidates.mutants import MUTANTS
-from parity.candidates.mutants.edit import Load, edited
-from parity.candidates.mutants.forward import NOTHING
+from parity.mutants.edits import MUTANTS
+from parity.mutants.edits.edit import Load, edited
+from parity.mutants.edits.forward import NOTHING
 from parity.report import html, summary
 from parity.report.junit import junit
-from parity.runner import Runner
+from parity.run.runner import Runner
 
 pytest_plugins = ["pytester"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -87,8 +87,8 @@ def test_html_opens_in_a_browser(verdict: str, tmp_path: Path, request: pytest.F
 
 
 PORT = """
-from parity.candidates.mutants.edit import edited
-from parity.candidates.mutants.forward import NOTHING
+from parity.mutants.edits.edit import edited
+from parity.mutants.edits.forward import NOTHING
 
 load = edited(NOTHING)
 """

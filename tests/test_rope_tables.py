@@ -10,17 +10,17 @@ from torch import Tensor
 
 from mutant_evidence import base, judge
 from nanollama.model import ModelConfig, RopeScaling, rope_table
-from parity import mutants
-from parity.candidates.mutants import benign, forward
-from parity.candidates.mutants.edit import Load, edited, with_table
 from parity.checks.forward import kl_explained
 from parity.checks.ops import coarse_rotation, op_noise
-from parity.evidence import Pair
-from parity.localise import first_divergence
-from parity.metrics import TapError, relative
+from parity.explain.localise import first_divergence
+from parity.measure.evidence import Pair
+from parity.measure.metrics import TapError, relative
+from parity.measure.rope_table import cause, grades, of_table, worst
+from parity.mutants import evaluate as mutants
+from parity.mutants.edits import benign, forward
+from parity.mutants.edits.edit import Load, edited, with_table
 from parity.report.summary import fails_behind_rope
-from parity.runner import ROPE_POSITIONS, in_doubt
-from parity.table import cause, grades, of_table, worst
+from parity.run.runner import ROPE_POSITIONS, in_doubt
 
 POSITIONS = list(ROPE_POSITIONS)
 PAIR = Pair("meta", "fp32", None)

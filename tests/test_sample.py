@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nanollama.sample import draw, make_filter, make_sampler, penalize_repetition, row_generator
+from nanollama.generation.sample import draw, make_filter, make_sampler, penalize_repetition, row_generator
 
 DRAWS = 20_000
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.9, -3.0, 0.5, 1.2, -0.3, 0.0, -8.0, 1.0, -math.inf])

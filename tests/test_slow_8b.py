@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from parity.check import main
-from parity.shapes import SHAPES
-from parity.synth import parameters, synthesise
+from parity.synth.checkpoint import parameters, synthesise
+from parity.synth.shapes import SHAPES
 
 pytestmark = pytest.mark.slow
 NEEDED_BYTES = 20 * 10**9
@@ -85,7 +85,7 @@ def test_8b_without_scaling_is_found(eight_b: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif("NANOLLAMA_CKPT" not in os.environ, reason="needs the real weights at $NANOLLAMA_CKPT")
 def test_real_8b_completes_as_published() -> None:
     """Teacher-forced on the published text: where the two attention paths' rounding leaves one best token, it is it."""
-    from parity.candidates.nano import exact, fast
+    from parity.candidates.nano.model import exact, fast
 
     models = [load(os.environ["NANOLLAMA_CKPT"], torch.bfloat16, "cpu") for load in (exact, fast)]
     for prompt, wanted in COMPLETIONS.items():

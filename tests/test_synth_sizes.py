@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from nanollama.checkpoint import open_checkpoint
-from parity.candidates.nano import exact
-from parity.synth import main
+from parity.candidates.nano.model import exact
+from parity.synth.checkpoint import main
 
 ODD = ["--layers", "1", "--dim", "96", "--heads", "6", "--kv_heads", "3", "--eps", "1e-6", "--vocab", "500"]
 

@@ -16,7 +16,7 @@ from finetune.entry import run
 from finetune.prepare.tokenizer import train_tokenizer
 from finetune.text import ENTRY
 from nanollama.checkpoint import open_checkpoint, write_bin
-from nanollama.generate import Llama, Sampling
+from nanollama.generation.llama import Llama, Sampling
 from nanollama.model import ModelConfig
 from nanollama.tokenizer import Tokenizer, open_tokenizer
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mutant_evidence import base, judge
-from parity.candidates.nano import Nano
+from parity.candidates.nano.model import Nano
 from parity.checks.training import gradient_noise
 from parity.contract import Status
-from parity.training import padded, splits, training_case
+from parity.run.training import padded, splits, training_case
 
 Grads = dict[str, torch.Tensor]
 
@@ -159,7 +159,7 @@ def test_losses_of_ten_steps_agree_to_five_digits() -> None:
 def test_the_references_pass_against_each_other() -> None:
     """The noise floor: each of the references as a candidate, with the other's error as noise."""
     from mutant_evidence import folder
-    from parity import family
+    from parity.mutants import family
 
     ev = family.build("train", folder() / "both", dtypes=("fp32",))
     for of, against in (("meta", "hf"), ("hf", "meta")):
@@ -179,13 +179,13 @@ def test_documents_ignore_prompts_and_their_own_end() -> None:
 
 
 def test_the_oracles_forward_is_the_same_with_and_without_training(tmp_path: Path) -> None:
-    from reference import oracle
+    from reference.oracle.run import run_case
     from reference.protocol import Case
 
     case = base("train").case
     plain = Case(case.checkpoint, dtypes=("fp32",), prompts=case.prompts)
-    oracle.run_case(plain, tmp_path / "plain")
-    oracle.run_case(replace(plain, training=training_case(512)), tmp_path / "trained")
+    run_case(plain, tmp_path / "plain")
+    run_case(replace(plain, training=training_case(512)), tmp_path / "trained")
     for part in (tmp_path / "plain").rglob("*.safetensors"):
         assert part.read_bytes() == (tmp_path / "trained" / part.relative_to(tmp_path / "plain")).read_bytes()
     assert (tmp_path / "trained" / "training.safetensors").is_file()

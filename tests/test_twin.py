@@ -12,11 +12,11 @@ import torch
 from checkpoint_cases import FAMILIES, FORMATS, LLAMA2, LLAMA31, LLAMA32, holds, make_weights, write
 from nanollama.checkpoint import Checkpoint, open_checkpoint
 from nanollama.model import ModelConfig
-from parity.candidates import twin
-from parity.candidates.describe import describe
+from parity.candidates.nano import twin
+from parity.candidates.nano.checkpoint import describe
 from parity.contract import UsageError
-from parity.shapes import SHAPES
-from parity.synth import synthesise
+from parity.synth.checkpoint import synthesise
+from parity.synth.shapes import SHAPES
 
 HELD = [(family, format) for family, config in FAMILIES.items() for format in FORMATS if holds(format, config)]
 

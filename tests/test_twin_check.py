@@ -10,13 +10,13 @@ import torch
 
 from checkpoint_cases import LLAMA31, make_weights, write
 from parity import check
-from parity import twin as report_of_both
-from parity.candidates.describe import describe
-from parity.mutants import with_twin
-from parity.report import matrix
-from parity.runner import probed
-from parity.shapes import SHAPES
-from parity.synth import synthesise
+from parity.candidates.nano.checkpoint import describe
+from parity.mutants import matrix
+from parity.mutants.evaluate import with_twin
+from parity.run import twin as report_of_both
+from parity.run.runner import probed
+from parity.synth.checkpoint import synthesise
+from parity.synth.shapes import SHAPES
 
 PORT = Path(__file__).parent / "ports" / "plain_port.py"
 

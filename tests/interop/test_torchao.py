@@ -22,8 +22,8 @@ from finetune.prepare.tokenizer import train_tokenizer
 from finetune.start import fresh_weights
 from finetune.text import ENTRY
 from finetune.train import Loop
-from nanollama.adapter import LINEARS
 from nanollama.checkpoint import open_checkpoint, write_meta
+from nanollama.checkpoint.adapter import LINEARS
 from nanollama.model import ModelConfig, Transformer
 from nanollama.tokenizer import open_tokenizer
 
