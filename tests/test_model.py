@@ -21,7 +21,7 @@ from parity.measure.tolerances import BOUNDS
 from parity.synth.checkpoint import synthesise
 from parity.synth.shapes import SHAPES
 from parity.trace import Trace
-from reference.oracle import forward as oracle_module
+from reference.oracle.run import run_case
 from reference.protocol import Case
 
 TOKENS = torch.randint(300, (1, 37), generator=torch.Generator().manual_seed(0))
@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_oracle(checkpoint: Path, out: Path) -> Path:
     case = Case(str(checkpoint), dtypes=("fp32",), prompts=[TOKENS[0].tolist()], rope_positions=(0, 8191, 131071))
-    oracle_module.run_case(case, out)
+    run_case(case, out)
     return out
 
 

@@ -70,7 +70,8 @@ class Bench:
 
     def start(self, module: str) -> subprocess.Popen[str]:
         """All command lines of a module in one process: the packages take seconds to import."""
-        program = f"import json, sys; from reference.{module} import main; [main(one) for one in json.load(sys.stdin)]"
+        where = {"oracle": "oracle.__main__"}.get(module, module)
+        program = f"import json, sys; from reference.{where} import main; [main(one) for one in json.load(sys.stdin)]"
         process = subprocess.Popen(
             [sys.executable, "-c", program],
             stdin=subprocess.PIPE,
