@@ -18,7 +18,7 @@ from parity.runner import probed
 from parity.shapes import SHAPES
 from parity.synth import synthesise
 
-PORT = Path(__file__).parent / "ports" / "plain_port.py"
+PORT = Path(__file__).parents[1] / "ports" / "plain_port.py"
 
 
 @pytest.fixture(scope="module")

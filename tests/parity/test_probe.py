@@ -13,7 +13,7 @@ from parity.report import terminal
 from parity.shapes import SHAPES
 from parity.synth import synthesise
 
-PORT = Path(__file__).parent / "ports" / "plain_port.py"
+PORT = Path(__file__).parents[1] / "ports" / "plain_port.py"
 SMALL = replace(SHAPES["tiny"], vocab_size=512, n_layers=1, n_heads=16, n_kv_heads=4)
 FAILS = """
 import os
