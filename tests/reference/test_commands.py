@@ -25,7 +25,7 @@ from reference_checkpoints import Shape, make_weights, write_hf, write_meta
 
 SHAPE = replace(Shape(), vocab_size=330)
 TEXTS = ["the cat sat", "on the mat, twice", ""]
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

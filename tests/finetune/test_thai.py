@@ -20,7 +20,7 @@ from nanollama.generation.llama import Llama, Sampling
 from nanollama.model import ModelConfig
 from nanollama.tokenizer import Tokenizer, open_tokenizer
 
-SAMPLE = Path(__file__).parent / "data" / "thai_news.txt"
+SAMPLE = Path(__file__).parents[1] / "data" / "thai_news.txt"
 SENTENCES = SAMPLE.read_text(encoding="utf-8").splitlines()
 HELD_OUT = "ข่าวด่วน: ฤๅษีฆ้องฟ้า ฯลฯ พบ ฐานปฏิมากรรมที่ภูเขา ๑๒๓ 😀"  # letters that the sample has not
 

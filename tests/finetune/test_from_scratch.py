@@ -1,6 +1,6 @@
 """From raw text to files for every engine: own tokenizer, training, exports, and the same greedy text from each.
 
-python -m pytest tests/test_from_scratch.py -m "slow or not slow"
+python -m pytest tests/finetune/test_from_scratch.py -m "slow or not slow"
 """
 
 import subprocess
@@ -17,7 +17,7 @@ from nanollama.checkpoint import convert, open_checkpoint
 from nanollama.cli import run_config
 from nanollama.generation.llama import Llama, Sampling
 
-RECIPES = Path(__file__).resolve().parent.parent / "runs"
+RECIPES = Path(__file__).resolve().parents[2] / "runs"
 EXPORTS = {"bin/model.bin": "llama2c", "model.gguf": "gguf", "hf": "hf"}
 
 

@@ -7,7 +7,7 @@ import pytest
 import kit_cases
 from parity.kit.make import main
 
-PORT = Path(__file__).parent / "ports" / "plain_port.py"
+PORT = Path(__file__).parents[1] / "ports" / "plain_port.py"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from parity.peers import run as peers
 from parity.peers.registry import PEERS, Peer
 
 FOLDER = Path(registry.__file__).parent
-PORT = Path(__file__).parent / "ports" / "plain_port.py"
+PORT = Path(__file__).parents[1] / "ports" / "plain_port.py"
 WRAPPERS = sorted({p.candidate for p in PEERS if p.candidate.startswith("parity.peers.")})
 CLONED = next(p for p in PEERS if p.clone)
 

@@ -1,6 +1,5 @@
 """Generation: a row in a batch is the row alone, a prompt in chunks the prompt whole; answers end where they should."""
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -8,25 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from generation_cases import VOCAB, assert_same_answer, of_row, prompt_ids, small_model, tokens
 from nanollama.generation import llama as generate
-from nanollama.generation.llama import Event, Llama, Sampling, Text, prefill
-from nanollama.model import ModelConfig, Transformer
+from nanollama.generation.llama import Llama, Sampling, Text, prefill
+from nanollama.model import Transformer
 from nanollama.speed.static import static_step
 from nanollama.tokenizer import Tokenizer, open_tokenizer
-
-VOCAB = 61
-
-
-def small_model(vocab_size: int = VOCAB, seed: int = 0, **changes: int) -> Transformer:
-    """Two layers, GQA ratio 2, and weights large enough that the next token is rarely close."""
-    shape = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 48, "max_seq_len": 400}
-    model = Transformer(ModelConfig(vocab_size=vocab_size, **{**shape, **changes}))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 3 * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -43,25 +29,6 @@ def tokenizer(llama3_tokenizer_path: Path) -> Tokenizer:
 def talker(tokenizer: Tokenizer) -> Llama:
     """A small model over the Llama 3 vocabulary: its answers are noise, but they are text."""
     return Llama(small_model(tokenizer.vocab_size, dim=16, n_heads=2, n_kv_heads=1), tokenizer)
-
-
-def of_row(events: Iterable[Event], prompt: int, answer: int = 0) -> list[Event]:
-    return [event for event in events if (event.prompt, event.answer) == (prompt, answer)]
-
-
-def tokens(events: Iterable[Event]) -> list[int]:
-    return [event.token for event in events]
-
-
-def assert_same_answer(got: Sequence[Event], wanted: Sequence[Event]) -> None:
-    assert tokens(got) == tokens(wanted)
-    assert [event.finish for event in got] == [event.finish for event in wanted]
-    for a, b in zip(got, wanted, strict=True):
-        assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
-
-
-def prompt_ids(length: int, seed: int) -> list[int]:
-    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def test_greedy_answers_are_the_argmax_of_the_full_forward_pass(llama: Llama) -> None:

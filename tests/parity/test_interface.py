@@ -25,7 +25,7 @@ from parity.candidates.python import load_attribute
 from parity.checks import CHECKS
 from parity.contract import Status, UsageError
 
-DOCS = (Path(__file__).parents[1] / "docs" / "parity.md").read_text()
+DOCS = (Path(__file__).parents[2] / "docs" / "parity.md").read_text()
 
 
 @pytest.mark.parametrize("table", [method_table(METHODS), method_table(TRAINER), attribute_table()])

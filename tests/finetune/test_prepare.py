@@ -295,7 +295,7 @@ def fetch(tmp_path: Path, endpoint: str, **more: str) -> str:
         "HF_HUB_OFFLINE": "0",
         **more,
     }
-    where = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    where = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", FETCH],
         cwd=tmp_path,

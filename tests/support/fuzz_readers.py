@@ -4,7 +4,7 @@ Each reader gets seeds (tiny valid files) with random damage: bits flipped where
 by absurd ones, pieces cut out, doubled, moved; JSON edited as JSON. Any exception but CheckpointError, a message of
 more than one line, more than 2 s, or more memory than the limit is a finding, printed with the seed that repeats it.
 
-    python tests/fuzz_readers.py --inputs 20000                  # per reader, some minutes each
+    python tests/support/fuzz_readers.py --inputs 20000                  # per reader, some minutes each
     # pth: 20000 inputs, 13120 refused, 6880 opened, 0 findings
 """
 

@@ -18,7 +18,7 @@ from parity.run.runner import probed
 from parity.synth.checkpoint import synthesise
 from parity.synth.shapes import SHAPES
 
-PORT = Path(__file__).parent / "ports" / "plain_port.py"
+PORT = Path(__file__).parents[1] / "ports" / "plain_port.py"
 
 
 @pytest.fixture(scope="module")

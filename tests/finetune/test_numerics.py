@@ -178,7 +178,7 @@ def test_two_gloo_ranks_equal_one_process(tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["finetune.entry", "tests.test_finetune_numerics"])
+    context.set_forkserver_preload(["finetune.entry", "tests.finetune.test_numerics"])
     ranks = [context.Process(target=rank_main, args=(rank, port, tmp_path)) for rank in (0, 1)]
     for process in ranks:
         process.start()

@@ -13,7 +13,7 @@ from parity.synth.shapes import SHAPES
 from reference.files.weights import Unusable
 from reference.oracle.rounding import Integers
 
-PORTS = Path(__file__).parent / "ports" / "integer_ports.py"
+PORTS = Path(__file__).parents[1] / "ports" / "integer_ports.py"
 CHECKS = "config,taps,logits,kl,argmax,greedy,cache,metamorphic"
 SMALL = replace(SHAPES["tiny"], vocab_size=1024, n_layers=2, n_heads=16, n_kv_heads=4)  # head_dim 8
 

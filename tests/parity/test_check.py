@@ -13,7 +13,7 @@ from parity.check import main
 from parity.synth.checkpoint import synthesise
 from parity.synth.shapes import SHAPES
 
-PORT = Path(__file__).parent / "ports" / "plain_port.py"
+PORT = Path(__file__).parents[1] / "ports" / "plain_port.py"
 SMALL = replace(SHAPES["tiny"], vocab_size=1024, n_layers=2, n_heads=16, n_kv_heads=4)  # head_dim 8
 
 
@@ -178,7 +178,7 @@ def test_synth_gives_one_model_in_both_formats(checkpoints: dict[str, Path]) -> 
 
 
 def test_the_readme_example_runs(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     source = readme.split("```python\n")[1].split("```")[0]
     port = tmp_path / "my_port.py"
     port.write_text(source)

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from generation_cases import VOCAB, assert_same_answer, of_row, prompt_ids, small_model
 from nanollama.generation.llama import DTYPES, Llama, Sampling, eager_step
 from nanollama.model import KVCache, Transformer
 from nanollama.speed import compiled
 from nanollama.speed.compiled import CompileError, Step, compile_step, in_words, is_compiled, matvec, worth_compiling
 from nanollama.speed.quantize import SCHEMES, QuantLinear, dequantize, load_quantized
-from test_generate import VOCAB, assert_same_answer, of_row, prompt_ids, small_model
 
 NOISE_RATIO = 2  # as G3; more where so few sums hardly average the noise of integers up to 127, or 15 less 8
 INT8_RATIO, INT4_RATIO = 4, 8

@@ -12,7 +12,7 @@ from parity.contract import UsageError
 from parity.synth.checkpoint import synthesise
 from parity.synth.shapes import SHAPES
 
-PORTS = Path(__file__).parent / "condition_ports.py"
+PORTS = Path(__file__).parents[1] / "support" / "condition_ports.py"
 CHECKS = "config,taps,logits,kl,argmax,cache,metamorphic"
 SMALL = replace(SHAPES["tiny"], vocab_size=1024, n_layers=2, n_heads=4, n_kv_heads=2)  # dim 64, head_dim 16
 

@@ -78,7 +78,7 @@ class Bench:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[2],
         )
         assert process.stdin is not None
         process.stdin.write(json.dumps(self.runs[module]))

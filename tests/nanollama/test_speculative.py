@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from generation_cases import VOCAB, assert_same_answer, of_row, prompt_ids, small_model, tokens
 from nanollama.generation import llama as generate
 from nanollama.generation.llama import Llama, Row, Sampling
 from nanollama.generation.sample import Filter, make_filter
 from nanollama.generation.speculative import Draft, Drafter, DraftModel, Judge, Lookup
-from test_generate import VOCAB, assert_same_answer, of_row, prompt_ids, small_model, tokens
 
 DRAFTERS: dict[str, Drafter] = {
     "lookup": Lookup(),

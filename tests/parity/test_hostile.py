@@ -159,7 +159,7 @@ def test_a_crash_in_one_dtype_keeps_the_finished_ones(error: BaseException, tmp_
     (crash,) = (r for r in results if r.status is Status.ERROR)
     assert (crash.check, crash.dtype) == ("logits", "bf16")
     assert f"load(checkpoint, bf16, cpu) raised {type(error).__name__}" in str(crash.reason)
-    assert str(crash.where).startswith("test_parity_hostile.py:")
+    assert str(crash.where).startswith("test_hostile.py:")
 
 
 # --- What a candidate says that it cannot do -------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from kit_cases import check
 from parity.contract import UsageError
 from parity.kit import make as command
 
-SOURCE = Path(__file__).parent / "ports" / "kit_port.c"
+SOURCE = Path(__file__).parents[1] / "ports" / "kit_port.c"
 
 
 @pytest.fixture(scope="module")

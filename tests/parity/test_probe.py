@@ -13,7 +13,7 @@ from parity.run.prompts import BUILT_IN, Prompts, built_in, within
 from parity.synth.checkpoint import synthesise
 from parity.synth.shapes import SHAPES
 
-PORT = Path(__file__).parent / "ports" / "plain_port.py"
+PORT = Path(__file__).parents[1] / "ports" / "plain_port.py"
 SMALL = replace(SHAPES["tiny"], vocab_size=512, n_layers=1, n_heads=16, n_kv_heads=4)
 FAILS = """
 import os
