@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.adapt import CHAT_WORDS, chat_rows, reset_rows_
+from finetune.build import CHAT_WORDS, chat_rows, fresh_weights, reset_rows_
 from finetune.chat import ENTRY
-from finetune.data import Packer
-from finetune.dialogs import read_dialogs
-from finetune.entry import run_entry
+from finetune.data.dialogs import read_dialogs
+from finetune.data.packing import Packer
 from finetune.loss import IGNORE
-from finetune.start import fresh_weights
+from finetune.run import run_entry
 from nanollama.chat import encode_chat
 from nanollama.checkpoint import open_checkpoint, write_meta
 from nanollama.generation.llama import Llama, Sampling

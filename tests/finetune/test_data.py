@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data import Cursor, Ints, Packer, cut, pack
+from finetune.data.documents import Ints
+from finetune.data.packing import Cursor, Packer, cut, pack
 from finetune.loss import IGNORE
 
 BOS = 1

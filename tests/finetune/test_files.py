@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from finetune.config import TrainConfig
-from finetune.data import Packer, mask_of
+from finetune.data.documents import mask_of
+from finetune.data.packing import Packer
 from finetune.prepare import corpus, shards
 from finetune.prepare.cache import path_source, write_folder
 from finetune.prepare.corpus import Format, Source, split

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from finetune.config import TrainConfig
-from finetune.entry import run
+from finetune.run import run
 from finetune.tinyshakespeare import ENTRY
 from nanollama.checkpoint import convert, open_checkpoint
 from nanollama.cli import run_config

@@ -11,9 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from finetune.entry import run_entry
 from finetune.metrics import read_metrics
 from finetune.prepare.stories import stories
+from finetune.run import run_entry
 from finetune.text import ENTRY
 from finetune.train import Loop
 from nanollama.checkpoint import open_checkpoint

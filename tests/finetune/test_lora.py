@@ -12,11 +12,19 @@ import torch
 from torch import Tensor
 
 from checkpoint_cases import FAMILIES, LLAMA31, LLAMA32
+from finetune.build import fresh_weights
 from finetune.config import TrainConfig, lora_targets
-from finetune.lora import adapter_of, add_lora_, add_rows_, lora_parameters, merge_, merged_weights, wear_
-from finetune.nf4 import quantize_base_
+from finetune.lora import (
+    adapter_of,
+    add_lora_,
+    add_rows_,
+    lora_parameters,
+    merge_,
+    merged_weights,
+    quantize_base_,
+    wear_,
+)
 from finetune.optim import make_optimizer, select_trained_
-from finetune.start import fresh_weights
 from nanollama.checkpoint import CheckpointError
 from nanollama.checkpoint.adapter import CONFIG, LINEARS, TENSORS, merged, read_adapter, write_adapter
 from nanollama.model import ModelConfig, Transformer

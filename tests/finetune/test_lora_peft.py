@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from checkpoint_cases import LLAMA31, LLAMA32
+from finetune.build import fresh_weights
 from finetune.lora import adapter_of, wear_
-from finetune.start import fresh_weights
 from nanollama.checkpoint import CheckpointError
 from nanollama.checkpoint.adapter import CONFIG, PICKLE, TENSORS, merged, read_adapter, write_adapter
 from nanollama.checkpoint.names import hf_name, is_rotary, to_hf_rows, weight_shapes

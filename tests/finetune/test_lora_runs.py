@@ -11,11 +11,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from finetune.entry import base_name, run_entry
+from finetune.build import fresh_weights
 from finetune.metrics import read_metrics
 from finetune.prepare.stories import stories
 from finetune.prepare.tokenizer import train_tokenizer
-from finetune.start import fresh_weights
+from finetune.run import base_name, run_entry
 from finetune.text import ENTRY
 from finetune.train import Loop
 from nanollama.__main__ import COMMANDS

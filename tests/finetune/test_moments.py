@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.moments import SHARE_SCALE, moments_bytes, new_moments, read, write_
-from finetune.rounding import RoundingAdamW
+from finetune.optim import SHARE_SCALE, RoundingAdamW, moments_bytes, new_moments, read, write_
 
 SIZE = 4 * SHARE_SCALE
 WHOLE = slice(0, SIZE)

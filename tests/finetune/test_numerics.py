@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune import wrap
+from finetune import build as wrap
+from finetune.build import Start, build_model, fresh_weights
 from finetune.config import TrainConfig, init_shape, resolve
-from finetune.data import Batch, Ints, Packer
+from finetune.data.documents import Ints
+from finetune.data.packing import Batch, Packer
 from finetune.loss import IGNORE, LossModel
-from finetune.optim import learning_rate, make_optimizer, select_trained_, trained
+from finetune.optim import learning_rate, make_optimizer, mixed_seed, select_trained_, trained
 from finetune.parallelize import World, open_world, replicate
-from finetune.seeds import mixed_seed
-from finetune.start import Start, build_model, fresh_weights
 from finetune.train import accumulate_, wrap_
 from nanollama.model import ModelConfig, Transformer
 
@@ -178,7 +178,7 @@ def test_two_gloo_ranks_equal_one_process(tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["finetune.entry", "tests.finetune.test_numerics"])
+    context.set_forkserver_preload(["finetune.run", "tests.finetune.test_numerics"])
     ranks = [context.Process(target=rank_main, args=(rank, port, tmp_path)) for rank in (0, 1)]
     for process in ranks:
         process.start()

@@ -5,9 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.config import TrainConfig
-from finetune.moments import round_
-from finetune.optim import make_optimizer
-from finetune.rounding import RoundingAdamW
+from finetune.optim import RoundingAdamW, make_optimizer, round_
 
 SIZE = 4096
 

@@ -9,11 +9,10 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from finetune.adapt import chat_rows, ordinary_words, reset_rows_
-from finetune.entry import run_entry, sample
+from finetune.build import chat_rows, fresh_weights, ordinary_words, reset_rows_
 from finetune.prepare.stories import stories
 from finetune.prepare.tokenizer import train_tokenizer
-from finetune.start import fresh_weights
+from finetune.run import run_entry, sample
 from finetune.text import ENTRY
 from nanollama.checkpoint import write_hf, write_meta
 from nanollama.model import ModelConfig, Transformer

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.entry import run_entry
 from finetune.metrics import read_metrics
 from finetune.prepare.stories import stories
+from finetune.run import run_entry
 from finetune.text import ENTRY
 from nanollama.checkpoint import open_checkpoint
 from nanollama.generation.llama import Llama, Sampling

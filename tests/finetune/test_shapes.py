@@ -10,9 +10,9 @@ import pytest
 
 from finetune.chat import find
 from finetune.config import TrainConfig
-from finetune.dialogs import Dialogs, read_dialogs
-from finetune.prepare.rows import read_rows
-from finetune.shapes import as_dialogue
+from finetune.data.dialogs import Dialogs, read_dialogs
+from finetune.data.rows import read_rows
+from finetune.data.shapes import as_dialogue
 from nanollama.tokenizer import Tokenizer, open_tokenizer
 
 USER, BOT = {"role": "user", "content": "What colour is the sky?"}, {"role": "assistant", "content": "Blue."}

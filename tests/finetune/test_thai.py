@@ -12,8 +12,8 @@ import torch
 
 from checkpoint_cases import make_weights
 from finetune.config import TrainConfig
-from finetune.entry import run
 from finetune.prepare.tokenizer import train_tokenizer
+from finetune.run import run
 from finetune.text import ENTRY
 from nanollama.checkpoint import open_checkpoint, write_bin
 from nanollama.generation.llama import Llama, Sampling

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune.prepare.files import check_text
+from finetune.data.files import check_text
 
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -16,17 +16,16 @@ from typing import Any
 
 import torch
 
-from finetune.adapt import adapt_
+from finetune.build import Start, adapt_, build_model, open_start
 from finetune.config import LORA_METHODS, TrainConfig, from_json, merge_resumed, resolve, to_json
+from finetune.data.files import write_atomically
 from finetune.evaluate import Score, bigram, whole
 from finetune.lora import adapter_of, merged_weights
 from finetune.parallelize import World, default_device, open_world
 from finetune.prepare.cache import Prepared, Say, cache_folder, prepare
 from finetune.prepare.corpus import Source
-from finetune.prepare.download import write_atomically
 from finetune.report import write_report
 from finetune.resume import checkpoints
-from finetune.start import Start, build_model, open_start
 from finetune.train import Outcome, Setup, TrainingStopped, train
 from nanollama.chat import encode_chat
 from nanollama.checkpoint import CheckpointError

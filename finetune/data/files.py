@@ -1,4 +1,5 @@
 """Which files a path of data stands for. Hidden ones stay out; what else is left out, or lies there twice, is said.
+Files that are written here come whole or not at all.
 
 files, others = find_files(Path("notes"), (".txt", ".jsonl"), print)
 # data: notes/b.txt holds the same as notes/a.txt: what is in them counts twice
@@ -6,6 +7,7 @@ files, others = find_files(Path("notes"), (".txt", ".jsonl"), print)
 
 import codecs
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -87,3 +89,17 @@ def check_text(path: Path) -> None:
         found = ["UTF-16: save it as UTF-8"]
     if found:
         raise ValueError(f"--data {path}: is {found[0]}")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

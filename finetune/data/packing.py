@@ -13,47 +13,14 @@ integers is the whole state of the loader, and a resumed run continues at the sa
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from finetune.loss import IGNORE
+from finetune.data.documents import IGNORE, Bools, Documents, Ints, mask_of
 
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 WINDOW_ROWS = 64  # rows packed together: enough to fill them to about 99%, few enough to be instant
-
-
-class Documents(Protocol):
-    """Token sequences that each begin with BOS, if there is one."""
-
-    @property
-    def bos_id(self) -> int | None: ...
-
-    @property
-    def lengths(self) -> Ints:
-        """Tokens of each document, its BOS included."""
-
-    def tokens(self, document: int, start: int, stop: int) -> Ints:
-        """A part of one document."""
-
-
-@runtime_checkable
-class MaskedDocuments(Documents, Protocol):
-    """Documents of which only some tokens are to be predicted."""
-
-    def mask(self, document: int, start: int, stop: int) -> Bools:
-        """Which tokens of a part of one document are labels."""
-
-
-def mask_of(documents: Documents, document: int, start: int, stop: int) -> Bools:
-    """Which tokens of a part are labels; all, where the documents have no mask, but for a first one without BOS."""
-    if isinstance(documents, MaskedDocuments):
-        return documents.mask(document, start, stop)
-    return np.arange(start, stop) >= (documents.bos_id is None)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 
-`finetune.shapes` lists the other shapes. A dialogue is one document and is never cut: what does not fit a row cannot
-be used, and `--on_bad` says what becomes of it. The ids and the mask are `nanollama.chat`'s, the same ids that the chat
-in the terminal sends.
+`finetune.data.shapes` lists the other shapes. A dialogue is one document and is never cut: what does not fit a row
+cannot be used, and `--on_bad` says what becomes of it. The ids and the mask are `nanollama.chat`'s, the same ids that
+the chat in the terminal sends.
 """
 
 import hashlib
@@ -16,18 +16,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from finetune.data import Bools, Ints
-from finetune.prepare.corpus import HOLD_OUT_EACH
-from finetune.prepare.files import NAMED, Say, find_files, silent
-from finetune.prepare.rows import ROW_SUFFIXES, Row, hub_rows, read_rows
-from finetune.shapes import Dialogue, as_dialogue
+from finetune.data.documents import HOLD_OUT_EACH, Bools, Ints
+from finetune.data.files import NAMED, Say, find_files, silent
+from finetune.data.rows import ROW_SUFFIXES, Row, hub_rows, read_rows
+from finetune.data.shapes import Dialogue, as_dialogue
 from nanollama.chat import encode_chat, template_source
 from nanollama.tokenizer import Tokenizer
 
 
 @dataclass
 class Dialogs:
-    """`finetune.data.MaskedDocuments`: dialogue i is ids[starts[i] : starts[i + 1]]."""
+    """`finetune.data.documents.MaskedDocuments`: dialogue i is ids[starts[i] : starts[i + 1]]."""
 
     bos_id: int | None
     ids: Ints
