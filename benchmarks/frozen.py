@@ -67,11 +67,11 @@ class Work:
 
     folder: Path
 
-    def start(self, module: str, *arguments: object) -> subprocess.Popen[str]:
+    def start(self, module: object, *arguments: object) -> subprocess.Popen[str]:
         paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
         caches = {name: str(self.folder / "cache") for name in ("NANOLLAMA_CACHE", "XDG_CACHE_HOME")}
         return subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, arguments)],
+            [sys.executable, "-m", str(module), *map(str, arguments)],
             cwd=self.folder,
             env={**os.environ, **ONE_THREAD, **caches, "PYTHONPATH": os.pathsep.join(paths)},
             stdin=subprocess.DEVNULL,
@@ -81,12 +81,12 @@ class Work:
             encoding="utf-8",
         )
 
-    def command(self, module: str, *arguments: object, codes: tuple[int, ...] = (0,)) -> str:
+    def command(self, module: object, *arguments: object, codes: tuple[int, ...] = (0,)) -> str:
         """What the command printed. Raises ValueError for another exit code."""
         process = self.start(module, *arguments)
         out, err = process.communicate()
         if process.returncode not in codes:
-            line = " ".join(["python -m", module, *map(str, arguments)])
+            line = " ".join(map(str, ("python -m", module, *arguments)))
             raise ValueError(f"{line}\nended with exit code {process.returncode}: {err.strip()[-2000:]}")
         return out
 
@@ -131,13 +131,17 @@ def array_digest(folder: Path, row: dict[str, Any]) -> str:
         return hashlib.sha256(file.read(size)).hexdigest()[:16]
 
 
+def training_line(work: Work, *flags: object) -> tuple[object, ...]:
+    """A command that trains a small model from scratch on the bundled sample."""
+    (work.folder / "shape.json").write_text(json.dumps(TRAINED))
+    size = ("--init", "shape.json", "--vocab_size", 512, "--seq_len", 128, "--batch_size", 16)
+    return ("finetune.tinystories", "--data", "sample", *size, "--threads", THREADS, "--workers", 1, *flags)
+
+
 def training(work: Work) -> dict[str, Any]:
     """A run from scratch, and the same one ended by a signal and resumed."""
-    (work.folder / "shape.json").write_text(json.dumps(TRAINED))
-    size = ("--vocab_size", 512, "--seq_len", 128, "--batch_size", 16, "--max_steps", STEPS, "--dropout", 0.1)
     ends = ("--eval_every", 10, "--eval_tokens", 4000, "--save_every", 5)
-    line = ("finetune.tinystories", "--data", "sample", "--init", "shape.json", *size, *ends, "--threads", 1)
-    line = (*line, "--workers", 1)
+    line = training_line(work, "--max_steps", STEPS, "--dropout", 0.1, *ends)
     work.command(*line, "--out", "straight")
     interrupt(work.start(*line, "--out", "resumed"), work.folder / "resumed" / "metrics.jsonl")
     work.command(*line, "--out", "resumed", "--resume")
@@ -184,22 +188,15 @@ FORMATS = {
 
 def texts(work: Work) -> dict[str, Any]:
     """What each checkpoint format, and a load into integers, answers greedily; a tokenizer is trained for it."""
-    story = " ".join(f"{who} {did} the {what}." for who in WHO for did in DID for what in WHAT)
-    (work.folder / "stories.txt").write_text("\n\n".join([story, "Once upon a time"] * 30))
-    separated = ("--data", "stories.txt", "--separator", r"\n\n", "--workers", 1)
-    work.command("finetune.prepare", *separated, "--vocab_size", 320, "--out", "shards")
-    shape = ("--shape", "tiny-llama2", "--eps", 1e-5, *MEMBER[:8], "--vocab", 320, "--layers", 2)
-    ckpt = work.synth(*shape, "--tokenizer", work.folder / "shards" / "tokenizer.model")
+    work.command(*training_line(work, "--max_steps", 1, "--out", "one"))
+    shape = ("--shape", "tiny-llama2", "--eps", 1e-5, *MEMBER)
+    ckpt = work.synth(*shape, "--tokenizer", work.folder / "one" / "final" / "tokenizer.model")
     made: dict[str, tuple[object, ...]] = {"meta": (ckpt,)}
     for name, flags in FORMATS.items():
-        said = work.command("nanollama", "convert", ckpt, f"ckpt.{name}", *flags)
-        assert said
+        work.command("nanollama", "convert", ckpt, f"ckpt.{name}", *flags)
         made[name] = (f"ckpt.{name}",)
     made |= {name: (ckpt, "--quantize", name) for name in ("int8", "int4")}
     return {name: answers(work, *line) for name, line in made.items()}
-
-
-WHO, DID, WHAT = ("Tom", "Lily", "The dog"), ("saw", "took", "lost"), ("ball", "red car", "moon")
 
 
 def answers(work: Work, *line: object) -> Any:

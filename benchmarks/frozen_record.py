@@ -5,6 +5,7 @@ differences(before["cases"], after["cases"], bitwise=True)        # [Difference(
 
 import hashlib
 import json
+import os
 import platform
 import re
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from typing import Any
 
 SCHEMA = "nanollama.frozen/1"
 REPOSITORY = Path(__file__).resolve().parent.parent
-THREADS = 1  # of every process, so that a machine with more cores splits no sum otherwise
+# Of every process, so that a machine with more cores splits no sum otherwise; parity.check takes all for large models.
+THREADS = 1
 # Of a report: what another run on another day may say otherwise.
 FLEETING = (
     "environment",
@@ -83,6 +85,7 @@ def machine() -> dict[str, str]:
     return packages | {
         "cpu": _cpu_model() or platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "threads": str(THREADS),
     }
 
