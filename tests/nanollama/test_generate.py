@@ -11,7 +11,7 @@ from generation_cases import VOCAB, assert_same_answer, of_row, prompt_ids, smal
 from nanollama.generation import llama as generate
 from nanollama.generation.llama import Llama, Sampling, Text, prefill
 from nanollama.model import Transformer
-from nanollama.speed.static import static_step
+from nanollama.speed.static import StaticStep
 from nanollama.tokenizer import Tokenizer, open_tokenizer
 
 
@@ -56,12 +56,12 @@ def test_a_row_in_a_ragged_batch_is_the_row_alone(
 
 
 @settings(deadline=None, max_examples=10)
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=8), st.integers(0, 3))
-def test_the_static_step_of_gpus_decodes_the_same(llama: Llama, lengths: list[int], seed: int) -> None:
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=8), st.integers(0, 3), st.booleans())
+def test_the_static_step_of_gpus_decodes_the_same(llama: Llama, lengths: list[int], seed: int, compile: bool) -> None:
     prompts = [prompt_ids(length, 10 * seed + i) for i, length in enumerate(lengths)]
     sampling = Sampling(max_new_tokens=8, stop_ids=frozenset(range(0, VOCAB, 7)))
     static = Llama(llama.model)
-    static.step = lambda rows: static_step(llama.model)  # type: ignore[method-assign]
+    static.step = lambda rows: StaticStep(llama.model, compile=compile)  # type: ignore[method-assign]
     got, wanted = list(static.generate(prompts, sampling)), list(llama.generate(prompts, sampling))
     for i in range(len(prompts)):
         assert_same_answer(of_row(got, i), of_row(wanted, i))
