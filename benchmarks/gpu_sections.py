@@ -30,7 +30,8 @@ from finetune.memory import plan_memory
 from finetune.parallelize import World
 from finetune.train import Loop, Setup
 from nanollama.cli import run
-from nanollama.generation.llama import Llama, Row, Sampling, prefill
+from nanollama.generation.decode import Row, prefill
+from nanollama.generation.llama import Llama, Sampling
 from nanollama.model import ModelConfig, Transformer
 from nanollama.speed.quantize import load_quantized, weight_bytes
 

@@ -19,18 +19,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nanollama.generation.llama import (
-    PREFILL_CHUNK_TOKENS,
-    Event,
-    Row,
-    Sampling,
-    last_logits,
-    prefill,
-    seen_tokens,
-)
-from nanollama.generation.sample import Filter, draw, keep_tokens, make_filter, penalize_repetition
+from nanollama.generation.decode import PREFILL_CHUNK_TOKENS, Event, Row, Sampling, prefill, scores_of, seen_tokens
+from nanollama.generation.sample import Filter, draw, make_filter
 from nanollama.model import KVCache, Transformer
-from nanollama.speed.quantize import apply_head
+from nanollama.speed.step import last_logits
 from nanollama.tokenizer.base import common_length
 
 
@@ -117,7 +109,7 @@ class DraftModel:
 def decode_speculative(
     model: Transformer, rows: list[Row], sampling: Sampling, drafter: Drafter, n: int = 5
 ) -> Iterator[Event]:
-    """As `generate.decode`, with up to n guesses a pass; the answers come one after the other."""
+    """As `decode`, with up to n guesses a pass; the answers come one after the other."""
     for row in rows:
         yield from _answer(model, row, sampling, drafter.start(), n)
 
@@ -138,14 +130,14 @@ def _answer(model: Transformer, row: Row, sampling: Sampling, drafter: Drafter, 
         # The newest token stands at row.position; slots of guesses that were refused are written again.
         tokens = torch.tensor([[ids[-1], *draft.tokens]], device=logits.device)  # (1, T)
         positions = row.position + torch.arange(tokens.shape[1], device=logits.device).unsqueeze(0)
-        logits = apply_head(model, model.hidden(tokens, positions, cache=cache)[0])  # (T, V)
+        logits = model.logits(model.hidden(tokens, positions, cache=cache)[0])  # (T, V)
 
 
 class Judge:
     """Decides tokens from the model's logits and the guesses: the heart of the method."""
 
     def __init__(self, row: Row, sampling: Sampling, seen: Tensor | None) -> None:
-        self.row, self.seen, self.penalty = row, seen, sampling.repetition_penalty
+        self.row, self.sampling, self.seen = row, sampling, seen
         # None when greedy.
         self.keep: Filter | None = None
         if sampling.temperature > 0:
@@ -156,9 +148,7 @@ class Judge:
     def decide(self, logits: Tensor, draft: Draft) -> Iterator[tuple[int, float]]:
         """(token, logprob) for each guess that stays, and for one token more; logits (1 + guesses, V)."""
         for i in range(len(draft.tokens) + 1):
-            scores = keep_tokens(logits[i : i + 1], self.row.n_tokens)  # (1, V)
-            if self.seen is not None:
-                scores = penalize_repetition(scores, self.seen, self.penalty)
+            scores = scores_of(logits[i : i + 1], self.seen, self.sampling, self.row.n_tokens)  # (1, V)
             guess = draft.tokens[i] if i < len(draft.tokens) else None
             token = self._choose(scores, guess, None if draft.probs is None or guess is None else draft.probs[i])
             if self.seen is not None:
