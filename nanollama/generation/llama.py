@@ -64,8 +64,8 @@ class Llama:
         """Open a checkpoint of any format. Weights that keep their dtype (the default) on CPU stay memory-mapped.
 
         tokenizer: a file, where the checkpoint has none beside it. adapter: a LoRA adapter's folder, added to the
-        weights as they are read. dtype: "fp32", "bf16", "fp16". quantize: "int8" or
-        "int4" (see nanollama.speed.quantize). compile, say, drafter: as for the class.
+        weights as they are read. dtype: "fp32", "bf16", "fp16". quantize: "int8" or "int4" (see
+        nanollama.speed.quantize). compile, say, drafter: as for the class.
         Raises ValueError (CheckpointError, TokenizerError) with one line.
         """
         if dtype is not None and dtype not in DTYPES:
@@ -79,7 +79,8 @@ class Llama:
         if adapter is not None:
             weights = merged(weights, read_adapter(adapter, config))
         if quantize is None:
-            model = Transformer.from_weights(config, weights, dtype=wanted, device=device)
+            # In one dtype: a GGUF may keep norms as fp32 beside bf16 matrices.
+            model = Transformer.from_weights(config, weights, dtype=wanted or weights.dtype, device=device)
         else:
             model = load_quantized(config, weights, quantize, dtype=wanted).to(device)
         return cls(model.eval(), opened, compile=compile, say=say, drafter=drafter)

@@ -24,12 +24,12 @@ def matvec(x: Tensor, operands: Sequence[Tensor]) -> Tensor:
     parts = list(zip(*(tensor.chunk(halves) for tensor in operands), strict=True))
     # Beside integers, a vector of bf16 would take the compiler's slow conversions for both: fp32 is loaded instead.
     plain = len(operands) == 1 and not in_words(operands[0])
-    rows = [arranged(row, operands[0]) for row in (x if plain else x.float()).unbind()]
+    rows = [arrange(row, operands[0]) for row in (x if plain else x.float()).unbind()]
     return torch.stack([torch.cat([dot(row, *part) for part in parts]) for row in rows]).to(x.dtype)
 
 
 def dot(x: Tensor, numbers: Tensor, scales: Tensor | None = None) -> Tensor:
-    """x (K,), in the order of `arranged`, times a matrix in any of its forms (see `quantize`) -> (N,) float32."""
+    """x (K,), in the order of `arrange`, times a matrix in any of its forms (see `quantize`) -> (N,) float32."""
     x = x.float()
     if numbers.dtype == torch.uint8:
         assert scales is not None
@@ -39,7 +39,7 @@ def dot(x: Tensor, numbers: Tensor, scales: Tensor | None = None) -> Tensor:
         high = [x[j + half] * (numbers[:, j] >> 4).float() for j in range(half)]
         # The numbers are stored plus 8: taken off once a group and not once a weight.
         return ((sum(low[1:] + high, low[0]) - 8 * x.sum(0)) * scales.float()).sum(-1)
-    weights = of_words(numbers) if in_words(numbers) else [numbers.float()]
+    weights = unpack_words(numbers) if in_words(numbers) else [numbers.float()]
     sums = [(part * weight).sum(-1) for part, weight in zip(x.view(len(weights), -1), weights, strict=True)]
     total = sum(sums[1:], sums[0])
     return total if scales is None else total * scales
@@ -56,13 +56,13 @@ def loads_bytes_slowly() -> bool:
     return torch.backends.cpu.get_cpu_capability() != "AVX512"
 
 
-def arranged(x: Tensor, numbers: Tensor) -> Tensor:
+def arrange(x: Tensor, numbers: Tensor) -> Tensor:
     """x (K,) in the order of the weights: for words of n every n-th input from the first on, then from the second."""
     n = 4 // numbers.itemsize
     return torch.cat([x[i::n] for i in range(n)]) if in_words(numbers) else x
 
 
-def of_words(numbers: Tensor) -> list[Tensor]:
+def unpack_words(numbers: Tensor) -> list[Tensor]:
     """bf16 or int8 (N, K) -> float32 (N, K/2) twice or (N, K/4) four times: the words' first weights, their second."""
     words = numbers.view(torch.float32).view(torch.int32)
     if numbers.dtype == torch.bfloat16:
