@@ -1,4 +1,4 @@
-"""Generation from files whose tensors differ in dtype, and the steps that are chosen for it."""
+"""Generation from files whose tensors differ in dtype, the steps that are chosen for it, and pages that are let go."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from nanollama.checkpoint import write_gguf
 from nanollama.generation.llama import Llama, Sampling
 from nanollama.model import KVCache
 from nanollama.speed import step as steps
+from nanollama.speed.quantize import release
 from nanollama.speed.step import StepChooser
 from test_generate import small_model
 
@@ -59,3 +60,14 @@ def test_the_eager_step_is_the_model() -> None:
         found = [step(tokens[:, i], torch.full((2,), i), cache) for i in range(2)]
         wanted = model(tokens)
     torch.testing.assert_close(torch.stack(found, 1), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_released_pages_hold_what_they_held(tmp_path: Path) -> None:
+    numbers = torch.arange(2**16, dtype=torch.float32)
+    (tmp_path / "x").write_bytes(numbers.numpy().tobytes())
+    mapped = torch.from_file(str(tmp_path / "x"), shared=False, size=2**16, dtype=torch.float32)
+    for tensor in (mapped, numbers):
+        assert tensor.sum() == 2**16 * (2**16 - 1) / 2
+        release(tensor[100:])  # inside of a page
+        release(tensor[:10])  # less than a page
+    assert torch.equal(mapped, torch.arange(2**16)) and torch.equal(numbers, torch.arange(2**16))

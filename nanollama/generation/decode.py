@@ -201,13 +201,17 @@ def prefill(model: Transformer, rows: list[Row]) -> tuple[KVCache, Tensor]:
                 buffer[slot] = buffer[slot - 1]
             logits.append(logits[-1])
             continue
-        own = cache_slots(cache, slot, slot + 1)
-        tokens = torch.tensor([row.ids], device=embeddings.device)  # (1, T)
-        for chunk in tokens.split(PREFILL_CHUNK_TOKENS, dim=1):
-            last = last_logits(model, chunk, None, own)  # (1, V)
-        logits.append(last)
+        logits.append(read_tokens(model, row.ids, cache_slots(cache, slot, slot + 1)))  # (1, V)
     cache.length = max(len(row.ids) for row in rows)
     return cache, torch.cat(logits)
+
+
+def read_tokens(model: Transformer, ids: list[int], cache: KVCache) -> Tensor:
+    """Logits (1, V) after ids, which follow the `length` tokens of a cache of one row; in chunks."""
+    tokens = torch.tensor([ids], device=cache.rows.device)  # (1, T)
+    for chunk in tokens.split(PREFILL_CHUNK_TOKENS, dim=1):
+        logits = last_logits(model, chunk, None, cache)
+    return logits
 
 
 def cache_slots(cache: KVCache, start: int, stop: int) -> KVCache:

@@ -19,10 +19,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nanollama.generation.decode import PREFILL_CHUNK_TOKENS, Event, Row, Sampling, prefill, scores_of, seen_tokens
+from nanollama.generation.decode import Event, Row, Sampling, prefill, read_tokens, scores_of, seen_tokens
 from nanollama.generation.sample import Filter, draw, make_filter
 from nanollama.model import KVCache, Transformer
-from nanollama.speed.step import last_logits
 from nanollama.tokenizer.base import common_length
 
 
@@ -95,14 +94,8 @@ class DraftModel:
             self.cache = KVCache(self.model.config, 1, max_len, dtype=weight.dtype, device=weight.device)
         # The newest token is always read again: its logits are wanted.
         same = min(common_length(self.read, ids), len(ids) - 1)
-        device = self.cache.rows.device
-        positions = torch.arange(same, len(ids), device=device).unsqueeze(0)  # (1, T)
-        tokens = torch.tensor([ids[same:]], device=device)  # (1, T)
-        parts = (tensor.split(PREFILL_CHUNK_TOKENS, dim=1) for tensor in (tokens, positions))
-        for chunk, places in zip(*parts, strict=True):
-            logits = last_logits(self.model, chunk, places, self.cache)
-        self.read = list(ids)
-        return logits
+        self.cache.length, self.read = same, list(ids)
+        return read_tokens(self.model, ids[same:], self.cache)
 
 
 @torch.inference_mode()

@@ -104,8 +104,6 @@ class CompiledStep:
         self.model, self.rows, self.block, self.head = model, rows, block, head
         self.layers = [layer_weights(layer) for layer in model.layers]
         self.head_weights = head_weights(model)
-        self.seen: tuple[Tensor | None, int, int] = (None, 0, 0)  # what the views below are views of
-        self.views: list[tuple[list[Tensor], list[Tensor]]] = []
 
     def __call__(self, ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         alive, end = ids.shape[0], int(positions.max()) + 1
@@ -115,24 +113,14 @@ class CompiledStep:
         if alive < self.rows:  # fill up with the first row: it writes the same numbers to the same place again
             filler = ids.new_zeros(self.rows - alive)
             ids, positions = torch.cat((ids, ids[filler])), torch.cat((positions, positions[filler]))
+        rows, slots = [*range(alive), *[0] * (self.rows - alive)], min(-(-end // SLOTS) * SLOTS, cache.max_len)
         x = self.model.tok_embeddings(ids)  # (B, C)
         cos, sin = self.model._rope_rows(max(end, self.model.config.max_seq_len, cache.max_len), ids.device)
         shared = positions, cos[positions], sin[positions]
-        for caches, weights in zip(self._views(cache, alive, end), self.layers, strict=True):
+        for k, v, weights in zip(cache.k, cache.v, self.layers, strict=True):
+            caches = [k[row, :slots] for row in rows], [v[row, :slots] for row in rows]
             x = self.block(BlockArguments(x, *shared, *caches, *weights).flatten())[0]
         return self.head([x, *self.head_weights])[0][:alive].float()
-
-    def _views(self, cache: KVCache, alive: int, end: int) -> list[tuple[list[Tensor], list[Tensor]]]:
-        """Each layer's keys and values of all rows, as far as they are read; made anew only when that moves."""
-        slots = min(-(-end // SLOTS) * SLOTS, cache.max_len)
-        if not (self.seen[0] is cache.k[0] and self.seen[1:] == (alive, slots)):
-            rows = [*range(alive), *[0] * (self.rows - alive)]
-            self.views = [
-                ([k[row, :slots] for row in rows], [v[row, :slots] for row in rows])
-                for k, v in zip(cache.k, cache.v, strict=True)
-            ]
-            self.seen = (cache.k[0], alive, slots)
-        return self.views
 
 
 def layer_weights(layer: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -23,8 +23,7 @@ def matvec(x: Tensor, operands: Sequence[Tensor]) -> Tensor:
     halves = 2 if operands[0].device.type == "cpu" and operands[0].dtype != torch.uint8 else 1
     parts = list(zip(*(tensor.chunk(halves) for tensor in operands), strict=True))
     # Beside integers, a vector of bf16 would take the compiler's slow conversions for both: fp32 is loaded instead.
-    plain = len(operands) == 1 and not in_words(operands[0])
-    rows = [arrange(row, operands[0]) for row in (x if plain else x.float()).unbind()]
+    rows = [arrange(row, operands[0]) for row in (x if len(operands) == 1 else x.float()).unbind()]
     return torch.stack([torch.cat([dot(row, *part) for part in parts]) for row in rows]).to(x.dtype)
 
 
@@ -46,27 +45,24 @@ def dot(x: Tensor, numbers: Tensor, scales: Tensor | None = None) -> Tensor:
 
 
 def in_words(numbers: Tensor) -> bool:
-    """Whether two bf16 or four int8 weights are read as one number of 32 bits."""
-    size = {torch.bfloat16: 2, torch.int8: 4}.get(numbers.dtype, 0)
-    return size > 0 and numbers.shape[1] % size == 0 and numbers.device.type == "cpu" and loads_bytes_slowly()
+    """Whether four int8 weights are read as one number of 32 bits."""
+    is_whole = numbers.dtype == torch.int8 and numbers.shape[1] % 4 == 0
+    return is_whole and numbers.device.type == "cpu" and loads_bytes_slowly()
 
 
 def loads_bytes_slowly() -> bool:
-    """Without AVX-512 the compiler loads bytes by way of memory and converts bf16 slowly; floats it loads at once."""
+    """Without AVX-512 the compiler loads bytes by way of memory; floats it loads at once."""
     return torch.backends.cpu.get_cpu_capability() != "AVX512"
 
 
 def arrange(x: Tensor, numbers: Tensor) -> Tensor:
-    """x (K,) in the order of the weights: for words of n every n-th input from the first on, then from the second."""
-    n = 4 // numbers.itemsize
-    return torch.cat([x[i::n] for i in range(n)]) if in_words(numbers) else x
+    """x (K,) in the order of the weights: for words every fourth input from the first on, then from the second."""
+    return torch.cat([x[i::4] for i in range(4)]) if in_words(numbers) else x
 
 
 def unpack_words(numbers: Tensor) -> list[Tensor]:
-    """bf16 or int8 (N, K) -> float32 (N, K/2) twice or (N, K/4) four times: the words' first weights, their second."""
+    """int8 (N, K) -> float32 (N, K/4) four times: the words' first weights, their second."""
     words = numbers.view(torch.float32).view(torch.int32)
-    if numbers.dtype == torch.bfloat16:
-        return [(words << 16).view(torch.float32), (words & -(1 << 16)).view(torch.float32)]
     return [*(((words << (24 - 8 * i)) >> 24).float() for i in range(3)), (words >> 24).float()]
 
 
