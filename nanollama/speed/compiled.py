@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanollama.model import KVCache, ModelConfig, RMSNorm, Transformer, apply_rope
+from nanollama.model import KVCache, ModelConfig, Transformer, TransformerBlock, apply_rope
 from nanollama.speed.kernels import attend, matvec, norm
 from nanollama.speed.quantize import QuantLinear
 
@@ -125,14 +125,15 @@ class CompiledStep:
 
 def layer_weights(layer: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The norms and operands of `BlockArguments`. Raises CompileError for a layer of an unknown kind."""
-    norms = [_norm_weight(layer, "attention_norm"), _norm_weight(layer, "ffn_norm")]
+    assert isinstance(layer, TransformerBlock)
+    norms = [layer.attention_norm.weight.detach(), layer.ffn_norm.weight.detach()]
     return norms, [operand for name in LINEARS for operand in operands_of(layer.get_submodule(name))]
 
 
 def head_weights(model: Transformer) -> list[Tensor]:
     """What `HeadStep` takes beside x."""
     head = [model.tok_embeddings.weight.detach()] if model.output is None else operands_of(model.output)
-    return [_norm_weight(model, "norm"), *head]
+    return [model.norm.weight.detach(), *head]
 
 
 def operands_of(linear: nn.Module) -> list[Tensor]:
@@ -144,9 +145,3 @@ def operands_of(linear: nn.Module) -> list[Tensor]:
     raise CompileError(
         f"a layer is a {type(linear).__name__}, which the compiled step does not know: use --compile off"
     )
-
-
-def _norm_weight(parent: nn.Module, name: str) -> Tensor:
-    found = parent.get_submodule(name)
-    assert isinstance(found, RMSNorm)
-    return found.weight.detach()
