@@ -24,7 +24,7 @@ import torch
 from benchmarks.gpu_models import DTYPES, LLAMA_1B, LLAMA_8B, REHEARSED, Bench, Item, random_ids, seeded_weights
 from benchmarks.gpu_parity import parity_items
 from finetune.config import LORA_METHODS, TrainConfig, lora_targets
-from finetune.data import Ints
+from finetune.data.documents import Ints
 from finetune.lora import add_lora_
 from finetune.memory import plan_memory
 from finetune.parallelize import World

@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from finetune.config import TrainConfig, to_json
+from finetune.data.files import write_atomically
 from finetune.parallelize import World
-from finetune.prepare.download import write_atomically
 from nanollama.machine import peak_memory_bytes
 from nanollama.model import ModelConfig
 

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from test_generate import VOCAB, assert_same_answer, of_row, prompt_ids, small_model
 from torch import Tensor, nn
 
 from finetune import loss as loss_module
 from finetune.config import TrainConfig
-from finetune.data import Batch, Packer
+from finetune.data.packing import Batch, Packer
 from finetune.lora import add_lora_
 from finetune.loss import linear_cross_entropy, plain_cross_entropy
 from finetune.optim import make_optimizer, trained
@@ -31,7 +32,6 @@ from nanollama.speed.quantize import SCHEMES, QuantLinear, dequantize, load_quan
 from nanollama.speed.static import StaticStep
 from nanollama.speed.step import eager_step
 from parity.candidates.nano.training import Listed
-from test_generate import VOCAB, assert_same_answer, of_row, prompt_ids, small_model
 
 pytestmark = [
     pytest.mark.gpu,

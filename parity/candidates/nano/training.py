@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from finetune.config import TrainConfig
-from finetune.data import Batch, Ints, Packer
+from finetune.data.documents import Ints
+from finetune.data.packing import Batch, Packer
 from finetune.lora import add_lora_, lora_parameters, merge_
 from finetune.loss import LossModel
 from finetune.optim import make_optimizer, select_trained_, trained
