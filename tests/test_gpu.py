@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_generate import VOCAB, assert_same_answer, of_row, prompt_ids, small_model
 from torch import Tensor, nn
 
 from finetune import loss as loss_module
@@ -26,6 +25,7 @@ from finetune.optim import make_optimizer, trained
 from finetune.parallelize import World
 from finetune.resume import Progress, restore_, save
 from finetune.train import accumulate_, wrap_
+from generation_cases import VOCAB, assert_same_answer, of_row, prompt_ids, small_model
 from nanollama.generation.llama import Llama, Sampling
 from nanollama.model import KVCache, ModelConfig, Transformer, exact_attention, fast_attention
 from nanollama.speed.quantize import SCHEMES, QuantLinear, dequantize, load_quantized, quantize
