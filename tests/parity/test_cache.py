@@ -77,7 +77,7 @@ CHANGES: dict[str, Callable[[Made], object]] = {
     "a byte of the tokenizer": lambda made: flip(made.tokenizer),
     "a byte beside the tokenizer": lambda made: flip(made.tokenizer.parent / "chat_template.jinja"),
     "a new file": lambda made: (made.checkpoint / "generation_config.json").write_text("{}"),
-    "a byte of the reference's code": lambda made: flip(made.cache.code / "oracle_math.py"),
+    "a byte of the reference's code": lambda made: flip(made.cache.code / "oracle" / "math.py"),
 }
 
 
