@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -58,7 +59,11 @@ def main(
     report.found["environment"] = environment(torch)
     for name in chosen:
         report.allow(BUDGETS[name])
-        (run_checks if name == "checks" else run_section)(report, name)
+        try:
+            (run_checks if name == "checks" else run_section)(report, name)
+        except Exception:
+            report.found.setdefault("errors", []).append(traceback.format_exc())
+            traceback.print_exc()
         report.write()
     report.found["seconds"] = round(time.monotonic() - report.started, 1)
     report.write()
@@ -97,7 +102,7 @@ class Report:
         checks = self.found.get("checks", {})
         good = all(found["status"] in ("pass", "skip") for found in checks.values())
         items = [item for name in BUDGETS if name != "checks" for item in self.found.get(name, [])]
-        return good and not any("error" in item for item in items)
+        return good and "errors" not in self.found and not any("error" in item for item in items)
 
 
 def environment(torch: Any) -> dict[str, Any]:
@@ -145,6 +150,7 @@ class Running:
 def begin(name: str, module: str, arguments: list[str], folder: Path) -> Running:
     """Start `python -m module`; the log goes to $OUT where that is set."""
     log = (Path(os.environ["OUT"]) if os.environ.get("OUT") else folder) / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     if module != "benchmarks.gpu_sections":  # several compile at once, and each would start a thread a core
@@ -165,7 +171,7 @@ def run_checks(report: Report, name: str) -> None:
         tests = [begin_tests(one, folder) for one in TESTS]
         check = begin_check(folder, "cpu" if report.rehearse else "cuda")
         checks |= {running.name: read_tests(running.finish(report.left_s)) for running in tests}
-        checks["parity"] = read_check(check.finish(report.left_s), folder) if check else skipped()
+        checks["parity_check"] = read_check(check.finish(report.left_s), folder) if check else skipped()
         for one, found in checks.items():
             print(f"checks    {one:24} {found['status']}", flush=True)
             if found["status"] == "fail":
@@ -212,7 +218,7 @@ def begin_check(folder: Path, device: str) -> Running | None:
     # A small vocabulary: no tokenizer is needed, and each reference writes its traces in a moment.
     synthesise(replace(SHAPES["tiny"], vocab_size=1024), folder / "ckpt", format="hf")
     flags = ["--ckpt", str(folder / "ckpt"), "--device", device, "--references", ",".join(found), "--cache", "off"]
-    return begin("parity", "parity.check", [*flags, "--json", str(folder / "report.json")], folder)
+    return begin("parity_check", "parity.check", [*flags, "--json", str(folder / "report.json")], folder)
 
 
 def read_check(found: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -275,7 +281,9 @@ LINE: dict[str, Callable[[Any], str]] = {
     "step_share_of_limit": lambda x: f"{x:6.3f} by the step alone",
     "peak_bytes": lambda x: f"{x / 1e9:5.1f} GB at the peak",
     "planned_bytes": lambda x: f"{x / 1e9:5.1f} GB planned",
-    "milliseconds": lambda x: ", ".join(f"{n} {t if isinstance(t, str) else f'{t:.3f} ms'}" for n, t in x.items()),
+    "milliseconds": lambda x: ", ".join(
+        f"{n} {'refused' if isinstance(t, str) else f'{t:.3f} ms'}" for n, t in x.items()
+    ),
     "distance": lambda x: ", ".join(f"{name} {value:.2e}" for name, value in x.items()),
 }
 

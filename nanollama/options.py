@@ -35,7 +35,7 @@ class ModelOptions:
     dtype: Literal["fp32", "bf16", "fp16"] | None = None  # default: as stored
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     quantize: Literal["int8", "int4"] | None = None  # weights as integers; activations keep the dtype
-    compile: Literal["auto", "on", "off"] = "auto"  # the decode step (CPU); auto: where it wins back its time
+    compile: Literal["auto", "on", "off"] = "auto"  # the decode step; auto: where it wins back its time
     draft: str | None = None  # a smaller checkpoint with the same vocabulary, which guesses tokens ahead
     lookup: bool = False  # guess tokens ahead from what was said before (speculative decoding, same answers)
 

@@ -23,6 +23,7 @@ from nanollama.speed.step import Step, last_logits
 from nanollama.tokenizer import Tokenizer
 from nanollama.tokenizer.stream import ByteStream, PieceStream
 
+MASK_SLOTS = 8  # CUDA's kernels take masks of whole vectors; others they would pad anew in every layer
 PREFILL_CHUNK_TOKENS = 512  # bounds the memory of the attention mask and the activations, whatever the prompt
 
 
@@ -193,6 +194,8 @@ def prefill(model: Transformer, rows: list[Row]) -> tuple[KVCache, Tensor]:
     """
     embeddings = model.tok_embeddings.weight
     max_len = max(len(row.ids) + row.tokens_left - 1 for row in rows)
+    if embeddings.is_cuda:
+        max_len = -(-max_len // MASK_SLOTS) * MASK_SLOTS
     cache = KVCache(model.config, len(rows), max_len, dtype=embeddings.dtype, device=embeddings.device)
     logits: list[Tensor] = []
     for slot, row in enumerate(rows):
