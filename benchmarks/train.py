@@ -66,7 +66,7 @@ def compare(cell: str, threads: int, rounds: int, steps: int) -> dict[str, Any]:
         for _ in range(rounds):
             for name in ENGINES:
                 speeds[name].append(pools[name].submit(speed, name, cell, steps).result())
-        peaks = {name: pools[name].submit(peak_memory_bytes).result() for name in ENGINES}
+        peaks = {name: pools[name].submit(peak_memory_bytes).result() or 0 for name in ENGINES}
         losses = {name: pools[name].submit(first_losses, name, cell).result() for name in ENGINES}
     finally:
         for pool in pools.values():

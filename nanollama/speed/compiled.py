@@ -48,9 +48,9 @@ class BlockArguments(NamedTuple):
 
     @classmethod
     def unflatten(cls, flat: Sequence[Tensor], rows: int) -> "BlockArguments":
-        shared, rest = flat[:4], flat[4:]
+        x, positions, cos, sin, *rest = flat
         caches, weights = rest[: 2 * rows], rest[2 * rows :]
-        return cls(*shared, caches[:rows], caches[rows:], weights[:2], weights[2:])
+        return cls(x, positions, cos, sin, caches[:rows], caches[rows:], weights[:2], weights[2:])
 
     def linears(self) -> list[Sequence[Tensor]]:
         """The operands of each linear layer, in the order of LINEARS."""
