@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.optim import SHARE_SCALE, RoundingAdamW, moments_bytes, new_moments, read, write_
+from finetune.optim import SHARE_SCALE, RoundingAdamW, moments_bytes, new_moments
+from finetune.optim import read_moment as read
+from finetune.optim import write_moment_ as write_
 
 SIZE = 4 * SHARE_SCALE
 WHOLE = slice(0, SIZE)

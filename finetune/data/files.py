@@ -12,6 +12,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from finetune.errors import UserError
+
 Say = Callable[[str], None]
 
 NAMED = 5  # files or lines that a message lists
@@ -81,14 +83,14 @@ def listed(names: Sequence[str]) -> str:
 
 
 def check_text(path: Path) -> None:
-    """Raises ValueError for what cannot be UTF-8 text, or is only a stand-in for it."""
+    """Raises UserError for what cannot be UTF-8 text, or is only a stand-in for it."""
     with path.open("rb") as file:
         head = file.read(len(LFS_POINTER))
     found = [what for start, what in NO_TEXT.items() if head.startswith(start)]
     if not found and len(head) > 3 and (not any(head[:8:2]) or not any(head[1:8:2])):  # without a mark
         found = ["UTF-16: save it as UTF-8"]
     if found:
-        raise ValueError(f"--data {path}: is {found[0]}")
+        raise UserError(f"--data {path}: is {found[0]}")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from finetune.data.documents import Documents
 from finetune.data.files import Say, silent, write_atomically
+from finetune.errors import UserError
 from finetune.prepare import corpus, download
 from finetune.prepare.corpus import Format, Source
 from finetune.prepare.download import Offline
@@ -68,7 +69,7 @@ def prepare(
 ) -> Prepared:
     """Open `source`'s shards, making what is missing. A Path is a folder of shards.
 
-    tokenizer: None trains one of `vocab_size` words on the text. Raises ValueError for data that cannot be used.
+    tokenizer: None trains one of `vocab_size` words on the text. Raises UserError for data that cannot be used.
     """
     if isinstance(source, Path):
         return open_prepared(f"the shards in {source}", source, tokenizer or _tokenizer_of_shards(source))
@@ -104,7 +105,7 @@ def _tokenizer_of_shards(folder: Path) -> Path:
     for name in TOKENIZERS:
         if (folder / name).exists():
             return folder / name
-    raise ValueError(f"--data {folder}: holds shards but no tokenizer: name theirs with --tokenizer")
+    raise UserError(f"--data {folder}: holds shards but no tokenizer: name theirs with --tokenizer")
 
 
 def _trained(source: Source, vocab_size: int, folder: Path) -> Path:
@@ -199,7 +200,7 @@ def auto_source(cache: Path, *, small: bool, say: Say) -> Source:
 
 
 def path_source(path: Path, form: Format, say: Say = silent) -> Source | Path:
-    """A file, a folder of files, or a folder of shards (which stays a Path). Raises ValueError."""
+    """A file, a folder of files, or a folder of shards (which stays a Path). Raises UserError."""
     if is_shards(path):
         return path
     files, title = corpus.named_files(path, say)
