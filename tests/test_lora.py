@@ -19,11 +19,11 @@ from finetune.lora import (
     add_lora_,
     add_rows_,
     lora_parameters,
-    merge_,
     merged_weights,
     quantize_base_,
     wear_,
 )
+from finetune.lora import merged_model as merge_
 from finetune.optim import make_optimizer, select_trained_
 from nanollama.adapter import CONFIG, LINEARS, TENSORS, merged, read_adapter, write_adapter
 from nanollama.checkpoint import CheckpointError

@@ -14,7 +14,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from finetune.build import fresh_weights
-from finetune.lora import NF4Linear, add_lora_, lora_parameters, merge_, quantize_base_
+from finetune.lora import NF4Linear, add_lora_, lora_parameters, quantize_base_
+from finetune.lora import merged_model as merge_
 from finetune.metrics import read_metrics
 from finetune.prepare.stories import stories
 from finetune.prepare.tokenizer import train_tokenizer
