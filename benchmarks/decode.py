@@ -174,7 +174,7 @@ def read_bandwidth() -> float:
     """Bytes a second that a sum over 1 GiB reads, in large pages where the system has them: the best of five."""
     import torch
 
-    from nanollama.pages import ask_for_large
+    from nanollama.speed.pages import ask_for_large
 
     data, best = torch.empty(2**28), 0.0
     ask_for_large(data)
@@ -235,8 +235,8 @@ def engine(name: str, folder: str) -> tuple[Generate, int]:
 
 
 def ours(folder: str, kind: str, compile: Literal["on", "off"]) -> tuple[Generate, int]:
-    from nanollama.generate import Llama, Sampling
-    from nanollama.quantize import SCHEMES, weight_bytes
+    from nanollama.generation.llama import Llama, Sampling
+    from nanollama.speed.quantize import SCHEMES, weight_bytes
 
     scheme = kind if kind in SCHEMES else None
     dtype = "bf16" if scheme else kind
@@ -255,9 +255,9 @@ def gpt_fast_style(folder: str, kind: str) -> tuple[Generate, int]:
     import torch
     import torch.nn.functional as F
 
-    from nanollama.generate import Llama
+    from nanollama.generation.llama import Llama
     from nanollama.model import apply_rope, rope_table
-    from nanollama.quantize import weight_bytes
+    from nanollama.speed.quantize import weight_bytes
 
     model = Llama.load(Path(folder) / "hf", dtype=kind).model
     config, slots = model.config, 256

@@ -28,7 +28,7 @@ from torch import Tensor
 from nanollama.checkpoint import open_checkpoint
 from nanollama.cli import run
 from nanollama.model import Transformer
-from nanollama.quantize import apply_head, load_quantized
+from nanollama.speed.quantize import apply_head, load_quantized
 from nanollama.tokenizer import open_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -26,8 +26,8 @@ from finetune.lora import add_lora_, add_rows_, quantize_base_, wear_
 from finetune.loss import LossModel
 from finetune.optim import select_trained_
 from finetune.parallelize import World, replicate
-from nanollama.adapter import Adapter, read_adapter
 from nanollama.checkpoint import Checkpoint, open_checkpoint
+from nanollama.checkpoint.adapter import Adapter, read_adapter
 from nanollama.model import Context, ModelConfig, Transformer
 from nanollama.tokenizer import Tokenizer
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from finetune.errors import UserError
-from nanollama.adapter import ATTENTION, LINEARS
+from nanollama.checkpoint.adapter import ATTENTION, LINEARS
 from nanollama.model import ModelConfig
 
 METHODS = ("full", "norms", "no_embeddings", "lora", "qlora")

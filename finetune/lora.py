@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.errors import UserError
-from nanollama.adapter import EMBEDDING, LINEARS, ROW_MATRICES, Adapter, add_low_rank, merged, target_names
+from nanollama.checkpoint.adapter import EMBEDDING, LINEARS, ROW_MATRICES, Adapter, add_low_rank, merged, target_names
 from nanollama.model import Transformer
 
 LORA_SUFFIXES = (".lora_A", ".lora_B", ".token_rows")  # of the parameters that --method lora trains
@@ -94,7 +94,7 @@ def add_lora_(
     dropout: float,
     generator: torch.Generator,
 ) -> None:
-    """Put a LoraLinear around every layer that `targets` (of nanollama.adapter.TARGETS) name; freeze all else.
+    """Put a LoraLinear around every layer that `targets` (see nanollama/checkpoint/adapter.py) name; freeze all else.
 
     Raises UserError for an unknown target, a tied head, or a layer that has an adapter already.
     """
@@ -150,7 +150,7 @@ def merged_model(model: Transformer, attention: str = "fast") -> Transformer:
 
 
 def adapter_of(model: Transformer) -> Adapter:
-    """The adapter that the model wears, as nanollama.adapter writes it; an empty one where it wears none."""
+    """The adapter that the model wears, as nanollama.checkpoint.adapter writes it; an empty one where it wears none."""
     loras = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
     tables = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, TokenRows)}
     return Adapter(

@@ -92,6 +92,14 @@ def set_learning_rate_(optimizer: torch.optim.Optimizer, lr: float) -> None:
 # --- AdamW that rounds by chance -------------------------------------------------------------------------------------
 
 
+BLOCK_NUMBERS_GPU = 1 << 25  # each block is some 30 launches
+
+
+def block_numbers(device: torch.device) -> int:
+    """Numbers of a parameter that are updated at a time."""
+    return BLOCK_NUMBERS_GPU if device.type == "cuda" else BLOCK_NUMBERS
+
+
 class RoundingAdamW(torch.optim.Optimizer):
     """AdamW whose parameters may be bf16, its moments too, or bytes: all rounded up or down by chance, so that steps
     far smaller than the distance between two bf16 numbers still count on average.
@@ -136,8 +144,9 @@ class RoundingAdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         assert parameter.grad is not None
         weights, grads, size = parameter.view(-1), parameter.grad.reshape(-1), parameter.numel()
-        for start in range(0, size, BLOCK_NUMBERS):
-            part = slice(start, min(start + BLOCK_NUMBERS, size))
+        step = block_numbers(parameter.device)
+        for start in range(0, size, step):
+            part = slice(start, min(start + step, size))
             p, grad = weights[part], grads[part].float()
             mean = read_moment(state, "exp_avg", part).lerp_(grad, 1 - beta1)
             square = read_moment(state, "exp_avg_sq", part).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

@@ -28,13 +28,13 @@ from finetune.prepare.corpus import Source
 from finetune.report import write_report
 from finetune.resume import RunFolder, begin, checkpoints, resume
 from finetune.train import Outcome, Setup, train
-from nanollama.adapter import write_adapter
 from nanollama.chat import encode_chat
 from nanollama.checkpoint import CheckpointError
+from nanollama.checkpoint.adapter import write_adapter
 from nanollama.checkpoint.hf import write_hf
 from nanollama.checkpoint.meta import write_meta
 from nanollama.cli import run_config
-from nanollama.generate import Llama, Sampling
+from nanollama.generation.llama import Llama, Sampling
 from nanollama.model import Transformer
 from nanollama.tokenizer import Tokenizer, open_tokenizer
 from nanollama.vocabulary.write import fitting

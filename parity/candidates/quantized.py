@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nanollama.checkpoint import open_checkpoint
 from nanollama.model import KVCache
-from nanollama.quantize import GROUP_INPUTS, apply_head, load_quantized, weight_bytes
-from parity.candidates.nano import config_echo, taps_of
+from nanollama.speed.quantize import GROUP_INPUTS, apply_head, load_quantized, weight_bytes
+from parity.candidates.nano.model import config_echo, taps_of
 
 
 class Quantized:
