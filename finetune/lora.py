@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from finetune.errors import UserError
 from nanollama.checkpoint.adapter import EMBEDDING, LINEARS, ROW_MATRICES, Adapter, add_low_rank, merged, target_names
+from nanollama.checkpoint.weights import Lazy, Weights
 from nanollama.model import Transformer
 
 LORA_SUFFIXES = (".lora_A", ".lora_B", ".token_rows")  # of the parameters that --method lora trains
@@ -134,12 +135,18 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def merged_weights(model: Transformer) -> dict[str, Tensor]:
     """Meta's names -> plain tensors, adapters summed in; a model without adapters gives its own tensors."""
-    base = {}
+    bases = {}
     for name, module in model.named_modules():
-        inner = module.base if isinstance(module, (LoraLinear, TokenRows)) else module
-        if ".base" not in f".{name}" and isinstance(getattr(inner, "weight", None), Tensor):
-            base[f"{name}.weight"] = inner.weight.detach()
-    return dict(merged(base, adapter_of(model)))
+        base = module.base if isinstance(module, (LoraLinear, TokenRows)) else module
+        if ".base" not in f".{name}" and isinstance(getattr(base, "weight", None), Tensor):
+            bases[f"{name}.weight"] = _weight_of(base)
+    return dict(merged(Weights(bases), adapter_of(model)))
+
+
+def _weight_of(module: Any) -> Lazy:
+    """Read when it is asked for: a 4-bit layer makes its whole matrix anew each time, and all at once would not fit."""
+    weight = module.weight
+    return Lazy(tuple(weight.shape), weight.dtype, lambda start, stop: module.weight.detach()[start:stop])
 
 
 def merged_model(model: Transformer, attention: str = "fast") -> Transformer:

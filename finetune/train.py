@@ -140,7 +140,7 @@ class Loop:
         started = time.perf_counter()
         data = self.ahead or self._take(self.progress.cursor)
 
-        # 1. Labels: how many there are on all ranks is known before any forward pass, and weighs each the same.
+        # 1. Labels: their number on all ranks is known before any forward pass, so that each weighs the same.
         labels = int(self.world.sum([float(sum(batch.valid for batch in data.batches))]))
         stop = self.world.max(stop)
 
@@ -153,7 +153,7 @@ class Loop:
         grad_norm = self._clip_()
         loss = float(self.world.sum(nats)) / labels
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            self._refuse(loss, grad_norm, data)
+            raise self._stopped_before_update(loss, grad_norm, data)
 
         # 3. Update.
         self.optimizer.step()  # no parameter has a gradient left where the backward pass updated them
@@ -177,7 +177,7 @@ class Loop:
             return self.in_backward.norm()
         return float(nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf))
 
-    def _refuse(self, loss: float, grad_norm: float, data: StepData) -> None:
+    def _stopped_before_update(self, loss: float, grad_norm: float, data: StepData) -> TrainingStopped:
         """The parameters are still those before the step: save them, so that the step can be looked at again.
 
         Those that the backward pass has updated are not: the last checkpoint is what is left.
@@ -187,7 +187,7 @@ class Loop:
             self.save()
         left = "the last checkpoint is from before" if self.in_backward else "the state before the step is saved"
         documents = self.packer.documents_in(data.rows)
-        raise TrainingStopped(
+        return TrainingStopped(
             f"step {self.progress.step + 1}: loss {loss}, gradient norm {grad_norm}; the batch holds documents "
             f"{documents}; {left}: lower --lr or look at those documents",
             1,

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from finetune.errors import UserError
@@ -93,15 +94,21 @@ def check_text(path: Path) -> None:
         raise UserError(f"--data {path}: is {found[0]}")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """The whole file or none."""
+@contextmanager
+def appearing_whole(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; what was written gets its own name when it is complete and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The whole file or none."""
+    with appearing_whole(path) as temporary:
+        temporary.write_bytes(data)

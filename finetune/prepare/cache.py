@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from finetune.data.documents import Documents
-from finetune.data.files import Say, silent, write_atomically
+from finetune.data.files import Say, appearing_whole, silent, write_atomically
 from finetune.errors import UserError
 from finetune.prepare import corpus, download
 from finetune.prepare.corpus import Format, Source
@@ -111,18 +111,13 @@ def _tokenizer_of_shards(folder: Path) -> Path:
 def _trained(source: Source, vocab_size: int, folder: Path) -> Path:
     path = folder / f"{source.name}-{_key(source, vocab_size=vocab_size)}.model"
     if not path.exists():
-        small = not source.val and corpus.is_small(source.train, source.format)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.partial")
-        try:
-            train_tokenizer(_training_texts(source, small), vocab_size, temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with appearing_whole(path) as temporary:
+            train_tokenizer(_training_texts(source), vocab_size, temporary)
     return path
 
 
-def _training_texts(source: Source, small: bool) -> Iterator[str]:
+def _training_texts(source: Source) -> Iterator[str]:
+    small = corpus.is_small(source)
     for chunk in corpus.all_chunks(source.train, source.format):
         for side, text, _ in corpus.split(chunk, source.format, "train" if source.val else None, small):
             if side == "train":

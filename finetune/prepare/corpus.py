@@ -13,6 +13,7 @@ import re
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -216,16 +217,10 @@ def _text_of(row: Row, field: str) -> str:
     return row.value[field]
 
 
-def is_small(files: tuple[Path, ...], form: Format) -> bool:
-    """Whether there are too few documents to hold whole ones out."""
-    count = 0
-    for path in files:
-        for chunk in chunks(path, form):
-            for _ in documents(chunk, form):
-                count += 1
-                if count >= HOLD_OUT_EACH:
-                    return False
-    return True
+def is_small(source: Source) -> bool:
+    """Whether there are too few documents to hold whole ones out, and no files for it."""
+    found = (number for chunk in all_chunks(source.train, source.format) for number in documents(chunk, source.format))
+    return not source.val and sum(1 for _ in islice(found, HOLD_OUT_EACH)) < HOLD_OUT_EACH
 
 
 def split(chunk: Chunk, form: Format, only: Split | None, small: bool) -> Iterator[tuple[Split, str, bool]]:

@@ -160,7 +160,7 @@ def tokenize(job: Job) -> int:
 
 
 def jobs(source: Source, tokenizer: Path, folder: Path) -> Iterator[Job]:
-    small = not source.val and corpus.is_small(source.train, source.format)
+    small = corpus.is_small(source)
     number = 0
     for only, files in ((None if not source.val else "train", source.train), ("val", source.val)):
         for chunk in corpus.all_chunks(files, source.format):
