@@ -1,4 +1,4 @@
-"""The model of a run: fresh weights or a checkpoint's, what is put on them (mean rows for chat words, a 4-bit base,
+"""The model of a run: fresh weights or a checkpoint's, what is put on them (mean rows for chat tokens, a 4-bit base,
 adapters), and what wraps it from outside (dropout, activation checkpointing and its offload, compiling).
 
 The order matters: rows are filled before they are copied into a table of their own, and layers become 4-bit before
@@ -97,7 +97,7 @@ def fresh_weights(shape: ModelConfig, generator: torch.Generator) -> dict[str, T
 
 
 # Of Llama 3's format; where the checkpoint has a template of its own, the special tokens that it names.
-CHAT_WORDS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|python_tag|>")
+CHAT_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|python_tag|>")
 UNTRAINED_NORM = 0.1  # of the median row's: shorter rows were never pulled away from zero
 
 
@@ -111,9 +111,9 @@ def adapt_(model: Transformer, config: TrainConfig, tokenizer: Tokenizer, say: C
                 f"--method {config.method} does not train the chat words, and their rows are untrained: choose "
                 "--method full or lora, or --chat_rows keep"
             )
-        reset_rows_(model, ids, ordinary_words(tokenizer, model))
-        words = ", ".join(name for name, i in sorted(tokenizer.special_ids.items()) if i in ids)
-        say(f"chat: the rows of {words} start from the mean of the trained ones, and are trained")
+        reset_rows_(model, ids, ordinary_tokens(tokenizer, model))
+        names = ", ".join(name for name, i in sorted(tokenizer.special_ids.items()) if i in ids)
+        say(f"chat: the rows of {names} start from the mean of the trained ones, and are trained")
     if config.method in LORA_METHODS:
         _add_adapter_(model, config, adapter, ids)
 
@@ -151,38 +151,38 @@ def _shape(config: TrainConfig) -> dict[str, set[Any]]:
 
 
 def chat_rows(model: Transformer, tokenizer: Tokenizer, choice: str) -> tuple[int, ...]:
-    """Ids of the chat words whose rows are to be filled anew: none (keep), all (reinit), the untrained ones (auto).
+    """Ids of the chat tokens whose rows are to be filled anew: none (keep), all (reinit), the untrained ones (auto).
 
     Untrained is a row of the embedding or head that is much shorter than the others, or equal to another chat word's.
     """
     named, template = tokenizer.special_ids.items(), tokenizer.chat_template or ""
-    words = [i for name, i in named if name in CHAT_WORDS or (name in template and i != tokenizer.bos_id)]
-    words = [i for i in words if i < model.config.vocab_size]
-    if choice == "keep" or not words:
+    tokens = [i for name, i in named if name in CHAT_TOKENS or (name in template and i != tokenizer.bos_id)]
+    tokens = [i for i in tokens if i < model.config.vocab_size]
+    if choice == "keep" or not tokens:
         return ()
     if choice == "reinit":
-        return tuple(sorted(words))
+        return tuple(sorted(tokens))
     found = set()
-    ordinary = ordinary_words(tokenizer, model)
+    ordinary = ordinary_tokens(tokenizer, model)
     for matrix in _matrices(model):
         sample = matrix[ordinary[::16]].float()
         least = UNTRAINED_NORM * sample.norm(dim=1).median()
-        rows = {i: matrix[i].float() for i in words}
+        rows = {i: matrix[i].float() for i in tokens}
         for i, row in rows.items():
             if row.norm() < least or any(torch.equal(row, other) for j, other in rows.items() if j != i):
                 found.add(i)
     return tuple(sorted(found))
 
 
-def ordinary_words(tokenizer: Tokenizer, model: Transformer) -> list[int]:
-    """Ids of the words that are no specials, and have rows."""
+def ordinary_tokens(tokenizer: Tokenizer, model: Transformer) -> list[int]:
+    """Ids of the tokens that are no specials, and have rows."""
     special = set(tokenizer.special_ids.values())
     return [i for i in range(min(tokenizer.vocab_size, model.config.vocab_size)) if i not in special]
 
 
 @torch.no_grad()
 def reset_rows_(model: Transformer, ids: tuple[int, ...], ordinary: list[int]) -> None:
-    """Rows `ids` of embedding and head become the mean of the ordinary words' rows."""
+    """Rows `ids` of embedding and head become the mean of the ordinary tokens' rows."""
     for matrix in _matrices(model):
         matrix[list(ids)] = matrix[ordinary].mean(dim=0)
 

@@ -192,7 +192,7 @@ def resolve(config: TrainConfig, device: str, threads: int) -> TrainConfig:
 
 
 def init_shape(config: TrainConfig, vocab_size: int) -> ModelConfig:
-    """The architecture that `--init` names, for a tokenizer of `vocab_size` words. Raises UserError."""
+    """The architecture that `--init` names, for a tokenizer of `vocab_size` tokens. Raises UserError."""
     assert config.init is not None
     common: dict[str, Any] = {
         "vocab_size": vocab_size,

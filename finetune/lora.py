@@ -4,7 +4,7 @@
     lora_parameters(model)       # the only ones to train
     merged_weights(model)        # plain matrices again
 
-A base may be anything with `weight` (outputs, inputs) and a forward: an nn.Linear, or a 4-bit layer. Chat words whose
+A base may be anything with `weight` (outputs, inputs) and a forward: an nn.Linear, or a 4-bit layer. Chat tokens whose
 rows are untrained get a small table of their own (`add_rows_`). Source: LoRA (arXiv 2106.09685); initialised as PEFT
 does, A uniform within 1/sqrt(inputs) and B zero, so training starts from the base.
 """

@@ -111,12 +111,12 @@ def _saved(model: Transformer, config: TrainConfig, device: torch.device, rows: 
 
 def _loss(model: Transformer, config: TrainConfig) -> int:
     """A chunk of logits, on a GPU beside its copy in fp32, and the head in the computation's dtype."""
-    words, dim = model.config.vocab_size, model.config.dim
+    vocab, dim = model.config.vocab_size, model.config.dim
     compute, head = DTYPES[config.dtype], model.head()
     tokens = min(config.batch_size * config.seq_len, chunk_tokens(head))
     copied = compute != torch.float32 and head.device.type != "cpu"
-    copy = words * dim * compute.itemsize if head.dtype != compute else 0
-    return tokens * words * (compute.itemsize + 4 * copied) + copy + _head_sums(model, config)
+    copy = vocab * dim * compute.itemsize if head.dtype != compute else 0
+    return tokens * vocab * (compute.itemsize + 4 * copied) + copy + _head_sums(model, config)
 
 
 def _head_sums(model: Transformer, config: TrainConfig) -> int:

@@ -69,13 +69,14 @@ def prepare(
 ) -> Prepared:
     """Open `source`'s shards, making what is missing. A Path is a folder of shards.
 
-    tokenizer: None trains one of `vocab_size` words on the text. Raises UserError for data that cannot be used.
+    tokenizer: None trains one of `vocab_size` tokens on the text. Raises UserError for data that cannot be used.
     """
     if isinstance(source, Path):
         return open_prepared(f"the shards in {source}", source, tokenizer or _tokenizer_of_shards(source))
     tokenizer = prepare_tokenizer(source, tokenizer, vocab_size, cache / "tokenizers", say)
-    words = Vocabulary.of(tokenizer)
-    key = _key(source, tokenizer=[words.digest.hex(), words.mark, words.eos_id], version=VERSION)
+    vocabulary = Vocabulary.of(tokenizer)
+    tied_to = [vocabulary.digest.hex(), vocabulary.mark, vocabulary.eos_id]
+    key = _key(source, tokenizer=tied_to, version=VERSION)
     folder = cache / "shards" / f"{source.name}-{key}"
     if not folder.exists():
         write_folder(source, tokenizer, folder, workers)
@@ -85,9 +86,9 @@ def prepare(
 def prepare_tokenizer(source: Source, given: Path | None, vocab_size: int, folder: Path, say: Say) -> Path:
     """The tokenizer file that was given, opened once to see that it can be; else one trained on the text."""
     tokenizer = given or _trained(source, vocab_size, folder)
-    words = open_tokenizer(tokenizer).vocab_size
-    if not given and words < vocab_size:
-        say(f"tokenizer: the data supports {words:,} words, not {vocab_size:,}; it gets {words:,}")
+    tokens = open_tokenizer(tokenizer).vocab_size
+    if not given and tokens < vocab_size:
+        say(f"tokenizer: the data supports {tokens:,} words, not {vocab_size:,}; it gets {tokens:,}")
     return tokenizer
 
 

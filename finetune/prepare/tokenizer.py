@@ -18,7 +18,7 @@ LEAST_WORDS = 3 + 256 + 1  # unknown, BOS, EOS, and all bytes
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> int:
-    """Write a sentencepiece model of `vocab_size` words, or as many as the texts support; returns their number.
+    """Write a sentencepiece model of `vocab_size` tokens, or as many as the texts support; returns their number.
 
     Raises UserError when vocab_size is too small to hold the bytes.
     """
