@@ -187,4 +187,4 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     """None where it is not known: no MFU is shown then."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     known = next((peaks for key, peaks in PEAK_FLOPS.items() if key in name), None)
-    return known and known[dtype]
+    return known[dtype] if known else None

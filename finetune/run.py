@@ -141,7 +141,8 @@ def suggest(entry: Entry, given: TrainConfig) -> TrainConfig:
     """The entry's own recipe in place of the default preset's."""
     if given.ckpt or given.init or given.tokenizer:
         return given
-    return replace(given, **{name: getattr(given, name) or value for name, value in entry.suggested.items()})
+    recipe: dict[str, Any] = {name: getattr(given, name) or value for name, value in entry.suggested.items()}
+    return replace(given, **recipe)
 
 
 def _prepare(entry: Entry, config: TrainConfig, start: Start, world: World, say: Say) -> Prepared:

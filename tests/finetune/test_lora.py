@@ -84,8 +84,8 @@ def test_merged_is_unmerged_within_the_noise(family: str, dtype: torch.dtype) ->
     assert within_noise(unmerged, merged_too, exact)
     base = Transformer.from_weights(config, weights_of(config), dtype=dtype)
     assert not within_noise(logits(base), unmerged, exact)
-    model.layers[1].attention.wq.weight.data *= 1 + 256 * torch.finfo(dtype).eps
-    assert not within_noise(logits(model), unmerged, exact)
+    plain.layers[1].attention.wq.weight.data *= 1 + 256 * torch.finfo(dtype).eps
+    assert not within_noise(logits(plain), unmerged, exact)
 
 
 def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained() -> None:
