@@ -149,7 +149,7 @@ class Loop:
         set_learning_rate_(self.optimizer, lr)  # already here: the backward pass itself may update
         torch.manual_seed(mixed_seed(self.config.seed, self.progress.step, self.world.rank))  # of dropout
         nats = accumulate_(self.loss_model, data.batches, labels, self.autocast, self.world)
-        self.ahead = self._take(data.behind)  # while a GPU is still busy with this step
+        self.ahead = self._take(data.behind)  # while a GPU is still busy with this step (docs/LOG.md)
         grad_norm = self._clip_()
         loss = float(self.world.sum(nats)) / labels
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
