@@ -29,6 +29,7 @@ from finetune.data.documents import Ints
 from finetune.lora import add_lora_
 from finetune.memory import plan_memory
 from finetune.parallelize import World
+from finetune.resume import RunFolder
 from finetune.train import Loop, Setup
 from nanollama.cli import run
 from nanollama.generation.decode import Row, prefill
@@ -278,14 +279,15 @@ def train(bench: Bench, way: Training, flops_per_s: float) -> dict[str, Any]:
     data: Any = RandomDocuments(shape.vocab_size)
     with TemporaryDirectory() as out:
         tokenizer: Any = NoTokenizer()
-        setup = Setup(config, model, tokenizer, data, data, "", Path(out), World(bench.device), lambda _: "")
+        folder = RunFolder(Path(out), config)
+        setup = Setup(folder, model, tokenizer, data, data, "", World(bench.device), lambda _: "")
         loop = Loop(setup)
         # A compiled block would be compiled for one row and for two, only to be counted.
         planned = {} if config.compile else {"planned_bytes": plan_memory(model, config, bench.device).total}
         started = bench.now()
-        losses = [loop.step(0)[0]["loss"] for _ in range(WARM_STEPS)]
+        losses = [loop.step(0)[0].loss for _ in range(WARM_STEPS)]
         warm_s, before, started = bench.now() - started, loop.progress.tokens, bench.now()
-        losses += [loop.step(0)[0]["loss"] for _ in range(TIMED_STEPS)]
+        losses += [loop.step(0)[0].loss for _ in range(TIMED_STEPS)]
         tokens_per_s = (loop.progress.tokens - before) / (bench.now() - started)
     token_flops = flops_of(shape, way.method, config.seq_len)
     return {

@@ -1,4 +1,4 @@
-"""The model of a run: fresh weights or a checkpoint's, what is put on them (mean rows for chat words, a 4-bit base,
+"""The model of a run: fresh weights or a checkpoint's, what is put on them (mean rows for chat tokens, a 4-bit base,
 adapters), and what wraps it from outside (dropout, activation checkpointing and its offload, compiling).
 
 The order matters: rows are filled before they are copied into a table of their own, and layers become 4-bit before
@@ -20,15 +20,18 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from finetune.config import LORA_METHODS, TrainConfig, init_shape, lora_targets
+from finetune.config import DTYPES, LORA_METHODS, TrainConfig, init_shape, lora_targets
+from finetune.errors import UserError
 from finetune.lora import add_lora_, add_rows_, quantize_base_, wear_
+from finetune.loss import LossModel
+from finetune.optim import select_trained_
+from finetune.parallelize import World, replicate
 from nanollama.checkpoint import Checkpoint, open_checkpoint
 from nanollama.checkpoint.adapter import Adapter, read_adapter
 from nanollama.model import Context, ModelConfig, Transformer
 from nanollama.tokenizer import Tokenizer
 
 LLAMA2C_STD = 0.02
-WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def init_std(dim: int) -> float:
@@ -58,17 +61,17 @@ def open_start(config: TrainConfig) -> Start:
 def build_model(start: Start, config: TrainConfig, vocab_size: int, device: torch.device) -> Transformer:
     """The model on the device, weights as `--weights` says, in memory of its own. vocab_size: of one from scratch.
 
-    Raises ValueError for rows that are longer than the checkpoint's context.
+    Raises UserError for rows that are longer than the checkpoint's context.
     """
     if start.checkpoint is None:
         shape = init_shape(config, vocab_size)
         weights = fresh_weights(shape, torch.Generator().manual_seed(config.seed))
-        return _own(shape, weights, device, WEIGHTS[config.weights])
+        return _own(shape, weights, device, DTYPES[config.weights])
     shape = start.checkpoint.config
     if config.seq_len > shape.max_seq_len:
-        raise ValueError(f"--seq_len {config.seq_len}: {config.ckpt} was made for at most {shape.max_seq_len} tokens")
+        raise UserError(f"--seq_len {config.seq_len}: {config.ckpt} was made for at most {shape.max_seq_len} tokens")
     stored = {name: start.checkpoint.weights[name] for name in start.checkpoint.weights}
-    return _own(shape, stored, device, WEIGHTS[config.weights])
+    return _own(shape, stored, device, DTYPES[config.weights])
 
 
 def _own(shape: ModelConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> Transformer:
@@ -94,28 +97,28 @@ def fresh_weights(shape: ModelConfig, generator: torch.Generator) -> dict[str, T
 
 
 # Of Llama 3's format; where the checkpoint has a template of its own, the special tokens that it names.
-CHAT_WORDS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|python_tag|>")
+CHAT_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|python_tag|>")
 UNTRAINED_NORM = 0.1  # of the median row's: shorter rows were never pulled away from zero
 
 
 def adapt_(model: Transformer, config: TrainConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
-    """Everything that the config says of adapters and chat rows. Raises ValueError."""
+    """Everything that the config says of adapters and chat rows. Raises UserError."""
     adapter = read_adapter(config.adapter, model.config) if config.adapter else None
     ids = chat_rows(model, tokenizer, config.chat_rows)
     if ids:
         if config.method in ("norms", "no_embeddings"):
-            raise ValueError(
+            raise UserError(
                 f"--method {config.method} does not train the chat words, and their rows are untrained: choose "
                 "--method full or lora, or --chat_rows keep"
             )
-        reset_rows_(model, ids, ordinary_words(tokenizer, model))
-        words = ", ".join(name for name, i in sorted(tokenizer.special_ids.items()) if i in ids)
-        say(f"chat: the rows of {words} start from the mean of the trained ones, and are trained")
+        reset_rows_(model, ids, ordinary_tokens(tokenizer, model))
+        names = ", ".join(name for name, i in sorted(tokenizer.special_ids.items()) if i in ids)
+        say(f"chat: the rows of {names} start from the mean of the trained ones, and are trained")
     if config.method in LORA_METHODS:
-        _wrap_(model, config, adapter, ids)
+        _add_adapter_(model, config, adapter, ids)
 
 
-def _wrap_(model: Transformer, config: TrainConfig, adapter: Adapter | None, ids: tuple[int, ...]) -> None:
+def _add_adapter_(model: Transformer, config: TrainConfig, adapter: Adapter | None, ids: tuple[int, ...]) -> None:
     if config.method == "qlora":
         quantize_base_(model)
     generator = torch.Generator().manual_seed(config.seed)
@@ -140,7 +143,7 @@ def _refuse_other_shape(config: TrainConfig, adapter: Adapter) -> None:
     for name, theirs in saved.items():
         if given[name] not in (usual[name], theirs):
             shown = ",".join(map(str, sorted(theirs)))
-            raise ValueError(f"--adapter {config.adapter} has {name} {shown}: drop --lora_{name}, which says otherwise")
+            raise UserError(f"--adapter {config.adapter} has {name} {shown}: drop --lora_{name}, which says otherwise")
 
 
 def _shape(config: TrainConfig) -> dict[str, set[Any]]:
@@ -148,38 +151,38 @@ def _shape(config: TrainConfig) -> dict[str, set[Any]]:
 
 
 def chat_rows(model: Transformer, tokenizer: Tokenizer, choice: str) -> tuple[int, ...]:
-    """Ids of the chat words whose rows are to be filled anew: none (keep), all (reinit), the untrained ones (auto).
+    """Ids of the chat tokens whose rows are to be filled anew: none (keep), all (reinit), the untrained ones (auto).
 
     Untrained is a row of the embedding or head that is much shorter than the others, or equal to another chat word's.
     """
     named, template = tokenizer.special_ids.items(), tokenizer.chat_template or ""
-    words = [i for name, i in named if name in CHAT_WORDS or (name in template and i != tokenizer.bos_id)]
-    words = [i for i in words if i < model.config.vocab_size]
-    if choice == "keep" or not words:
+    tokens = [i for name, i in named if name in CHAT_TOKENS or (name in template and i != tokenizer.bos_id)]
+    tokens = [i for i in tokens if i < model.config.vocab_size]
+    if choice == "keep" or not tokens:
         return ()
     if choice == "reinit":
-        return tuple(sorted(words))
+        return tuple(sorted(tokens))
     found = set()
-    ordinary = ordinary_words(tokenizer, model)
+    ordinary = ordinary_tokens(tokenizer, model)
     for matrix in _matrices(model):
         sample = matrix[ordinary[::16]].float()
         least = UNTRAINED_NORM * sample.norm(dim=1).median()
-        rows = {i: matrix[i].float() for i in words}
+        rows = {i: matrix[i].float() for i in tokens}
         for i, row in rows.items():
             if row.norm() < least or any(torch.equal(row, other) for j, other in rows.items() if j != i):
                 found.add(i)
     return tuple(sorted(found))
 
 
-def ordinary_words(tokenizer: Tokenizer, model: Transformer) -> list[int]:
-    """Ids of the words that are no specials, and have rows."""
+def ordinary_tokens(tokenizer: Tokenizer, model: Transformer) -> list[int]:
+    """Ids of the tokens that are no specials, and have rows."""
     special = set(tokenizer.special_ids.values())
     return [i for i in range(min(tokenizer.vocab_size, model.config.vocab_size)) if i not in special]
 
 
 @torch.no_grad()
 def reset_rows_(model: Transformer, ids: tuple[int, ...], ordinary: list[int]) -> None:
-    """Rows `ids` of embedding and head become the mean of the ordinary words' rows."""
+    """Rows `ids` of embedding and head become the mean of the ordinary tokens' rows."""
     for matrix in _matrices(model):
         matrix[list(ids)] = matrix[ordinary].mean(dim=0)
 
@@ -190,6 +193,23 @@ def _matrices(model: Transformer) -> list[torch.Tensor]:
 
 
 # --- Wraps: the model knows of none ----------------------------------------------------------------------------------
+
+
+def wrap_(model: Transformer, config: TrainConfig, world: World) -> nn.Module:
+    """Everything that `config` puts around the model, in the order in which it has to be."""
+    select_trained_(model, config.method)
+    if config.dropout:
+        add_dropout_(model, config.dropout)
+    if config.activation_checkpointing:
+        checkpoint_blocks_(model, offload=config.offload_activations and world.device.type != "cpu")
+    if config.compile:
+        compile_blocks_(model)
+    return replicate(LossModel(model).train(), world)
+
+
+def mixed_precision(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """Matrix products in the dtype that `--dtype` names."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16")
 
 
 def add_dropout_(model: Transformer, p: float) -> None:

@@ -13,6 +13,7 @@ from finetune.config import TrainConfig
 from finetune.data.dialogs import read_dialogs
 from finetune.data.files import Say
 from finetune.data.rows import is_hub_id
+from finetune.errors import UserError
 from finetune.prepare.cache import Prepared
 from finetune.prepare.shards import Vocabulary
 from finetune.run import Entry, run_entry
@@ -25,16 +26,16 @@ KINDS = "a .jsonl, .json or .parquet file of dialogues, a folder of them, or a d
 def find(config: TrainConfig, cache: Path, say: Say) -> Path:
     """What `--data` names, which has to be given."""
     if config.data == "auto":
-        raise ValueError(f"--data is missing: name {KINDS}")
+        raise UserError(f"--data is missing: name {KINDS}")
     if not Path(config.data).exists() and not is_hub_id(config.data):
-        raise ValueError(f"--data {config.data}: no such file or folder: name {KINDS}")
+        raise UserError(f"--data {config.data}: no such file or folder: name {KINDS}")
     if not config.ckpt:
-        raise ValueError("--ckpt is missing: name the checkpoint that learns to chat")
+        raise UserError("--ckpt is missing: name the checkpoint that learns to chat")
     return Path(config.data)
 
 
 def make(config: TrainConfig, tokenizer: Path, say: Say) -> Prepared:
-    """The dialogues as documents. Raises ValueError that names the line."""
+    """The dialogues as documents. Raises UserError that names the line."""
     path, vocabulary = Path(config.data), Vocabulary.of(tokenizer)
     opened = open_tokenizer(tokenizer)
     say(f"chat format: {template_source(opened)}")

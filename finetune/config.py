@@ -12,11 +12,15 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
+from finetune.errors import UserError
 from nanollama.checkpoint.adapter import ATTENTION, LINEARS
 from nanollama.model import ModelConfig
 
 METHODS = ("full", "norms", "no_embeddings", "lora", "qlora")
 LORA_METHODS = ("lora", "qlora")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of --dtype and --weights
 FROM_PRESET = ("seq_len", "batch_size", "lr", "max_steps", "vocab_size")  # 0: what the preset says
 
 
@@ -90,32 +94,32 @@ class TrainConfig:
             _at_least(self, name, 0)
         _at_least(self, "warmup_steps", -1)
         if self.seq_len == 1:
-            raise ValueError("--seq_len 1: expected at least 2, a token and its successor")
+            raise UserError("--seq_len 1: expected at least 2, a token and its successor")
         if self.dropout >= 1:
-            raise ValueError(f"--dropout {self.dropout}: expected less than 1")
+            raise UserError(f"--dropout {self.dropout}: expected less than 1")
         if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"--lora_dropout {self.lora_dropout}: expected at least 0 and less than 1")
+            raise UserError(f"--lora_dropout {self.lora_dropout}: expected at least 0 and less than 1")
         if self.adapter and self.method not in LORA_METHODS:
-            raise ValueError(f"--adapter goes with --method lora or qlora, not {self.method}")
+            raise UserError(f"--adapter goes with --method lora or qlora, not {self.method}")
         if self.ckpt and self.init:
-            raise ValueError("--ckpt and --init together: start from one of them")
+            raise UserError("--ckpt and --init together: start from one of them")
         if self.optimizer_in_backward and (self.grad_clip or self.accumulate > 1):
-            raise ValueError(
+            raise UserError(
                 "--optimizer_in_backward frees each gradient before the others are known: add --grad_clip 0 and "
                 "--accumulate 1"
             )
         if self.offload_activations and not self.activation_checkpointing:
-            raise ValueError("--offload_activations moves what --activation_checkpointing keeps: add that flag too")
+            raise UserError("--offload_activations moves what --activation_checkpointing keeps: add that flag too")
         if self.method not in METHODS:
-            raise ValueError(f"--method {self.method}: expected one of {', '.join(METHODS)}")
+            raise UserError(f"--method {self.method}: expected one of {', '.join(METHODS)}")
 
 
 def lora_targets(config: TrainConfig) -> tuple[str, ...]:
-    """`--lora_targets` as short names of matrices. Raises ValueError when it names none."""
+    """`--lora_targets` as short names of matrices. Raises UserError when it names none."""
     groups = {"all": LINEARS, "attention": ATTENTION}
     names = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
     if not names:
-        raise ValueError(
+        raise UserError(
             "--lora_targets names no matrix: expected all, attention, or some of wq,wk,wv,wo,w1,w2,w3,output"
         )
     return tuple(dict.fromkeys(t for name in names for t in groups.get(name, (name,))))
@@ -124,7 +128,7 @@ def lora_targets(config: TrainConfig) -> tuple[str, ...]:
 def _at_least(config: TrainConfig, name: str, least: int) -> None:
     value = getattr(config, name)
     if not value >= least:  # "not >=" also refuses nan
-        raise ValueError(f"--{name} {value}: expected at least {least}")
+        raise UserError(f"--{name} {value}: expected at least {least}")
 
 
 @dataclass(frozen=True)
@@ -165,16 +169,16 @@ def preset(config: TrainConfig) -> Preset:
         return PRESETS[config.init]
     if config.init and config.init.endswith(".json"):
         return FROM_FILE
-    raise ValueError(f"--init {config.init}: expected one of {', '.join(PRESETS)} or a .json file of shapes")
+    raise UserError(f"--init {config.init}: expected one of {', '.join(PRESETS)} or a .json file of shapes")
 
 
 def resolve(config: TrainConfig, device: str, threads: int) -> TrainConfig:
     """Everything that was left to the preset, the device or the machine gets its value."""
     if (config.ckpt or config.tokenizer) and config.vocab_size:
         brings = "--ckpt brings" if config.ckpt else "--tokenizer names"
-        raise ValueError(f"--vocab_size trains a tokenizer, but {brings} one: give one of them")
+        raise UserError(f"--vocab_size trains a tokenizer, but {brings} one: give one of them")
     if config.method in LORA_METHODS and not config.ckpt:
-        raise ValueError(f"--method {config.method} adapts a checkpoint: name it with --ckpt")
+        raise UserError(f"--method {config.method} adapts a checkpoint: name it with --ckpt")
     if not config.ckpt and not config.init:
         config = replace(config, init="260K" if device == "cpu" else "15M")
     recipe, chosen = preset(config), asdict(config)
@@ -188,7 +192,7 @@ def resolve(config: TrainConfig, device: str, threads: int) -> TrainConfig:
 
 
 def init_shape(config: TrainConfig, vocab_size: int) -> ModelConfig:
-    """The architecture that `--init` names, for a tokenizer of `vocab_size` words. Raises ValueError."""
+    """The architecture that `--init` names, for a tokenizer of `vocab_size` tokens. Raises UserError."""
     assert config.init is not None
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -201,18 +205,18 @@ def init_shape(config: TrainConfig, vocab_size: int) -> ModelConfig:
     try:
         shape = json.loads(Path(config.init).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"--init {config.init}: no such file; a preset is one of {', '.join(PRESETS)}") from None
+        raise UserError(f"--init {config.init}: no such file; a preset is one of {', '.join(PRESETS)}") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"--init {config.init}: not readable as JSON: {error}") from None
+        raise UserError(f"--init {config.init}: not readable as JSON: {error}") from None
     known = {f.name: f for f in fields(ModelConfig)}
     required = {name for name, f in known.items() if f.default is MISSING} - common.keys()
     if not isinstance(shape, dict) or not required <= shape.keys():
-        raise ValueError(f"--init {config.init}: expected a JSON object with at least {', '.join(sorted(required))}")
+        raise UserError(f"--init {config.init}: expected a JSON object with at least {', '.join(sorted(required))}")
     unknown = shape.keys() - known.keys() | shape.keys() & {"rope_scaling"}
     if unknown:
-        raise ValueError(f"--init {config.init}: unknown key {min(unknown)}; known are {', '.join(known)}")
+        raise UserError(f"--init {config.init}: unknown key {min(unknown)}; known are {', '.join(known)}")
     if shape.get("vocab_size", vocab_size) < vocab_size:
-        raise ValueError(
+        raise UserError(
             f"--init {config.init}: vocab_size {shape['vocab_size']} is less than the tokenizer's {vocab_size}"
         )
     return ModelConfig(**{**common, **shape})
@@ -226,7 +230,7 @@ FREE = frozenset(
 
 
 def merge_resumed(given: TrainConfig, saved: TrainConfig, defaults: TrainConfig) -> TrainConfig:
-    """The run's own config, with the free fields as given. Raises ValueError when another field was given and differs.
+    """The run's own config, with the free fields as given. Raises UserError when another field was given and differs.
 
     A field that has its default value counts as not given.
     """
@@ -236,7 +240,7 @@ def merge_resumed(given: TrainConfig, saved: TrainConfig, defaults: TrainConfig)
         if new in (default, old):
             continue
         if f.name not in FREE:
-            raise ValueError(
+            raise UserError(
                 f"--resume continues a run with --{f.name} {old}, not {new}: drop the flag, or start anew elsewhere"
             )
         free[f.name] = new
@@ -250,5 +254,5 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 def from_json(saved: dict[str, Any], where: Path) -> TrainConfig:
     unknown = saved.keys() - {f.name for f in fields(TrainConfig)}
     if unknown:
-        raise ValueError(f"{where}: unknown key {min(unknown)}: it was written by another version")
+        raise UserError(f"{where}: unknown key {min(unknown)}: it was written by another version")
     return TrainConfig(**saved)

@@ -2,9 +2,9 @@
 
     add_lora_(model, 8, 16, ("wq", "wv"), 0.0, torch.Generator().manual_seed(0))
     lora_parameters(model)       # the only ones to train
-    merge_(model)                # plain linear layers again
+    merged_weights(model)        # plain matrices again
 
-A base may be anything with `weight` (outputs, inputs) and a forward: an nn.Linear, or a 4-bit layer. Chat words whose
+A base may be anything with `weight` (outputs, inputs) and a forward: an nn.Linear, or a 4-bit layer. Chat tokens whose
 rows are untrained get a small table of their own (`add_rows_`). Source: LoRA (arXiv 2106.09685); initialised as PEFT
 does, A uniform within 1/sqrt(inputs) and B zero, so training starts from the base.
 """
@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanollama.checkpoint.adapter import EMBEDDING, LINEARS, ROW_MATRICES, Adapter, delta, target_names
+from finetune.errors import UserError
+from nanollama.checkpoint.adapter import EMBEDDING, LINEARS, ROW_MATRICES, Adapter, add_low_rank, merged, target_names
+from nanollama.checkpoint.weights import Lazy, Weights
 from nanollama.model import Transformer
 
 LORA_SUFFIXES = (".lora_A", ".lora_B", ".token_rows")  # of the parameters that --method lora trains
@@ -34,17 +36,19 @@ class LoraLinear(nn.Module):
         super().__init__()
         outputs, inputs = base.weight.shape
         self.base, self.rank, self.alpha, self.dropout = base, rank, alpha, dropout
-        self.scale = alpha / rank
         device, bound = base.weight.device, 1 / math.sqrt(inputs)
         drawn = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(drawn.to(device))  # fp32, whatever the base is
         self.lora_B = nn.Parameter(torch.zeros(outputs, rank, device=device))
 
     @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
     def weight(self) -> Tensor:
-        """The whole matrix, for losses that take the head itself (no dropout): fp32 sum, one cast, with gradients."""
-        weight = self.base.weight
-        return (weight.float() + delta(self.lora_A, self.lora_B, self.scale)).to(weight.dtype)
+        """The whole matrix, for losses that take the head itself (no dropout), with gradients."""
+        return add_low_rank(self.base.weight, self.lora_A, self.lora_B, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         down = F.linear(F.dropout(x, self.dropout, training=self.training), self.lora_A.to(x.dtype))  # (..., rank)
@@ -93,7 +97,7 @@ def add_lora_(
 ) -> None:
     """Put a LoraLinear around every layer that `targets` (see nanollama/checkpoint/adapter.py) name; freeze all else.
 
-    Raises ValueError for an unknown target, a tied head, or a layer that has an adapter already.
+    Raises UserError for an unknown target, a tied head, or a layer that has an adapter already.
     """
     weights = target_names(model.config, targets)
     for parameter in model.parameters():
@@ -108,7 +112,7 @@ def _wrap_(
     name = weight.removesuffix(".weight")
     base = model.get_submodule(name)
     if isinstance(base, (LoraLinear, TokenRows)):
-        raise ValueError(f"{name} is wrapped already: leave {name.rpartition('.')[2]} out of the lora targets")
+        raise UserError(f"{name} is wrapped already: leave {name.rpartition('.')[2]} out of the lora targets")
     layer = LoraLinear(base, rank, alpha, dropout, generator)
     _replace_(model, name, layer)
     return layer
@@ -119,7 +123,7 @@ def add_rows_(model: Transformer, ids: tuple[int, ...], matrices: tuple[str, ...
     for name in [name.removesuffix(".weight") for name in matrices]:
         base = getattr(model, name)
         if isinstance(base, LoraLinear):
-            raise ValueError("lora target output together with chat rows in the head: leave output out of the targets")
+            raise UserError("lora target output together with chat rows in the head: leave output out of the targets")
         if base is not None:
             _replace_(model, name, TokenRows(base, ids))
 
@@ -131,43 +135,36 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def merged_weights(model: Transformer) -> dict[str, Tensor]:
     """Meta's names -> plain tensors, adapters summed in; a model without adapters gives its own tensors."""
-    weights = {}
+    bases = {}
     for name, module in model.named_modules():
-        if ".base" in f".{name}" or not isinstance(getattr(module, "weight", None), Tensor):
-            continue
-        weights[f"{name}.weight"] = module.weight.detach()
-    return weights
+        base = module.base if isinstance(module, (LoraLinear, TokenRows)) else module
+        if ".base" not in f".{name}" and isinstance(getattr(base, "weight", None), Tensor):
+            bases[f"{name}.weight"] = _weight_of(base)
+    return dict(merged(Weights(bases), adapter_of(model)))
 
 
-def merge_(model: Transformer) -> Transformer:
-    """Plain layers with the adapters in them (delta in fp32, one cast) in place of the wrapped ones."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, (LoraLinear, TokenRows)):
-            weight = nn.Parameter(module.weight.detach().clone())
-            outputs, inputs = weight.shape
-            is_embedding = name == "tok_embeddings"
-            with torch.device("meta"):
-                # Under "meta" nn.Embedding's own initialisation would import torch's compiler: see nanollama.model.
-                plain = (
-                    nn.Embedding(outputs, inputs, _weight=torch.empty(outputs, inputs))
-                    if is_embedding
-                    else nn.Linear(inputs, outputs, bias=False)
-                )
-            plain.weight = weight
-            _replace_(model, name, plain)
-    return model
+def _weight_of(module: Any) -> Lazy:
+    """Read when it is asked for: a 4-bit layer makes its whole matrix anew each time, and all at once would not fit."""
+    weight = module.weight
+    return Lazy(tuple(weight.shape), weight.dtype, lambda start, stop: module.weight.detach()[start:stop])
+
+
+def merged_model(model: Transformer, attention: str = "fast") -> Transformer:
+    """A model of plain layers with the adapters in them; what no adapter changes is shared."""
+    return Transformer.from_weights(
+        model.config, merged_weights(model), device=model.tok_embeddings.weight.device, attention=attention
+    )
 
 
 def adapter_of(model: Transformer) -> Adapter:
-    """The adapter that the model wears, as nanollama.checkpoint.adapter writes it."""
+    """The adapter that the model wears, as nanollama.checkpoint.adapter writes it; an empty one where it wears none."""
     loras = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
     tables = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, TokenRows)}
-    assert loras, "the model has no adapter"
     return Adapter(
         pairs={name: (m.lora_A.detach(), m.lora_B.detach()) for name, m in loras.items()},
         alphas={name: m.alpha for name, m in loras.items()},
         rows={name: (tuple(m.ids.tolist()), m.token_rows.detach()) for name, m in tables.items()},
-        dropout=next(iter(loras.values())).dropout,
+        dropout=max((m.dropout for m in loras.values()), default=0.0),  # the same of all
     )
 
 
@@ -175,13 +172,11 @@ def adapter_of(model: Transformer) -> Adapter:
 def wear_(model: Transformer, adapter: Adapter, dropout: float, generator: torch.Generator) -> None:
     """Go on from a saved adapter: the layers that it changes are wrapped and get its numbers; all else is frozen.
 
-    Raises ValueError for an adapter that changes more than the linear layers and rows that are trained here.
+    Raises UserError for an adapter that changes more than the linear layers and rows that are trained here.
     """
     if adapter.whole or EMBEDDING in adapter.pairs:
         name = min(adapter.whole, default=EMBEDDING)
-        raise ValueError(
-            f"the adapter changes {name} as a whole: convert --adapter merges it into a base to go on from"
-        )
+        raise UserError(f"the adapter changes {name} as a whole: convert --adapter merges it into a base to go on from")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, (a, b) in adapter.pairs.items():
@@ -217,7 +212,7 @@ class NF4Linear(nn.Module):
         super().__init__()
         to_nf4, self._multiply = _torchao()
         if weight.numel() % (BLOCK * SCALER_BLOCK):
-            raise ValueError(
+            raise UserError(
                 f"--method qlora: a matrix of {tuple(weight.shape)} is no multiple of {BLOCK * SCALER_BLOCK} numbers, "
                 "which share their scales: use --method lora"
             )
@@ -233,7 +228,7 @@ class NF4Linear(nn.Module):
 
 
 def quantize_base_(model: Transformer) -> None:
-    """Every linear layer of the blocks in 4 bits; embedding, norms and head stay as they are. Raises ValueError."""
+    """Every linear layer of the blocks in 4 bits; embedding, norms and head stay as they are. Raises UserError."""
     for block in model.layers:
         for parent in (block.attention, block.feed_forward):
             for name in [n for n in LINEARS if hasattr(parent, n)]:
@@ -241,9 +236,9 @@ def quantize_base_(model: Transformer) -> None:
 
 
 def _torchao() -> tuple[Callable[..., Any], Callable[..., Tensor]]:
-    """(to_nf4, linear_nf4), from where this release of torchao has them. Raises ValueError that names the extra."""
+    """(to_nf4, linear_nf4), from where this release of torchao has them. Raises UserError that names the extra."""
     for path in PATHS:
         with suppress(ImportError):
             module = import_module(path)
             return module.to_nf4, module.linear_nf4
-    raise ValueError(EXTRA)
+    raise UserError(EXTRA)

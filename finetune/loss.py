@@ -21,7 +21,7 @@ from nanollama.model import Transformer
 
 CHUNK_LOGITS = 2**24  # numbers at a time: 128 tokens of a Llama 3 vocabulary, 64 MB in fp32
 CHUNK_LOGITS_GPU = 2**28  # a GPU is busy only with larger products, and sums the head's gradient once a chunk: 1 GB
-BLOCK_NUMBERS = 2**19  # that elementwise passes on CPU go over at a time: 2 MB in fp32, a core's cache
+BLOCK_NUMBERS = 2**19  # that elementwise passes go over at a time: 2 MB in fp32, a core's cache (docs/LOG.md)
 MIN_CHUNK_TOKENS = 64  # matrix products of fewer rows are slow
 
 # (hidden states (N, C), head (V, C), labels (N,)) -> summed loss in nats: the seam for other losses.
@@ -103,7 +103,7 @@ def _chunk(
         if grad_head.dtype == rows.dtype:
             grad_head.addmm_(powers.T, scaled)
         else:
-            add_rows_(grad_head, powers.T @ scaled)
+            add_in_blocks_(grad_head, powers.T @ scaled)
         grad_head.index_add_(0, labels, rows.to(grad_head.dtype), alpha=-1)
     return loss
 
@@ -124,7 +124,7 @@ def softmax_parts_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits, largest, sums
 
 
-def add_rows_(total: Tensor, part: Tensor) -> None:
+def add_in_blocks_(total: Tensor, part: Tensor) -> None:
     """total (V, C) += part of a lower precision, block by block: seven times the speed of adding them whole."""
     for block in row_blocks(total):
         total[block] += part[block].to(total.dtype)

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from finetune.config import TrainConfig
+from finetune.build import mixed_precision
+from finetune.config import DTYPES, TrainConfig
 from finetune.loss import chunk_tokens
 from finetune.optim import block_numbers, moments_bytes, trained
 from nanollama.model import Transformer
@@ -67,7 +68,7 @@ def _second_gradient(model: Transformer) -> int:
 def _activations(model: Transformer, config: TrainConfig, device: torch.device) -> int:
     fixed, row = _block_bytes(model, config, device)
     rows, layers = config.batch_size, len(model.layers)
-    width = torch.finfo(_compute(config)).bits // 8
+    width = torch.finfo(DTYPES[config.dtype]).bits // 8
     stream = rows * config.seq_len * model.config.dim * model.tok_embeddings.weight.element_size()
     at_once = 1 if config.activation_checkpointing else layers
     offloaded = config.offload_activations and device.type != "cpu"
@@ -99,11 +100,10 @@ def _saved(model: Transformer, config: TrainConfig, device: torch.device, rows: 
         return tensor
 
     hidden = torch.zeros(rows, config.seq_len, model.config.dim, dtype=model.tok_embeddings.weight.dtype, device=device)
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16")
     block: nn.Module = model.layers[0]
     # A checkpointed block is counted as it is when it runs again: by its class's own forward.
     forward = type(block).forward if config.activation_checkpointing else nn.Module.__call__
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), mixed_precision(config, device):
         out = forward(block, hidden.requires_grad_(), model.context(tokens, positions, doc_ids))
     del out
     return sum(kept.values())
@@ -111,12 +111,12 @@ def _saved(model: Transformer, config: TrainConfig, device: torch.device, rows: 
 
 def _loss(model: Transformer, config: TrainConfig) -> int:
     """A chunk of logits, on a GPU beside its copy in fp32, and the head in the computation's dtype."""
-    words, dim = model.config.vocab_size, model.config.dim
-    compute, head = _compute(config), model.head()
+    vocab, dim = model.config.vocab_size, model.config.dim
+    compute, head = DTYPES[config.dtype], model.head()
     tokens = min(config.batch_size * config.seq_len, chunk_tokens(head))
     copied = compute != torch.float32 and head.device.type != "cpu"
-    copy = words * dim * compute.itemsize if head.dtype != compute else 0
-    return tokens * words * (compute.itemsize + 4 * copied) + copy + _head_sums(model, config)
+    copy = vocab * dim * compute.itemsize if head.dtype != compute else 0
+    return tokens * vocab * (compute.itemsize + 4 * copied) + copy + _head_sums(model, config)
 
 
 def _head_sums(model: Transformer, config: TrainConfig) -> int:
@@ -125,11 +125,7 @@ def _head_sums(model: Transformer, config: TrainConfig) -> int:
     if not head.requires_grad or head.dtype != torch.bfloat16:
         return 0
     later = sum(sizes) if config.accumulate == 1 and not config.optimizer_in_backward else 0
-    return max(0, head.numel() * (4 + _compute(config).itemsize) - later)
-
-
-def _compute(config: TrainConfig) -> torch.dtype:
-    return torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    return max(0, head.numel() * (4 + DTYPES[config.dtype].itemsize) - later)
 
 
 def resident_bytes(device: torch.device) -> int:

@@ -7,6 +7,7 @@ for.
 
 import json
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -16,19 +17,39 @@ from tqdm import tqdm
 
 from finetune.config import TrainConfig, to_json
 from finetune.data.files import write_atomically
+from finetune.errors import UserError
+from finetune.evaluate import Score
 from finetune.parallelize import World
+from finetune.resume import RunFolder
 from nanollama.machine import peak_memory_bytes
 from nanollama.model import ModelConfig
 
-# Dense peak of the tensor cores in FLOP/s by the names that CUDA gives (vendors' data sheets): bf16, fp32 without TF32.
+# Dense peak of the tensor cores in FLOP/s by the names that CUDA gives (vendors' data sheets), fp32 without TF32.
 PEAK_FLOPS = {
-    "H200": (989e12, 67e12),
-    "H100": (989e12, 67e12),
-    "A100": (312e12, 19.5e12),
-    "L40S": (362e12, 91.6e12),
-    "4090": (165e12, 82.6e12),
-    "3090": (71e12, 35.6e12),
+    "H200": {"bf16": 989e12, "fp32": 67e12},
+    "H100": {"bf16": 989e12, "fp32": 67e12},
+    "A100": {"bf16": 312e12, "fp32": 19.5e12},
+    "L40S": {"bf16": 362e12, "fp32": 91.6e12},
+    "4090": {"bf16": 165e12, "fp32": 82.6e12},
+    "3090": {"bf16": 71e12, "fp32": 35.6e12},
 }
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step, over all ranks."""
+
+    loss: float  # nats per label
+    lr: float
+    grad_norm: float  # before clipping
+    tokens: int  # labels trained on so far
+    tokens_per_s: float  # labels of this step
+    peak_bytes: int
+    mfu: float | None = None  # share of the GPUs' peak in FLOP/s; None where that is not known
+
+    def values(self) -> dict[str, float]:
+        """As metrics.jsonl has them."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 class Writer(Protocol):
@@ -41,7 +62,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ValueError(
+            raise UserError(
                 "--tensorboard needs the package tensorboard: pip install 'nanollama[tensorboard]'"
             ) from None
         self.writer = SummaryWriter(str(out / "tensorboard"))
@@ -59,7 +80,7 @@ class WandB:
         try:
             import wandb  # type: ignore[import-not-found,unused-ignore]
         except ImportError:
-            raise ValueError("--wandb needs the package wandb: pip install 'nanollama[wandb]'") from None
+            raise UserError("--wandb needs the package wandb: pip install 'nanollama[wandb]'") from None
         # The run's folder is its name there too, so a resumed run continues its own curves.
         self.run = wandb.init(project="nanollama", id=out.name, resume="allow", dir=str(out), config=to_json(config))
 
@@ -73,8 +94,9 @@ class WandB:
 class Metrics:
     """The writers of the main rank; on the others it does nothing."""
 
-    def __init__(self, out: Path, config: TrainConfig, world: World, first_step: int) -> None:
+    def __init__(self, folder: RunFolder, world: World, first_step: int) -> None:
         self.is_main, self.writers = world.is_main, list[Writer]()
+        out, config = folder.path, folder.config
         if self.is_main:
             if config.tensorboard:
                 self.writers.append(TensorBoard(out))
@@ -100,19 +122,24 @@ class Metrics:
             for writer in self.writers:
                 writer.close()
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write_step(self, step: int, metrics: StepMetrics) -> None:
+        """One step more."""
+        self._write(step, metrics.values())
+        shown = {"loss": f"{metrics.loss:.3f}", "tok/s": f"{metrics.tokens_per_s:,.0f}"}
+        self.bar.set_postfix({**shown, "MB": f"{metrics.peak_bytes / 1e6:,.0f}"}, refresh=False)
+        self.bar.update()
+
+    def write_score(self, step: int, score: Score) -> None:
+        self._write(step, {"val_loss": score.loss, "val_bpb": score.bpb})
+        self.say(f"step {step}: validation loss {score.loss:.4f}, {score.bpb:.4f} bits per byte")
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
         if not self.is_main:
             return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
         for writer in self.writers:
             writer.write(step, values)
-
-    def progress(self, values: dict[str, float]) -> None:
-        """One step more."""
-        shown = {"loss": f"{values['loss']:.3f}", "tok/s": f"{values['tokens_per_s']:,.0f}"}
-        self.bar.set_postfix({**shown, "MB": f"{values['peak_bytes'] / 1e6:,.0f}"}, refresh=False)
-        self.bar.update()
 
     def say(self, text: str) -> None:
         if self.is_main:
@@ -155,4 +182,4 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     """None where it is not known: no MFU is shown then."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     known = next((peaks for key, peaks in PEAK_FLOPS.items() if key in name), None)
-    return known and known[dtype == "fp32"]
+    return known[dtype] if known else None

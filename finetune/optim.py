@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from finetune.config import LORA_METHODS, TrainConfig
 from finetune.lora import LORA_SUFFIXES
+from finetune.loss import BLOCK_NUMBERS
 
 EMBEDDINGS = ("tok_embeddings.weight", "output.weight")
-FUSED = ("cpu", "cuda", "mps")  # device types whose AdamW updates all parameters in one kernel
 
 
 def is_trained(name: str, method: str) -> bool:
@@ -51,8 +51,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     eight_bit = config.optimizer == "adamw8bit"
     if eight_bit or config.weights == "bf16":
         return RoundingAdamW(groups, lr=config.lr, betas=betas, eps=config.eps, seed=config.seed, eight_bit=eight_bit)
-    fused = parameters[0].device.type in FUSED
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
 class StepInBackward:
@@ -93,7 +92,6 @@ def set_learning_rate_(optimizer: torch.optim.Optimizer, lr: float) -> None:
 # --- AdamW that rounds by chance -------------------------------------------------------------------------------------
 
 
-BLOCK_NUMBERS = 1 << 19  # in fp32 at a time: a few MB stay in a CPU's cache (docs/LOG.md)
 BLOCK_NUMBERS_GPU = 1 << 25  # each block is some 30 launches
 
 
@@ -150,13 +148,13 @@ class RoundingAdamW(torch.optim.Optimizer):
         for start in range(0, size, step):
             part = slice(start, min(start + step, size))
             p, grad = weights[part], grads[part].float()
-            mean = read(state, "exp_avg", part).lerp_(grad, 1 - beta1)
-            square = read(state, "exp_avg_sq", part).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            mean = read_moment(state, "exp_avg", part).lerp_(grad, 1 - beta1)
+            square = read_moment(state, "exp_avg_sq", part).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             change = (mean / (1 - beta1**n)).div_((square / (1 - beta2**n)).sqrt_().add_(group["eps"]))
             moved = p.float().mul_(1 - group["lr"] * group["weight_decay"]).sub_(change, alpha=group["lr"])
             round_(p, moved, generator)
-            write_(state, "exp_avg", part, mean, generator)
-            write_(state, "exp_avg_sq", part, square, generator)
+            write_moment_(state, "exp_avg", part, mean, generator)
+            write_moment_(state, "exp_avg_sq", part, square, generator)
 
 
 # --- Moments ---------------------------------------------------------------------------------------------------------
@@ -186,7 +184,7 @@ def moments_bytes(parameters: Iterable[Tensor], eight_bit: bool) -> int:
     return sum(tensor.nbytes for parameter in on_meta for tensor in new_moments(parameter, eight_bit).values())
 
 
-def read(state: dict[str, Tensor], name: str, part: slice) -> Tensor:
+def read_moment(state: dict[str, Tensor], name: str, part: slice) -> Tensor:
     """Numbers `part` of a moment, whole blocks of it: (n,) fp32, in memory of their own."""
     stored = state[name].view(-1)[part]
     if stored.dtype.is_floating_point:
@@ -196,7 +194,7 @@ def read(state: dict[str, Tensor], name: str, part: slice) -> Tensor:
     return spread.mul_(state[f"{name}_scale"][_blocks(part)].unsqueeze(1)).view(-1)
 
 
-def write_(state: dict[str, Tensor], name: str, part: slice, values: Tensor, generator: torch.Generator) -> None:
+def write_moment_(state: dict[str, Tensor], name: str, part: slice, values: Tensor, generator: torch.Generator) -> None:
     """Put fp32 values (n,) there, rounded."""
     stored = state[name].view(-1)[part]
     if stored.dtype.is_floating_point:

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from finetune.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -38,6 +40,14 @@ class World:
             dist.all_reduce(total)
         return total
 
+    def max(self, value: int) -> int:
+        """The largest over all ranks."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
     def from_main(self, make: Callable[[], T]) -> T:
         """What `make` returns on the main rank, on every rank."""
         if self.size == 1:
@@ -59,16 +69,21 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def world_size() -> int:
+    """Of the processes that torchrun started, before they have met."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def open_world(device: str) -> World:
-    """Join the ranks that torchrun started, if it did. Raises ValueError for a device that is not there."""
+    """Join the ranks that torchrun started, if it did. Raises UserError for a device that is not there."""
     name = device.partition(":")[0]
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: no CUDA device is there: use --device cpu")
+        raise UserError(f"--device {device}: no CUDA device is there: use --device cpu")
     if name == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: it is not there: use --device cpu")
+        raise UserError("--device mps: it is not there: use --device cpu")
     if name not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device {device}: expected cpu, cuda or mps")
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+        raise UserError(f"--device {device}: expected cpu, cuda or mps")
+    size = world_size()
     if size == 1:
         return World(torch.device(device))
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))

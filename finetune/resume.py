@@ -1,32 +1,41 @@
-"""Checkpoints of a run: everything that the next step depends on, written so that a kill at any moment leaves a whole
-one.
+"""OUT, the folder of a run: begun with a config.json that says all that the run depends on, found again by --resume,
+with checkpoints of everything that the next step depends on.
 
-    OUT/checkpoints/step_000100/{model.safetensors, optimizer.safetensors, state.json}
+    folder = begin("text", config)
+    folder = resume("text", given, defaults)
 
-Files are written under temporary names and renamed when all are on the disk, state.json last: a folder without it is
-no checkpoint. Only trained parameters are stored; frozen ones come from where the run started. The RNG needs no state:
-each step seeds it by (seed, step, rank), so dropout repeats too.
+    OUT/config.json
+    OUT/checkpoints/step_00000100/{model.safetensors, optimizer.safetensors, state.json}
+
+A kill at any moment leaves a whole checkpoint: files are written under temporary names and renamed when all are on the
+disk, state.json last; a folder without it is no checkpoint. Only trained parameters are stored; frozen ones come from
+where the run started. The RNG needs no state: each step seeds it by (seed, step, rank), so dropout repeats too.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from finetune.config import TrainConfig, from_json, merge_resumed, to_json
+from finetune.data.files import write_atomically
 from finetune.data.packing import Cursor
+from finetune.errors import UserError
 from finetune.optim import trained
-from nanollama.checkpoint import CheckpointError
+from finetune.parallelize import World, world_size
 from nanollama.checkpoint.staging import Stage, staged
 from nanollama.checkpoint.streams import write_safetensors
 from nanollama.checkpoint.weights import lazy
 
-SCHEMA = "nanollama.run/1"
+CONFIG = "config.json"
+SCHEMA = "nanollama.run/1"  # of state.json
 
 
 @dataclass(frozen=True)
@@ -38,80 +47,129 @@ class Progress:
     cursor: Cursor = field(default_factory=Cursor)  # of the next row
 
 
+@dataclass(frozen=True)
+class RunFolder:
+    """OUT, and the complete config of its run: no field is left to a preset or to the device."""
+
+    path: Path
+    config: TrainConfig
+
+    def save(self, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str) -> None:
+        """Write a checkpoint, then remove the older ones. Raises CheckpointError when the disk refuses; they stay then.
+
+        fingerprint: of the data.
+        """
+        folder = self.path / "checkpoints" / f"step_{progress.step:08d}"
+        if (folder / "state.json").exists():
+            return
+        tensors, scalars = _optimizer_state(model, optimizer)
+        state = {
+            "schema": SCHEMA,
+            "progress": asdict(progress),
+            "rng": "seeded by (seed, step, rank) at each step",
+            "optimizer": scalars,
+            "data": fingerprint,
+            "torch": torch.__version__,
+            "config": to_json(replace(self.config, resume=False)),
+        }
+        older = checkpoints(self.path)
+        with staged(folder) as stage:
+            _write_tensors(stage, "model.safetensors", trained(model))
+            _write_tensors(stage, "optimizer.safetensors", tensors)
+            stage.text("state.json", json.dumps(state, indent=2) + "\n")
+        for old in older:
+            _remove(old)
+
+    def restore_(self, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str) -> Progress:
+        """Load the newest checkpoint; a run without any starts at step 0. Raises UserError."""
+        self._clean()
+        found = checkpoints(self.path)
+        if not found:
+            return Progress()
+        folder = found[-1]
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if state.get("schema") != SCHEMA:
+            raise UserError(f"{folder}: state.json has schema {state.get('schema')!r}: expected {SCHEMA!r}")
+        if state["data"] != fingerprint:
+            raise UserError(f"{folder}: the data or its tokenizer has changed since this run was saved: bring it back")
+        device = next(model.parameters()).device
+        weights, parameters = _read_tensors(folder / "model.safetensors", device), trained(model)
+        if weights.keys() != parameters.keys():
+            raise UserError(f"{folder}: model.safetensors does not hold the parameters that this run trains")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
+        _restore_optimizer_(
+            optimizer, parameters, _read_tensors(folder / "optimizer.safetensors", device), state["optimizer"]
+        )
+        progress = state["progress"]
+        return Progress(progress["step"], progress["tokens"], Cursor(**progress["cursor"]))
+
+    def _clean(self) -> None:
+        """Remove what a kill left behind: half-written checkpoints, and older ones than the newest."""
+        newest = checkpoints(self.path)[-1:]
+        for folder in (self.path / "checkpoints").glob("step_*"):
+            if folder not in newest:
+                _remove(folder)
+
+    @contextmanager
+    def forgotten_if_refused(self, world: World) -> Iterator[None]:
+        """A run that is refused before its first step leaves no folder, so that the mended line can be typed."""
+        try:
+            yield
+        except ValueError:
+            if world.is_main and [path.name for path in self.path.iterdir()] == [CONFIG]:
+                (self.path / CONFIG).unlink()
+                self.path.rmdir()
+            raise
+
+
+def begin(entry: str, config: TrainConfig) -> RunFolder:
+    """A new folder with config.json in it. Raises UserError when it holds something."""
+    out = Path(config.out or f"out/{entry}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file")
+    inside = [p.name for p in out.iterdir() if not p.name.endswith(".partial")] if out.exists() else []
+    if CONFIG in inside:
+        raise UserError(f"--out {out}: holds a run already: add --resume to continue it, or choose another folder")
+    if inside:
+        raise UserError(f"--out {out}: is not empty (it holds {min(inside)}): choose another folder")
+    config = replace(config, out=str(out))
+    saved = {"entry": entry, "world_size": world_size(), **to_json(config)}
+    write_atomically(out / CONFIG, (json.dumps(saved, indent=2) + "\n").encode())
+    return RunFolder(out, config)
+
+
+def resume(entry: str, given: TrainConfig, defaults: TrainConfig) -> RunFolder:
+    """The folder of the run that `--resume` continues, its config with what of `given` may differ.
+
+    defaults: the entry's; a flag that has its default counts as not given. Raises UserError.
+    """
+    if given.out is None:
+        raise UserError("--resume needs --out, the folder of the run to continue")
+    path = Path(given.out) / CONFIG
+    if not path.exists():
+        raise UserError(
+            f"--out {given.out}: holds no run to resume (config.json is missing): drop --resume to start one"
+        )
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if saved.pop("entry") != entry:
+        raise UserError(f"--out {given.out}: holds a run of another entry: resume it with the command that began it")
+    ranks = saved.pop("world_size")
+    if ranks != world_size():
+        raise UserError(f"--resume continues a run of {ranks} processes: start as many")
+    config = merge_resumed(given, from_json(saved, path), defaults)
+    return RunFolder(path.parent, replace(config, out=str(path.parent)))
+
+
 def checkpoints(out: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Whole checkpoints of the run in this folder, oldest first."""
     return sorted(path.parent for path in (out / "checkpoints").glob("step_*/state.json"))
 
 
-def save(
-    out: Path,
-    progress: Progress,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    *,
-    config: Mapping[str, Any],
-    fingerprint: str,
-) -> Path:
-    """Write a checkpoint, then remove the older ones. Raises CheckpointError when the disk refuses; they then stay."""
-    folder = out / "checkpoints" / f"step_{progress.step:08d}"
-    if (folder / "state.json").exists():
-        return folder
-    tensors, scalars = _optimizer_state(model, optimizer)
-    state = {
-        "schema": SCHEMA,
-        "progress": asdict(progress),
-        "rng": "seeded by (seed, step, rank) at each step",
-        "optimizer": scalars,
-        "data": fingerprint,
-        "torch": torch.__version__,
-        "config": dict(config),
-    }
-    older = checkpoints(out)
-    with staged(folder) as stage:
-        _write_tensors(stage, "model.safetensors", dict(trained(model)))
-        _write_tensors(stage, "optimizer.safetensors", tensors)
-        stage.text("state.json", json.dumps(state, indent=2) + "\n")
-    for old in older:
-        _remove(old)
-    return folder
-
-
-def restore_(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, fingerprint: str) -> Progress:
-    """Load the newest checkpoint of the run in `out`; a run without any starts at step 0. Raises ValueError."""
-    clean(out)
-    found = checkpoints(out)
-    if not found:
-        return Progress()
-    folder = found[-1]
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if state.get("schema") != SCHEMA:
-        raise CheckpointError(folder, f"state.json has schema {state.get('schema')!r}: expected {SCHEMA!r}")
-    if state["data"] != fingerprint:
-        raise CheckpointError(folder, "the data or its tokenizer has changed since this run was saved: bring it back")
-    device = next(model.parameters()).device
-    weights = _read_tensors(folder / "model.safetensors", device)
-    parameters = trained(model)
-    if weights.keys() != parameters.keys():
-        raise CheckpointError(folder, "model.safetensors does not hold the parameters that this run trains")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    _restore_optimizer_(model, optimizer, _read_tensors(folder / "optimizer.safetensors", device), state["optimizer"])
-    progress = state["progress"]
-    return Progress(progress["step"], progress["tokens"], Cursor(**progress["cursor"]))
-
-
-def clean(out: Path) -> None:
-    """Remove what a kill left behind: half-written checkpoints, and older ones than the newest."""
-    newest = checkpoints(out)[-1:]
-    for folder in (out / "checkpoints").glob("step_*"):
-        if folder not in newest:
-            _remove(folder)
-
-
-def _remove(folder: Path) -> None:
-    (folder / "state.json").unlink(missing_ok=True)  # first: what is left is no checkpoint any more
-    shutil.rmtree(folder, ignore_errors=True)
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / "state.json").unlink(missing_ok=True)  # first: what is left is no checkpoint any more
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -127,13 +185,18 @@ def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tupl
 
 
 def _restore_optimizer_(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], scalars: dict[str, float]
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+    scalars: Mapping[str, float],
 ) -> None:
+    """What `_optimizer_state` gave, put back."""
     # Not by load_state_dict, which casts every state to its parameter's dtype: bytes and their scales stay as they are.
-    for name, parameter in trained(model).items():
-        prefix = f"{name}:"
-        numbers = {n: torch.tensor(v, dtype=torch.float32, device=parameter.device) for n, v in scalars.items()}
-        values = {n.removeprefix(prefix): v for n, v in {**tensors, **numbers}.items() if n.startswith(prefix)}
+    for name, parameter in parameters.items():
+        prefix, device = f"{name}:", parameter.device
+        values = {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+        numbers = {n.removeprefix(prefix): number for n, number in scalars.items() if n.startswith(prefix)}
+        values |= {n: torch.tensor(v, dtype=torch.float32, device=device) for n, v in numbers.items()}
         if values:
             optimizer.state[parameter] = values
 
@@ -147,6 +210,4 @@ def _read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path, device=str(device))
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(
-            path, f"cannot be read ({error}): remove its folder to continue from an older one"
-        ) from None
+        raise UserError(f"{path}: cannot be read ({error}): remove its folder to continue from an older one") from None

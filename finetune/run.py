@@ -1,6 +1,6 @@
 """What every entry does around the loop: check the line, make the folder, prepare data, train, write the final model.
 
-python -m finetune.tinystories          # one of the entries; the others are tinyshakespeare and text
+python -m finetune.tinystories          # one of the entries; the others are tinyshakespeare, text and chat
 """
 
 import errno
@@ -8,8 +8,8 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,17 @@ from typing import Any
 import torch
 
 from finetune.build import Start, adapt_, build_model, open_start
-from finetune.config import LORA_METHODS, TrainConfig, from_json, merge_resumed, resolve, to_json
+from finetune.config import LORA_METHODS, TrainConfig, resolve
 from finetune.data.files import write_atomically
+from finetune.errors import TrainingStopped, UserError
 from finetune.evaluate import Score, bigram, whole
 from finetune.lora import adapter_of, merged_weights
 from finetune.parallelize import World, default_device, open_world
 from finetune.prepare.cache import Prepared, Say, cache_folder, prepare
 from finetune.prepare.corpus import Source
 from finetune.report import write_report
-from finetune.resume import checkpoints
-from finetune.train import Outcome, Setup, TrainingStopped, train
+from finetune.resume import RunFolder, begin, checkpoints, resume
+from finetune.train import Outcome, Setup, train
 from nanollama.chat import encode_chat
 from nanollama.checkpoint import CheckpointError
 from nanollama.checkpoint.adapter import write_adapter
@@ -60,32 +61,72 @@ def run_entry(entry: Entry) -> None:
 
 
 def run(entry: Entry, given: TrainConfig) -> int:
-    """The whole run; returns the exit code. Raises ValueError for what the user can mend."""
-    saved = _saved_config(entry, given)
-    device = (saved or given).device
-    device = default_device() if device == "auto" else device
-    world = open_world(device)
-    try:
-        config = saved or resolve(suggest(entry, given), device, given.threads or torch.get_num_threads())
-        torch.set_num_threads(config.threads)
-        out = Path(world.from_main(lambda: str(_open_out(entry, config))))
+    """The whole run; returns the exit code. Raises UserError, or another ValueError, for what the user can mend."""
+    folder = resume(entry.name, given, TrainConfig(**entry.defaults)) if given.resume else None
+    config = folder.config if folder else complete(entry, given)
+    out = Path(given.out or ".")
+    with closing(open_world(config.device)) as world:
         try:
-            return _run(entry, replace(config, out=str(out)), out, world)
-        except ValueError:
-            _forget_unbegun(out, world)
-            raise
-    except TrainingStopped as stopped:
-        again = f"{_command(entry)} --out {given.out or out} --resume"
-        _complain(world, f"{stopped}\ncontinue with: {again}")
-        return stopped.code
-    except (OSError, CheckpointError) as error:
-        cause = error.__context__ if isinstance(error, CheckpointError) else error
-        if not isinstance(cause, OSError) or cause.errno not in FULL_DISK:
-            raise
-        _complain(world, f"error: {_full_disk(error, Path(given.out or '.'))}")
-        return 1
-    finally:
-        world.close()
+            folder = folder or world.from_main(lambda: begin(entry.name, config))
+            out = folder.path
+            return train_in(entry, folder, world)
+        except TrainingStopped as stopped:
+            _complain(world, f"{stopped}\ncontinue with: {_command(entry)} --out {given.out or out} --resume")
+            return stopped.code
+        except (OSError, CheckpointError) as error:
+            if not _is_full_disk(error):
+                raise
+            _complain(world, f"error: {_full_disk(error, out)}")
+            return 1
+
+
+def complete(entry: Entry, given: TrainConfig) -> TrainConfig:
+    """A new run's config, with what was left to the entry, the preset and the device filled in. Raises UserError."""
+    device = default_device() if given.device == "auto" else given.device
+    return resolve(suggest(entry, given), device, given.threads or torch.get_num_threads())
+
+
+def train_in(entry: Entry, folder: RunFolder, world: World) -> int:
+    """Everything between the run's folder and its final model, on this rank."""
+    config, say = folder.config, _sayer(world)
+    torch.set_num_threads(config.threads)
+    with folder.forgotten_if_refused(world):
+        setup, prepared = _set_up(entry, folder, world, say)
+        outcome = train(setup)
+        if world.is_main:
+            finish(entry, setup, prepared, outcome, say)
+        world.barrier()
+    return 0
+
+
+def _set_up(entry: Entry, folder: RunFolder, world: World, say: Say) -> tuple[Setup, Prepared]:
+    """The data, and the model with all that its config puts on it."""
+    config = folder.config
+    start = open_start(config)
+    for notice in start.checkpoint.notices if start.checkpoint else ():
+        say(notice)
+    prepared = _prepare(entry, config, start, world, say)
+    tokenizer = open_tokenizer(prepared.tokenizer, rows=start.rows)
+    model = build_model(start, config, tokenizer.vocab_size, world.device)
+    check_rows(prepared, tokenizer, model.config.vocab_size)
+    describe(folder, prepared, model, world, say)
+    adapt_(model, config, tokenizer, say)
+    setup = Setup(
+        folder=folder,
+        model=model,
+        tokenizer=tokenizer,
+        train=prepared.train,
+        val=prepared.val,
+        fingerprint=prepared.fingerprint(),
+        world=world,
+        sample=lambda m: sample(m, tokenizer, config.prompt, talks=entry.talks),
+    )
+    return setup, prepared
+
+
+def _is_full_disk(error: OSError | CheckpointError) -> bool:
+    cause = error.__context__ if isinstance(error, CheckpointError) else error
+    return isinstance(cause, OSError) and cause.errno in FULL_DISK
 
 
 def _full_disk(error: OSError | CheckpointError, out: Path) -> str:
@@ -96,85 +137,12 @@ def _full_disk(error: OSError | CheckpointError, out: Path) -> str:
     return f"{what}; {good}: make room, then continue with --resume"
 
 
-def _run(entry: Entry, config: TrainConfig, out: Path, world: World) -> int:
-    say = _sayer(world)
-    start = open_start(config)
-    for notice in start.checkpoint.notices if start.checkpoint else ():
-        say(notice)
-    prepared = _prepare(entry, config, start, world, say)
-    tokenizer = open_tokenizer(prepared.tokenizer, rows=start.rows)
-    model = build_model(start, config, tokenizer.vocab_size, world.device)
-    check_rows(prepared, tokenizer, model.config.vocab_size)
-    describe(config, prepared, model, out, world, say)
-    adapt_(model, config, tokenizer, say)
-    setup = Setup(
-        config=config,
-        model=model,
-        tokenizer=tokenizer,
-        train=prepared.train,
-        val=prepared.val,
-        fingerprint=prepared.fingerprint(),
-        out=out,
-        world=world,
-        sample=lambda m: sample(m, tokenizer, config.prompt, talks=entry.talks),
-    )
-    outcome = train(setup)
-    if world.is_main:
-        finish(entry, setup, prepared, outcome, say)
-    world.barrier()
-    return 0
-
-
 def suggest(entry: Entry, given: TrainConfig) -> TrainConfig:
     """The entry's own recipe in place of the default preset's."""
     if given.ckpt or given.init or given.tokenizer:
         return given
-    chosen = to_json(given)
-    return TrainConfig(**{**chosen, **{name: chosen[name] or value for name, value in entry.suggested.items()}})
-
-
-def _saved_config(entry: Entry, given: TrainConfig) -> TrainConfig | None:
-    """The config of the run that `--resume` continues."""
-    if not given.resume:
-        return None
-    if given.out is None:
-        raise ValueError("--resume needs --out, the folder of the run to continue")
-    path = Path(given.out) / "config.json"
-    if not path.exists():
-        raise ValueError(
-            f"--out {given.out}: holds no run to resume (config.json is missing): drop --resume to start one"
-        )
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    if saved.pop("entry") != entry.name:
-        raise ValueError(f"--out {given.out}: holds a run of another entry: resume it with the command that began it")
-    world_size = saved.pop("world_size")
-    if world_size != int(os.environ.get("WORLD_SIZE", "1")):
-        raise ValueError(f"--resume continues a run of {world_size} processes: start as many")
-    return merge_resumed(given, from_json(saved, path), TrainConfig(**entry.defaults))
-
-
-def _open_out(entry: Entry, config: TrainConfig) -> Path:
-    """The run's folder, with config.json in it. Raises ValueError when it holds something else."""
-    out = Path(config.out or f"out/{entry.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if not config.resume:
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"--out {out}: is a file")
-        inside = [p.name for p in out.iterdir() if not p.name.endswith(".partial")] if out.exists() else []
-        if "config.json" in inside:
-            raise ValueError(f"--out {out}: holds a run already: add --resume to continue it, or choose another folder")
-        if inside:
-            raise ValueError(f"--out {out}: is not empty (it holds {min(inside)}): choose another folder")
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        saved = {"entry": entry.name, "world_size": world_size, **to_json(replace(config, out=str(out)))}
-        write_atomically(out / "config.json", (json.dumps(saved, indent=2) + "\n").encode())
-    return out
-
-
-def _forget_unbegun(out: Path, world: World) -> None:
-    """A run that was refused before its first step leaves no folder behind, so that the mended line can be typed."""
-    if world.is_main and [path.name for path in out.iterdir()] == ["config.json"]:
-        (out / "config.json").unlink()
-        out.rmdir()
+    recipe: dict[str, Any] = {name: getattr(given, name) or value for name, value in entry.suggested.items()}
+    return replace(given, **recipe)
 
 
 def _prepare(entry: Entry, config: TrainConfig, start: Start, world: World, say: Say) -> Prepared:
@@ -182,7 +150,7 @@ def _prepare(entry: Entry, config: TrainConfig, start: Start, world: World, say:
     cache = cache_folder(config.cache)
     tokenizer = Path(config.tokenizer) if config.tokenizer else start.tokenizer
     if config.ckpt and tokenizer is None:
-        raise ValueError(f"--ckpt {config.ckpt}: has no tokenizer beside it: name one with --tokenizer")
+        raise UserError(f"--ckpt {config.ckpt}: has no tokenizer beside it: name one with --tokenizer")
     if start.rows and tokenizer:
         fitting(open_tokenizer(tokenizer).vocabulary, start.rows)  # before an hour of tokenizing with another model's
     source = world.from_main(lambda: entry.find(config, cache, say))
@@ -207,7 +175,7 @@ def _prepare(entry: Entry, config: TrainConfig, start: Start, world: World, say:
 def check_rows(prepared: Prepared, tokenizer: Tokenizer, rows: int) -> None:
     """A tokenizer may have more tokens than the model has rows, as long as the data uses none of those.
 
-    Raises ValueError that names the first one that is used.
+    Raises UserError that names the first one that is used.
     """
     if tokenizer.vocab_size <= rows:
         return
@@ -217,58 +185,68 @@ def check_rows(prepared: Prepared, tokenizer: Tokenizer, rows: int) -> None:
             used = int(whole(documents, i).max())
             if used >= rows:
                 what = f"token {used}, {names.get(used) or tokenizer.decode([used])!r}"
-                raise ValueError(
+                raise UserError(
                     f"the data uses {what}, and the model has rows for {rows:,} tokens only: name its own --tokenizer"
                 )
 
 
-def describe(config: TrainConfig, prepared: Prepared, model: Transformer, out: Path, world: World, say: Say) -> None:
-    train, val = prepared.train.lengths, prepared.val.lengths
+def describe(folder: RunFolder, prepared: Prepared, model: Transformer, world: World, say: Say) -> None:
+    """What is about to be done, in a few lines."""
+    config, train, val = folder.config, prepared.train.lengths, prepared.val.lengths
     say(f"data: {prepared.name}: {len(train):,} documents, {train.sum():,} tokens; held out: {len(val):,} documents")
     long = int((train > config.seq_len).sum())
     if long:
         say(f"data: {long:,} documents are longer than --seq_len {config.seq_len}: cut in pieces, each with its BOS")
-    count = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in model.parameters())
     begun = config.ckpt or f"{config.init} from scratch"
-    say(f"model: {begun}: {count:,} parameters, {prepared.vocabulary.size:,} words; --method {config.method}")
+    say(f"model: {begun}: {parameters:,} parameters, {prepared.vocabulary.size:,} words; --method {config.method}")
     if config.offload_activations and config.device == "cpu":
         say("--offload_activations: activations of a run on the CPU are in its memory already")
     ranks = f" on each of {world.size} ranks" if world.size > 1 else ""
     rows = f"{config.batch_size} x {config.accumulate} rows of {config.seq_len} tokens"
-    say(f"run: {out}: {config.max_steps} steps of {rows}{ranks}")
+    say(f"run: {folder.path}: {config.max_steps} steps of {rows}{ranks}")
 
 
 def finish(entry: Entry, setup: Setup, prepared: Prepared, outcome: Outcome, say: Say) -> None:
     """The final model, the report and what to type next."""
-    config, out, model = setup.config, setup.out, setup.model
-    weights = merged_weights(model)
-    for folder, write in ((out / "final", write_meta), (out / "final-hf", write_hf)):
-        if folder.exists():
-            shutil.rmtree(folder)  # of this run, when it is resumed after its end
-        if folder.name == "final" or config.export == "hf":
-            write(folder, model.config, weights, tokenizer=prepared.tokenizer)
-    if config.method in LORA_METHODS:
-        write_adapter(out / "adapter", adapter_of(model), model.config, base=base_name(config.ckpt or ""))
-    base = bigram(prepared.train, outcome.held_out, prepared.vocabulary.size)
-    write_atomically(out / "summary.json", json.dumps(summary(outcome, base), indent=2).encode())
-    say(f"sample: {setup.sample(model)}")
-    say(f"held-out bits per byte: {outcome.score.bpb:.4f}; a bigram model fitted on the training text: {base.bpb:.4f}")
-    say(f"held-out nats per token: {outcome.score.loss:.4f}; the bigram model: {base.loss:.4f}")
+    out = setup.folder.path
+    write_model(setup, prepared.tokenizer)
+    beaten = bigram(prepared.train, outcome.held_out, prepared.vocabulary.size)
+    write_atomically(out / "summary.json", json.dumps(summary(outcome, beaten), indent=2).encode())
+    say(f"sample: {setup.sample(setup.model)}")
+    say(
+        f"held-out bits per byte: {outcome.score.bpb:.4f}; a bigram model fitted on the training text: {beaten.bpb:.4f}"
+    )
+    say(f"held-out nats per token: {outcome.score.loss:.4f}; the bigram model: {beaten.loss:.4f}")
     say(f"model: {out / 'final'}")
-    if config.method in LORA_METHODS:
-        say(f"adapter: {out / 'adapter'}, for --adapter beside --ckpt {config.ckpt}")
+    if setup.folder.config.method in LORA_METHODS:
+        say(f"adapter: {out / 'adapter'}, for --adapter beside --ckpt {setup.folder.config.ckpt}")
     try:
         say(f"curves: {write_report(out)}")
     except ValueError as error:  # the model is what counts: no picture is no failure
         say(f"no curves: {error}")
     say("next:")
-    if entry.talks:
-        say(f"  python -m nanollama chat --ckpt {out / 'final'}")
-    else:
-        say(f'  python -m nanollama generate --ckpt {out / "final"} --prompt "{config.prompt}"')
-    say(f"  python -m parity.check --ckpt {out / 'final'}")
-    for flags in entry.larger:
-        say(f"  {_command(entry)} {flags}")
+    for command in _next_commands(entry, out / "final", setup.folder.config.prompt):
+        say(f"  {command}")
+
+
+def write_model(setup: Setup, tokenizer: Path) -> None:
+    """final/ with adapters merged in, final-hf/ where asked for, and the adapter."""
+    config, out, model = setup.folder.config, setup.folder.path, setup.model
+    weights = merged_weights(model)
+    for folder, write in ((out / "final", write_meta), (out / "final-hf", write_hf)):
+        if folder.exists():
+            shutil.rmtree(folder)  # of this run, when it is resumed after its end
+        if folder.name == "final" or config.export == "hf":
+            write(folder, model.config, weights, tokenizer=tokenizer)
+    if config.method in LORA_METHODS:
+        write_adapter(out / "adapter", adapter_of(model), model.config, base=base_name(config.ckpt or ""))
+
+
+def _next_commands(entry: Entry, final: Path, prompt: str) -> list[str]:
+    talk = f"chat --ckpt {final}" if entry.talks else f'generate --ckpt {final} --prompt "{prompt}"'
+    larger = [f"{_command(entry)} {flags}" for flags in entry.larger]
+    return [f"python -m nanollama {talk}", f"python -m parity.check --ckpt {final}", *larger]
 
 
 def base_name(ckpt: str) -> str:
@@ -277,14 +255,14 @@ def base_name(ckpt: str) -> str:
     return str(local.resolve()) if ckpt and local.exists() else ckpt
 
 
-def summary(outcome: Outcome, base: Score) -> dict[str, float]:
+def summary(outcome: Outcome, beaten: Score) -> dict[str, float]:
     return {
         "steps": outcome.progress.step,
         "tokens": outcome.progress.tokens,
         "val_loss": outcome.score.loss,
         "val_bpb": outcome.score.bpb,
-        "bigram_loss": base.loss,
-        "bigram_bpb": base.bpb,
+        "bigram_loss": beaten.loss,
+        "bigram_bpb": beaten.bpb,
     }
 
 

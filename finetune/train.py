@@ -1,7 +1,7 @@
 """The only training loop. Entries prepare a Setup; features wrap the model from outside; the loop knows neither.
 
-One step: take rows, sum the loss over their valid labels on all ranks, divide by the number of those labels, clip,
-update. A step depends on the checkpoint before it and on (seed, step, rank), so a resumed run repeats it bit by bit.
+One step: count the labels of all ranks, sum the loss over them and divide by their number, clip, update. A step depends
+on the checkpoint before it and on (seed, step, rank), so a resumed run repeats it bit by bit.
 
     python -m finetune.tinystories --max_steps 100 --out out/first
 """
@@ -10,55 +10,36 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from types import FrameType, TracebackType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from finetune.build import add_dropout_, checkpoint_blocks_, compile_blocks_
-from finetune.config import TrainConfig, to_json
+from finetune.build import mixed_precision, wrap_
 from finetune.data.documents import Documents
 from finetune.data.packing import Batch, Cursor, Packer
+from finetune.errors import TrainingStopped, UserError
 from finetune.evaluate import HeldOut, Score, evaluate, hold_out, loss_model_of
-from finetune.loss import LossModel
 from finetune.memory import plan_memory
-from finetune.metrics import Metrics, flops_per_token, peak_bytes, peak_flops
-from finetune.optim import (
-    StepInBackward,
-    learning_rate,
-    make_optimizer,
-    mixed_seed,
-    select_trained_,
-    set_learning_rate_,
-    trained,
-)
-from finetune.parallelize import World, no_sync, replicate
-from finetune.resume import Progress, restore_, save
+from finetune.metrics import Metrics, StepMetrics, flops_per_token, peak_bytes, peak_flops
+from finetune.optim import StepInBackward, learning_rate, make_optimizer, mixed_seed, set_learning_rate_, trained
+from finetune.parallelize import World, no_sync
+from finetune.resume import Progress, RunFolder
 from nanollama.model import Transformer
 from nanollama.tokenizer import Tokenizer
 
 
-class TrainingStopped(RuntimeError):
-    """The run ended before its last step; the message says why and where its state is. `code`: the exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 @dataclass(frozen=True)
 class Setup:
-    """What a run is made of. `config` is resolved: no None is left that the loop reads."""
+    """What a run is made of."""
 
-    config: TrainConfig
+    folder: RunFolder
     model: Transformer
     tokenizer: Tokenizer
     train: Documents
     val: Documents
     fingerprint: str  # of the data
-    out: Path
     world: World
     sample: Callable[[Transformer], str]  # a text that the model continues
 
@@ -93,23 +74,21 @@ class StopSignals:
 
 
 def train(setup: Setup) -> Outcome:
-    """Train from the newest checkpoint in `setup.out`, or from step 0. Raises TrainingStopped, ValueError."""
-    config, world = setup.config, setup.world
+    """Train from the newest checkpoint of the run's folder, or from step 0. Raises TrainingStopped, UserError."""
+    config, world = setup.folder.config, setup.world
     loop = Loop(setup)
-    with StopSignals() as signals, Metrics(setup.out, config, world, loop.progress.step) as metrics:
+    with StopSignals() as signals, Metrics(setup.folder, world, loop.progress.step) as metrics:
         plan = plan_memory(setup.model, config, world.device)
         metrics.say(plan.text())
         score = None
         while loop.progress.step < config.max_steps:
-            values, stop = loop.step(signals.caught)
+            measured, stop = loop.step(signals.caught)
             step = loop.progress.step
-            metrics.write(step, values)
-            metrics.progress(values)
             is_last = step == config.max_steps
+            metrics.write_step(step, measured)
             if step % config.eval_every == 0 or is_last:
                 score = loop.evaluate()
-                metrics.write(step, {"val_loss": score.loss, "val_bpb": score.bpb})
-                metrics.say(f"step {step}: validation loss {score.loss:.4f}, {score.bpb:.4f} bits per byte")
+                metrics.write_score(step, score)
             if config.sample_every and step % config.sample_every == 0 and world.is_main:
                 metrics.say(f"step {step}: {setup.sample(setup.model)}")
             if step % config.save_every == 0 or is_last or stop:
@@ -121,83 +100,84 @@ def train(setup: Setup) -> Outcome:
         return Outcome(loop.progress, score or loop.evaluate(), loop.held_out)
 
 
+@dataclass(frozen=True)
+class StepData:
+    """What one step trains on."""
+
+    rows: list[list[int]]  # of all ranks, each a list of pieces
+    batches: list[Batch]  # this rank's micro-batches of them
+    behind: Cursor  # of the row after them
+
+
 class Loop:
     """The state of a run between two steps."""
 
     def __init__(self, setup: Setup) -> None:
-        self.setup, self.config, self.world = setup, setup.config, setup.world
-        masked = self.config.doc_mask == "on"
-        self.packer = Packer(setup.train, self.config.seq_len, seed=self.config.seed, doc_mask=masked)
-        held_out = Packer(setup.val, self.config.seq_len, doc_mask=masked)
-        self.held_out = hold_out(held_out, setup.tokenizer, self.config.eval_tokens)
-        self.loss_model = wrap_(setup.model, self.config, self.world)
-        self.optimizer = make_optimizer(setup.model, self.config)
-        self.parameters = list(trained(setup.model).values())
-        self.in_backward = StepInBackward(self.optimizer) if self.config.optimizer_in_backward else None
+        self.setup, self.config, self.world = setup, setup.folder.config, setup.world
+        config, model = self.config, setup.model
+        masked = config.doc_mask == "on"
+        self.packer = Packer(setup.train, config.seq_len, seed=config.seed, doc_mask=masked)
+        held_out = Packer(setup.val, config.seq_len, doc_mask=masked)
+        self.held_out = hold_out(held_out, setup.tokenizer, config.eval_tokens)
+        self.loss_model = wrap_(model, config, self.world)
+        self.optimizer = make_optimizer(model, config)
+        self.parameters = list(trained(model).values())
+        self.in_backward = StepInBackward(self.optimizer) if config.optimizer_in_backward else None
         if self.in_backward and self.world.size > 1:
-            raise ValueError("--optimizer_in_backward runs in one process: gradients are not summed over ranks yet")
-        self.progress = restore_(setup.out, setup.model, self.optimizer, fingerprint=setup.fingerprint)
-        self.ahead: tuple[list[list[int]], Cursor, list[Batch]] | None = None  # of the next step
-        bf16 = self.config.dtype == "bf16"
-        self.autocast = torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16)
-        count = sum(p.numel() for p in setup.model.parameters())
-        self.flops_per_token = flops_per_token(setup.model.config, count, self.config.seq_len)
-        self.peak_flops = peak_flops(self.world.device, self.config.dtype)
+            raise UserError("--optimizer_in_backward runs in one process: gradients are not summed over ranks yet")
+        self.progress = setup.folder.restore_(model, self.optimizer, setup.fingerprint)
+        self.ahead: StepData | None = None  # of the next step
+        self.autocast = mixed_precision(config, self.world.device)
+        parameters = sum(p.numel() for p in model.parameters())
+        self.flops_per_token = flops_per_token(model.config, parameters, config.seq_len)
+        self.peak_flops = peak_flops(self.world.device, config.dtype)
 
-    def step(self, stop: int) -> tuple[dict[str, float], int]:
-        """One optimizer step; returns its metrics and the largest `stop` of all ranks.
+    def step(self, stop: int) -> tuple[StepMetrics, int]:
+        """One optimizer step; returns its metrics and the largest `stop` of all ranks (a signal's number, or 0).
 
         Raises TrainingStopped, with the state before the step saved, when the loss or the gradient is not finite.
         """
         started = time.perf_counter()
-        rows, cursor, batches = self.ahead or self._prepare(self.progress.cursor)
-        # One sum tells every rank the number of labels, and whether any of them was asked to stop.
-        count, stop_sum = self.world.sum([float(sum(b.valid for b in batches)), float(stop)]).tolist()
+        data = self.ahead or self._take(self.progress.cursor)
+
+        # 1. Labels: their number on all ranks is known before any forward pass, so that each weighs the same.
+        labels = int(self.world.sum([float(sum(batch.valid for batch in data.batches))]))
+        stop = self.world.max(stop)
+
+        # 2. Forward and backward: the gradients of the mean loss over these labels.
         lr = learning_rate(self.config, self.progress.step)
-        set_learning_rate_(self.optimizer, lr)
+        set_learning_rate_(self.optimizer, lr)  # already here: the backward pass itself may update
         torch.manual_seed(mixed_seed(self.config.seed, self.progress.step, self.world.rank))  # of dropout
-        nats = accumulate_(self.loss_model, batches, count, self.autocast, self.world)
-        self.ahead = self._prepare(cursor)  # while a GPU is still busy with this step
-        if self.in_backward:
-            norm: float | torch.Tensor = self.in_backward.norm()
-        else:
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf)
-        loss, grad_norm = float(self.world.sum(nats)) / count, float(norm)
+        nats = accumulate_(self.loss_model, data.batches, labels, self.autocast, self.world)
+        self.ahead = self._take(data.behind)  # while a GPU is still busy with this step (docs/LOG.md)
+        grad_norm = self._clip_()
+        loss = float(self.world.sum(nats)) / labels
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            self._refuse(loss, grad_norm, rows)
+            raise self._stopped_before_update(loss, grad_norm, data)
+
+        # 3. Update.
         self.optimizer.step()  # no parameter has a gradient left where the backward pass updated them
         self.optimizer.zero_grad(set_to_none=True)
-        done = Progress(self.progress.step + 1, self.progress.tokens + int(count), cursor)
-        self.progress = done
-        speed = count / (time.perf_counter() - started)
-        values = {
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "tokens": done.tokens,
-            "tokens_per_s": round(speed, 1),
-        }
-        values["peak_bytes"] = peak_bytes(self.world.device)
-        if self.peak_flops:
-            values["mfu"] = speed * self.flops_per_token / self.peak_flops / self.world.size
-        return values, round(stop_sum / self.world.size) if stop_sum else 0
+        self.progress = Progress(self.progress.step + 1, self.progress.tokens + labels, data.behind)
+        return self._measure(loss, lr, grad_norm, labels / (time.perf_counter() - started)), stop
 
-    def _prepare(self, cursor: Cursor) -> tuple[list[list[int]], Cursor, list[Batch]]:
-        """The rows of a step, the cursor behind them, and this rank's micro-batches of them."""
-        rows, behind = self.packer.take(cursor, self._rows_per_step())
-        batches = [self.packer.batch(part) for part in self._mine(rows)]
-        return rows, behind, [batch.pinned() for batch in batches] if self.world.device.type == "cuda" else batches
-
-    def _rows_per_step(self) -> int:
-        return self.config.batch_size * self.config.accumulate * self.world.size
-
-    def _mine(self, rows: list[list[int]]) -> list[list[list[int]]]:
-        """This rank's micro-batches: the ranks take turns, so k ranks see what one rank sees in k micro-batches."""
-        size = self._rows_per_step() // self.config.accumulate // self.world.size
+    def _take(self, cursor: Cursor) -> StepData:
+        """The rows of a step from `cursor` on. The ranks take turns with micro-batches of them, so k ranks see what
+        one rank sees in k times as many.
+        """
+        size, world = self.config.batch_size, self.world
+        rows, behind = self.packer.take(cursor, size * self.config.accumulate * world.size)
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-        return parts[self.world.rank :: self.world.size]
+        batches = [self.packer.batch(part) for part in parts[world.rank :: world.size]]
+        return StepData(rows, [b.pinned() for b in batches] if world.device.type == "cuda" else batches, behind)
 
-    def _refuse(self, loss: float, grad_norm: float, rows: list[list[int]]) -> None:
+    def _clip_(self) -> float:
+        """Scale the gradients down to `--grad_clip`; returns their norm before."""
+        if self.in_backward:
+            return self.in_backward.norm()
+        return float(nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf))
+
+    def _stopped_before_update(self, loss: float, grad_norm: float, data: StepData) -> TrainingStopped:
         """The parameters are still those before the step: save them, so that the step can be looked at again.
 
         Those that the backward pass has updated are not: the last checkpoint is what is left.
@@ -206,11 +186,24 @@ class Loop:
         if not self.in_backward:
             self.save()
         left = "the last checkpoint is from before" if self.in_backward else "the state before the step is saved"
-        documents = self.packer.documents_in(rows)
-        raise TrainingStopped(
+        documents = self.packer.documents_in(data.rows)
+        return TrainingStopped(
             f"step {self.progress.step + 1}: loss {loss}, gradient norm {grad_norm}; the batch holds documents "
             f"{documents}; {left}: lower --lr or look at those documents",
             1,
+        )
+
+    def _measure(self, loss: float, lr: float, grad_norm: float, labels_per_s: float) -> StepMetrics:
+        """Of the step that is done."""
+        peak = self.peak_flops
+        return StepMetrics(
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens=self.progress.tokens,
+            tokens_per_s=round(labels_per_s, 1),
+            peak_bytes=peak_bytes(self.world.device),
+            mfu=labels_per_s * self.flops_per_token / peak / self.world.size if peak else None,
         )
 
     def evaluate(self) -> Score:
@@ -219,34 +212,20 @@ class Loop:
 
     def save(self) -> None:
         if self.world.is_main:
-            config, fingerprint = to_json(replace(self.config, resume=False)), self.setup.fingerprint
-            model = self.setup.model
-            save(self.setup.out, self.progress, model, self.optimizer, config=config, fingerprint=fingerprint)
+            self.setup.folder.save(self.progress, self.setup.model, self.optimizer, self.setup.fingerprint)
         self.world.barrier()
 
 
-def wrap_(model: Transformer, config: TrainConfig, world: World) -> nn.Module:
-    """Everything that `config` puts around the model, in the order in which it has to be."""
-    select_trained_(model, config.method)
-    if config.dropout:
-        add_dropout_(model, config.dropout)
-    if config.activation_checkpointing:
-        checkpoint_blocks_(model, offload=config.offload_activations and world.device.type != "cpu")
-    if config.compile:
-        compile_blocks_(model)
-    return replicate(LossModel(model).train(), world)
-
-
 def accumulate_(
-    loss_model: nn.Module, batches: list[Batch], count: float, autocast: torch.autocast, world: World
-) -> torch.Tensor:
-    """Add the gradients of (summed loss / count) of all micro-batches; returns this rank's summed loss, float64."""
+    loss_model: nn.Module, batches: list[Batch], labels: float, autocast: torch.autocast, world: World
+) -> Tensor:
+    """Add the gradients of (summed loss / labels) of all micro-batches; returns this rank's summed loss, float64."""
     nats = torch.zeros((), dtype=torch.float64, device="cpu" if world.device.type == "mps" else world.device)
     for i, batch in enumerate(batches):
         on_device = batch.to(world.device)
         with no_sync(loss_model, is_last=i == len(batches) - 1):
             with autocast:
                 loss = loss_model(on_device.tokens, on_device.labels, on_device.positions, on_device.doc_ids)
-            (loss / count).backward()
+            (loss / labels).backward()
         nats += loss.detach().to(nats.device)
     return nats

@@ -17,14 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune import loss as loss_module
+from finetune.build import wrap_
 from finetune.config import TrainConfig
 from finetune.data.packing import Batch, Packer
 from finetune.lora import add_lora_
 from finetune.loss import linear_cross_entropy, plain_cross_entropy
 from finetune.optim import make_optimizer, trained
 from finetune.parallelize import World
-from finetune.resume import Progress, restore_, save
-from finetune.train import accumulate_, wrap_
+from finetune.resume import Progress, RunFolder
+from finetune.train import accumulate_
 from generation_cases import VOCAB, assert_same_answer, of_row, prompt_ids, small_model
 from nanollama.generation.llama import Llama, Sampling
 from nanollama.model import KVCache, ModelConfig, Transformer, exact_attention, fast_attention
@@ -226,11 +227,12 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     gradients(model, config)
     optimizer = make_optimizer(model, config)
     optimizer.step()
-    save(tmp_path, Progress(1), model, optimizer, config={}, fingerprint="data")
+    folder = RunFolder(tmp_path, config)
+    folder.save(Progress(1), model, optimizer, "data")
     again = made(torch.float32)
     wrap_(again, config, World(torch.device("cuda")))
     restored = make_optimizer(again, config)
-    assert restore_(tmp_path, again, restored, fingerprint="data").step == 1
+    assert folder.restore_(again, restored, "data").step == 1
     for one, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other) and other.is_cuda
         for key, value in optimizer.state[one].items():

@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from finetune.data.documents import HOLD_OUT_EACH, Bools, Ints
+from finetune.data.documents import Bools, Ints, is_held_out
 from finetune.data.files import NAMED, Say, find_files, silent
 from finetune.data.rows import ROW_SUFFIXES, Row, hub_rows, read_rows
 from finetune.data.shapes import Dialogue, as_dialogue
+from finetune.errors import UserError
 from nanollama.chat import encode_chat, template_source
 from nanollama.tokenizer import Tokenizer
 
@@ -60,7 +61,7 @@ def read_dialogs(
     """(training, held out): each 20th dialogue is held out; fewer than 20 stand on both sides.
 
     Says which keys were left unread and which dialogues cannot be used: not JSON, no messages, a wrong role, nothing
-    that the assistant says, more than `seq_len` tokens. Raises ValueError for those unless they are to be skipped.
+    that the assistant says, more than `seq_len` tokens. Raises UserError for those unless they are to be skipped.
     """
     encoded: list[tuple[Ints, Bools]] = []
     bad: list[str] = []
@@ -68,7 +69,7 @@ def read_dialogs(
     for row in _rows(path, say):
         try:
             if row.trouble:
-                raise ValueError(row.trouble)
+                raise UserError(row.trouble)
             dialogue = as_dialogue(row.value)
             unread.update(dialogue.unread)
             encoded.append(_encode(dialogue, tokenizer, seq_len))
@@ -79,11 +80,9 @@ def read_dialogs(
         counted = [f"{key} ({count:,})" for key, count in unread.most_common()]
         say(f"data: keys beside the dialogues that are left unread: {', '.join(counted)}")
     if not encoded:
-        raise ValueError(f"--data {path}: holds no dialogue: one JSON object with messages a line")
-    small = len(encoded) < HOLD_OUT_EACH
-    is_held = [i % HOLD_OUT_EACH == HOLD_OUT_EACH - 1 for i in range(len(encoded))]
-    train = [e for e, held in zip(encoded, is_held, strict=True) if not held]
-    val = encoded if small else [e for e, held in zip(encoded, is_held, strict=True) if held]
+        raise UserError(f"--data {path}: holds no dialogue: one JSON object with messages a line")
+    train = [dialogue for i, dialogue in enumerate(encoded) if not is_held_out(i)]
+    val = [dialogue for i, dialogue in enumerate(encoded) if is_held_out(i)] or encoded
     bos_id = tokenizer.bos_id if tokenizer.add_bos else None
     return _joined(train, bos_id), _joined(val, bos_id)
 
@@ -101,7 +100,7 @@ def _rows(path: Path, say: Say) -> Iterator[Row]:
 
 
 def _report(bad: Sequence[str], count: int, on_bad: str, say: Say) -> None:
-    """The first few dialogues that cannot be used. Raises ValueError unless they are to be skipped."""
+    """The first few dialogues that cannot be used. Raises UserError unless they are to be skipped."""
     if not bad:
         return
     many = f"{len(bad):,} of {count:,} dialogues cannot be used"
@@ -111,13 +110,13 @@ def _report(bad: Sequence[str], count: int, on_bad: str, say: Say) -> None:
         for line in bad[:NAMED]:
             say(f"  {line}")
     if on_bad == "stop":
-        raise ValueError(f"{bad[0]} ({many}; --on_bad skip leaves {'it' if len(bad) == 1 else 'them'} out)")
+        raise UserError(f"{bad[0]} ({many}; --on_bad skip leaves {'it' if len(bad) == 1 else 'them'} out)")
 
 
 def _encode(dialogue: Dialogue, tokenizer: Tokenizer, seq_len: int) -> tuple[Ints, Bools]:
-    """Ids, and which of them are learned. Raises ValueError."""
+    """Ids, and which of them are learned. Raises UserError."""
     if dialogue.tools and "tools" not in (tokenizer.chat_template or ""):
-        raise ValueError(
+        raise UserError(
             f'"tools": {template_source(tokenizer)} shows no definitions of tools: write them into the system message, '
             "or drop the key"
         )
@@ -129,7 +128,7 @@ def _encode(dialogue: Dialogue, tokenizer: Tokenizer, seq_len: int) -> tuple[Int
         tools=dialogue.tools or None,
     )
     if len(chat.ids) > seq_len:
-        raise ValueError(f"{len(chat.ids)} tokens do not fit --seq_len {seq_len}: raise it, or split the dialogue")
+        raise UserError(f"{len(chat.ids)} tokens do not fit --seq_len {seq_len}: raise it, or split the dialogue")
     mask = np.array(chat.loss_mask, dtype=np.bool_)
     learned = [is_learned for m, is_learned in zip(dialogue.messages, dialogue.learned, strict=True) if _is_said(m)]
     return np.array(chat.ids, dtype=np.int64), mask if all(learned) else _only(learned, mask)
@@ -143,9 +142,9 @@ def _only(learned: Sequence[bool], mask: Bools) -> Bools:
     """The mask without the assistant's messages that have weight 0: each message is one run of it."""
     begins = mask & ~np.append(False, mask[:-1])
     if int(begins.sum()) != len(learned):
-        raise ValueError("weight 0: this chat format does not keep the assistant's messages apart; drop the weights")
+        raise UserError("weight 0: this chat format does not keep the assistant's messages apart; drop the weights")
     if not any(learned):
-        raise ValueError("each of the assistant's messages has weight 0: nothing to train on")
+        raise UserError("each of the assistant's messages has weight 0: nothing to train on")
     return mask & np.append(False, learned)[np.cumsum(begins)]
 
 

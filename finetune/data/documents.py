@@ -12,7 +12,12 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 IGNORE = -100  # label of a token whose successor is not to be predicted; torch's own convention
-HOLD_OUT_EACH = 20  # every 20th document is held out
+HOLD_OUT_EACH = 20
+
+
+def is_held_out(number: int) -> bool:
+    """Every 20th document of a corpus, or dialogue of a file."""
+    return number % HOLD_OUT_EACH == HOLD_OUT_EACH - 1
 
 
 class Documents(Protocol):

@@ -10,7 +10,10 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+from finetune.errors import UserError
 
 Say = Callable[[str], None]
 
@@ -81,25 +84,31 @@ def listed(names: Sequence[str]) -> str:
 
 
 def check_text(path: Path) -> None:
-    """Raises ValueError for what cannot be UTF-8 text, or is only a stand-in for it."""
+    """Raises UserError for what cannot be UTF-8 text, or is only a stand-in for it."""
     with path.open("rb") as file:
         head = file.read(len(LFS_POINTER))
     found = [what for start, what in NO_TEXT.items() if head.startswith(start)]
     if not found and len(head) > 3 and (not any(head[:8:2]) or not any(head[1:8:2])):  # without a mark
         found = ["UTF-16: save it as UTF-8"]
     if found:
-        raise ValueError(f"--data {path}: is {found[0]}")
+        raise UserError(f"--data {path}: is {found[0]}")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """The whole file or none."""
+@contextmanager
+def appearing_whole(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; what was written gets its own name when it is complete and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The whole file or none."""
+    with appearing_whole(path) as temporary:
+        temporary.write_bytes(data)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.documents import IGNORE, Bools, Documents, Ints, mask_of
+from finetune.errors import UserError
 
 WINDOW_ROWS = 64  # rows packed together: enough to fill them to about 99%, few enough to be instant
 
@@ -98,9 +99,9 @@ class Packer:
     """Rows of packed pieces in a fixed order."""
 
     def __init__(self, documents: Documents, seq_len: int, *, seed: int = 0, doc_mask: bool = True) -> None:
-        """Raises ValueError when there is nothing to predict."""
+        """Raises UserError when there is nothing to predict."""
         if not len(documents.lengths) or documents.lengths.max() < 2:
-            raise ValueError("no document has a token to predict")
+            raise UserError("no document has a token to predict")
         self.documents, self.seq_len, self.seed, self.doc_mask = documents, seq_len, seed, doc_mask
         self.pieces = cut(documents.lengths, seq_len)
         self.lengths = self.pieces.lengths

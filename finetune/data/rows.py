@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.data.files import check_text
+from finetune.errors import UserError
 
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -38,7 +39,7 @@ def is_array(path: Path) -> bool:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of one file. Raises ValueError for a file that holds none; a bad line is a row with a trouble."""
+    """The rows of one file. Raises UserError for a file that holds none; a bad line is a row with a trouble."""
     if is_parquet(path):
         for group in range(len(parquet_groups(path))):
             yield from parquet_rows(path, group)
@@ -72,11 +73,11 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _values(path: Path) -> Iterator[Any]:
-    """The items of an array, or objects one after another, over however many lines. Raises ValueError."""
+    """The items of an array, or objects one after another, over however many lines. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--data {path}: not UTF-8 at byte {error.start}: save the file as UTF-8") from None
+        raise UserError(f"--data {path}: not UTF-8 at byte {error.start}: save the file as UTF-8") from None
     try:
         if text.lstrip().startswith("["):
             yield from json.loads(text)
@@ -87,13 +88,13 @@ def _values(path: Path) -> Iterator[Any]:
             yield value
     except json.JSONDecodeError as error:
         what = "a JSON array" if text.lstrip().startswith("[") else "JSON objects over several lines"
-        raise ValueError(f"--data {path} line {error.lineno}: not JSON: begins as {what}, then: {error.msg}") from None
+        raise UserError(f"--data {path} line {error.lineno}: not JSON: begins as {what}, then: {error.msg}") from None
     except RecursionError:
-        raise ValueError(f"--data {path}: not JSON that can be read: nested too deep") from None
+        raise UserError(f"--data {path}: not JSON that can be read: nested too deep") from None
 
 
 def parquet_groups(path: Path) -> list[int]:
-    """How many rows each part of a .parquet file has, in which it can be read. Raises ValueError."""
+    """How many rows each part of a .parquet file has, in which it can be read. Raises UserError."""
     found = _parquet(path)
     return [found.metadata.row_group(i).num_rows for i in range(found.num_row_groups)]
 
@@ -109,11 +110,11 @@ def _parquet(path: Path) -> Any:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise ValueError(f"--data {path}: .parquet needs the extra: pip install 'nanollama[data]'") from None
+        raise UserError(f"--data {path}: .parquet needs the extra: pip install 'nanollama[data]'") from None
     try:
         return parquet.ParquetFile(path)
     except (ArrowException, OSError) as error:
-        raise ValueError(f"--data {path}: not readable as .parquet: {' '.join(str(error).split())}") from None
+        raise UserError(f"--data {path}: not readable as .parquet: {' '.join(str(error).split())}") from None
 
 
 def is_hub_id(name: str) -> bool:
@@ -121,11 +122,11 @@ def is_hub_id(name: str) -> bool:
 
 
 def hub_rows(name: str) -> Iterator[Row]:
-    """The training split of a data set of the hub, or of its copy in the cache. Raises ValueError."""
+    """The training split of a data set of the hub, or of its copy in the cache. Raises UserError."""
     try:
         import datasets
     except ImportError:
-        raise ValueError(
+        raise UserError(
             f"--data {name}: no such file or folder; a data set of the hub needs the extra: pip install "
             "'nanollama[data]'"
         ) from None
@@ -133,7 +134,7 @@ def hub_rows(name: str) -> Iterator[Row]:
         found = datasets.load_dataset(name, split="train")
     except Exception as error:  # of several libraries: offline, unknown, gated, several configurations, no such split
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise UserError(
             f"--data {name}: no such file or folder, and as a data set of the hub it could not be had: "
             f"{type(error).__name__}: {reason[:300]}"
         ) from None

@@ -17,6 +17,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from finetune.errors import UserError
+
 LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue")
 PAIRS = (
     ("instruction", "output"),
@@ -69,9 +71,9 @@ class Dialogue(NamedTuple):
 
 
 def as_dialogue(row: Any) -> Dialogue:
-    """A row of any shape. Raises ValueError, or ChatError, without the place."""
+    """A row of any shape. Raises UserError, or ChatError, without the place."""
     if not isinstance(row, Mapping):
-        raise ValueError(f"{EXPECTED}, got a {'list' if isinstance(row, list) else type(row).__name__}, not an object")
+        raise UserError(f"{EXPECTED}, got a {'list' if isinstance(row, list) else type(row).__name__}, not an object")
     rest = {key: value for key, value in row.items() if value is not None}
     tools = _tools(rest)
     _refuse_meant(rest)
@@ -92,12 +94,12 @@ def _turns(rest: dict[str, Any]) -> list[Any]:
         if name in rest:
             turns = rest.pop(name)
             if not isinstance(turns, list) or not turns:
-                raise ValueError(f"{EXPECTED}; {name!r} is {'empty' if turns == [] else 'no list'}")
+                raise UserError(f"{EXPECTED}; {name!r} is {'empty' if turns == [] else 'no list'}")
             return turns
     for asked, answered in PAIRS:
         if asked in rest and answered in rest:
             return _pair(rest, asked, answered)
-    raise ValueError(f"{EXPECTED}, got {', '.join(map(repr, sorted(map(str, rest)))) or 'none'}"[:300])
+    raise UserError(f"{EXPECTED}, got {', '.join(map(repr, sorted(map(str, rest)))) or 'none'}"[:300])
 
 
 def _pair(rest: dict[str, Any], asked: str, answered: str) -> list[Any]:
@@ -115,11 +117,11 @@ def _pair(rest: dict[str, Any], asked: str, answered: str) -> list[Any]:
     turns: list[Any] = []
     for before in rest.pop("history", []):
         if not isinstance(before, list) or len(before) != 2:
-            raise ValueError('"history": expected pairs of a question and its answer')
+            raise UserError('"history": expected pairs of a question and its answer')
         turns += [{"role": "user", "content": before[0]}, {"role": "assistant", "content": before[1]}]
     content = "\n\n".join(part for part in parts if part.strip())
     if not content:
-        raise ValueError(f'"{asked}" is empty')
+        raise UserError(f'"{asked}" is empty')
     return [*turns, {"role": "user", "content": content}, {"role": "assistant", "content": answer}]
 
 
@@ -129,7 +131,7 @@ def _with_weight(turn: Any, weight: int) -> Any:
 
 def _expect_text(key: str, text: Any) -> None:
     if not isinstance(text, str):
-        raise ValueError(f'"{key}" is {type(text).__name__}: expected a text')
+        raise UserError(f'"{key}" is {type(text).__name__}: expected a text')
 
 
 def _tools(rest: dict[str, Any]) -> list[Any]:
@@ -140,7 +142,7 @@ def _tools(rest: dict[str, Any]) -> list[Any]:
         if isinstance(given, str):
             given = _from_json(given, f'"{key}"') or []
         if not isinstance(given, list):
-            raise ValueError(f'"{key}" is {type(given).__name__}: expected a list of definitions')
+            raise UserError(f'"{key}" is {type(given).__name__}: expected a list of definitions')
         found += [{"type": "function", "function": f} for f in given] if key == "functions" else given
     return found
 
@@ -149,27 +151,27 @@ def _from_json(text: str, where: str) -> Any:
     try:
         return json.loads(text) if text.strip() else None
     except (ValueError, RecursionError):
-        raise ValueError(f"{where}: not JSON: {text!r:.60}") from None
+        raise UserError(f"{where}: not JSON: {text!r:.60}") from None
 
 
 def _says_system(messages: Sequence[Any], system: str) -> bool:
-    """Whether the first message is this system message. Raises ValueError where it is another one."""
+    """Whether the first message is this system message. Raises UserError where it is another one."""
     first = messages[0]
     if not isinstance(first, dict) or first.get("role") != "system":
         return False
     if first.get("content") != system:
-        raise ValueError('"system" and a system message in the dialogue differ: keep one of them')
+        raise UserError('"system" and a system message in the dialogue differ: keep one of them')
     return True
 
 
 def _refuse_meant(rest: Mapping[str, Any]) -> None:
     for key, why in MEANT.items():
         if rest.get(key):
-            raise ValueError(f'"{key}": {why}')
+            raise UserError(f'"{key}": {why}')
     if rest.get("weight", 1) != 1:
-        raise ValueError('"weight": a whole dialogue cannot be weighted: give weight 0 or 1 to its messages')
+        raise UserError('"weight": a whole dialogue cannot be weighted: give weight 0 or 1 to its messages')
     if isinstance(rest.get("label"), bool):
-        raise ValueError('"label": answers that are right or wrong are not what this trains on: keep the right ones')
+        raise UserError('"label": answers that are right or wrong are not what this trains on: keep the right ones')
 
 
 def _message(turn: Any, index: int) -> tuple[Any, bool]:
@@ -195,15 +197,15 @@ def _message(turn: Any, index: int) -> tuple[Any, bool]:
 
 
 def _is_learned(message: dict[str, Any], where: str) -> bool:
-    """Takes `weight`, `train` out of the message. Raises ValueError for what they cannot say here."""
+    """Takes `weight`, `train` out of the message. Raises UserError for what they cannot say here."""
     given = {key: message.pop(key) for key in LEARNED if key in message}
     for key, value in given.items():
         if value not in (0, 1):
-            raise ValueError(f"{where}: {key} {value!r:.40}: expected 0 or 1")
+            raise UserError(f"{where}: {key} {value!r:.40}: expected 0 or 1")
         if value and message["role"] != "assistant":
-            raise ValueError(
+            raise UserError(
                 f"{where}: {key} {value!r}: only what the assistant says is learned, this is {message['role']}"
             )
     if "train_detail" in message:
-        raise ValueError(f"{where}: train_detail: parts of a message cannot be chosen; weight takes all of it")
+        raise UserError(f"{where}: train_detail: parts of a message cannot be chosen; weight takes all of it")
     return all(given.values())

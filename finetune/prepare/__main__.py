@@ -8,6 +8,7 @@ $ python -m finetune.text --data shards
 import os
 from pathlib import Path
 
+from finetune.errors import UserError
 from finetune.prepare.cache import cache_folder, open_prepared, path_source, prepare_tokenizer, write_folder
 from finetune.prepare.corpus import Format
 from nanollama.cli import run
@@ -25,10 +26,10 @@ def main(
 ) -> None:
     """Tokenize text into shards for `--data`."""
     if out.exists():
-        raise ValueError(f"--out {out}: exists already: choose another name")
+        raise UserError(f"--out {out}: exists already: choose another name")
     source = path_source(data, Format.typed(separator, field), print)
     if isinstance(source, Path):
-        raise ValueError(f"--data {data}: holds shards already")
+        raise UserError(f"--data {data}: holds shards already")
     tokenizer = prepare_tokenizer(source, tokenizer, vocab_size, cache_folder(None) / "tokenizers", print)
     write_folder(source, tokenizer, out, workers or os.cpu_count() or 1)
     prepared = open_prepared(source.name, out, tokenizer)

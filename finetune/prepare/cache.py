@@ -5,7 +5,6 @@ CACHE/text/sample-HASH.txt        CACHE/tokenizers/HASH.model        CACHE/shard
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from finetune.data.documents import Documents
-from finetune.data.files import Say, silent, write_atomically
+from finetune.data.files import Say, appearing_whole, silent, write_atomically
+from finetune.errors import UserError
 from finetune.prepare import corpus, download
 from finetune.prepare.corpus import Format, Source
 from finetune.prepare.download import Offline
@@ -69,13 +69,14 @@ def prepare(
 ) -> Prepared:
     """Open `source`'s shards, making what is missing. A Path is a folder of shards.
 
-    tokenizer: None trains one of `vocab_size` words on the text. Raises ValueError for data that cannot be used.
+    tokenizer: None trains one of `vocab_size` tokens on the text. Raises UserError for data that cannot be used.
     """
     if isinstance(source, Path):
         return open_prepared(f"the shards in {source}", source, tokenizer or _tokenizer_of_shards(source))
     tokenizer = prepare_tokenizer(source, tokenizer, vocab_size, cache / "tokenizers", say)
-    words = Vocabulary.of(tokenizer)
-    key = _key(source, tokenizer=[words.digest.hex(), words.mark, words.eos_id], version=VERSION)
+    vocabulary = Vocabulary.of(tokenizer)
+    tied_to = [vocabulary.digest.hex(), vocabulary.mark, vocabulary.eos_id]
+    key = _key(source, tokenizer=tied_to, version=VERSION)
     folder = cache / "shards" / f"{source.name}-{key}"
     if not folder.exists():
         write_folder(source, tokenizer, folder, workers)
@@ -85,9 +86,9 @@ def prepare(
 def prepare_tokenizer(source: Source, given: Path | None, vocab_size: int, folder: Path, say: Say) -> Path:
     """The tokenizer file that was given, opened once to see that it can be; else one trained on the text."""
     tokenizer = given or _trained(source, vocab_size, folder)
-    words = open_tokenizer(tokenizer).vocab_size
-    if not given and words < vocab_size:
-        say(f"tokenizer: the data supports {words:,} words, not {vocab_size:,}; it gets {words:,}")
+    tokens = open_tokenizer(tokenizer).vocab_size
+    if not given and tokens < vocab_size:
+        say(f"tokenizer: the data supports {tokens:,} words, not {vocab_size:,}; it gets {tokens:,}")
     return tokenizer
 
 
@@ -105,24 +106,19 @@ def _tokenizer_of_shards(folder: Path) -> Path:
     for name in TOKENIZERS:
         if (folder / name).exists():
             return folder / name
-    raise ValueError(f"--data {folder}: holds shards but no tokenizer: name theirs with --tokenizer")
+    raise UserError(f"--data {folder}: holds shards but no tokenizer: name theirs with --tokenizer")
 
 
 def _trained(source: Source, vocab_size: int, folder: Path) -> Path:
     path = folder / f"{source.name}-{_key(source, vocab_size=vocab_size)}.model"
     if not path.exists():
-        small = not source.val and corpus.is_small(source.train, source.format)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.partial")
-        try:
-            train_tokenizer(_training_texts(source, small), vocab_size, temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with appearing_whole(path) as temporary:
+            train_tokenizer(_training_texts(source), vocab_size, temporary)
     return path
 
 
-def _training_texts(source: Source, small: bool) -> Iterator[str]:
+def _training_texts(source: Source) -> Iterator[str]:
+    small = corpus.is_small(source)
     for chunk in corpus.all_chunks(source.train, source.format):
         for side, text, _ in corpus.split(chunk, source.format, "train" if source.val else None, small):
             if side == "train":
@@ -200,7 +196,7 @@ def auto_source(cache: Path, *, small: bool, say: Say) -> Source:
 
 
 def path_source(path: Path, form: Format, say: Say = silent) -> Source | Path:
-    """A file, a folder of files, or a folder of shards (which stays a Path). Raises ValueError."""
+    """A file, a folder of files, or a folder of shards (which stays a Path). Raises UserError."""
     if is_shards(path):
         return path
     files, title = corpus.named_files(path, say)

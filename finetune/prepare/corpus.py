@@ -13,10 +13,11 @@ import re
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from finetune.data.documents import HOLD_OUT_EACH
+from finetune.data.documents import HOLD_OUT_EACH, is_held_out
 from finetune.data.files import Say, check_text, find_files, listed, silent
 from finetune.data.rows import (
     ROW_SUFFIXES,
@@ -28,6 +29,7 @@ from finetune.data.rows import (
     parse_line,
     read_rows,
 )
+from finetune.errors import UserError
 
 READING = 2  # changes whenever the same files are read as other documents, or held out otherwise
 CHUNK_BYTES = 16 << 20
@@ -47,9 +49,9 @@ class Format:
 
     @classmethod
     def typed(cls, separator: str, field: str) -> "Format":
-        r"""As typed in a shell, where \n stands for the end of a line and \t for a tab. Raises ValueError."""
+        r"""As typed in a shell, where \n stands for the end of a line and \t for a tab. Raises UserError."""
         if not separator:
-            raise ValueError(r"--separator is empty: expected the text between two documents, or \n for one a line")
+            raise UserError(r"--separator is empty: expected the text between two documents, or \n for one a line")
         for typed, meant in ((r"\r", "\r"), (r"\n", "\n"), (r"\t", "\t")):
             separator = separator.replace(typed, meant)
         return cls(_plain_lines(separator), field)
@@ -83,26 +85,26 @@ class Source:
 
 
 def text_files(path: Path) -> tuple[Path, ...]:
-    """The file, or the files of text below the folder, sorted. Raises ValueError."""
+    """The file, or the files of text below the folder, sorted. Raises UserError."""
     return named_files(path, silent)[0]
 
 
 def named_files(path: Path, say: Say) -> tuple[tuple[Path, ...], str]:
-    """`text_files`, and a name for them that lists what else lies in the folder. Raises ValueError."""
+    """`text_files`, and a name for them that lists what else lies in the folder. Raises UserError."""
     if not path.exists():
-        raise ValueError(f"--data {path}: no such file or folder")
+        raise UserError(f"--data {path}: no such file or folder")
     # Beside texts in a folder, a .json that is no array is somebody's settings.
     files, title = find_files(path, SUFFIXES, say, lambda p: p.suffix.lower() != ".json" or is_array(p))
     if not files:
-        raise ValueError(f"--data {path}: the folder holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
+        raise UserError(f"--data {path}: the folder holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
     for file in files:
         if file.suffix.lower() not in SUFFIXES:
-            raise ValueError(
+            raise UserError(
                 f"--data {path}: expected a .txt or .jsonl file, a .json array, a .parquet file, a folder of them, or "
                 "a folder of token shards"
             )
         if not file.stat().st_size:
-            raise ValueError(f"--data {file}: the file is empty")
+            raise UserError(f"--data {file}: the file is empty")
     return files, title
 
 
@@ -113,7 +115,7 @@ def check_separator(files: Sequence[Path], form: Format, say: Say) -> None:
         return
     names = listed([path.name for path in texts])
     if form.separator != Format.separator:
-        raise ValueError(
+        raise UserError(
             f"--separator {form.separator!r}: occurs nowhere in {names}: name the text that stands between two "
             "documents, or leave the flag out where a file is one document"
         )
@@ -172,7 +174,7 @@ def _boundary(data: mmap.mmap, target: int, mark: re.Pattern[bytes]) -> int:
 
 
 def documents(chunk: Chunk, form: Format) -> Iterator[tuple[int, str]]:
-    """(number in the file, text) of each document that is not empty. Raises ValueError that names the place."""
+    """(number in the file, text) of each document that is not empty. Raises UserError that names the place."""
     for number, text in enumerate(_texts(chunk, form), start=chunk.first):
         if text.strip():
             yield number, text.strip()
@@ -200,7 +202,7 @@ def _decoded(chunk: Chunk) -> str:
         return raw.decode("utf-8-sig" if chunk.start == 0 else "utf-8")
     except UnicodeDecodeError as error:
         where = chunk.start + error.start
-        raise ValueError(f"--data {chunk.path}: not UTF-8 at byte {where}: convert the file to UTF-8") from None
+        raise UserError(f"--data {chunk.path}: not UTF-8 at byte {where}: convert the file to UTF-8") from None
 
 
 def _plain_lines(text: str) -> str:
@@ -209,22 +211,16 @@ def _plain_lines(text: str) -> str:
 
 def _text_of(row: Row, field: str) -> str:
     if row.trouble:
-        raise ValueError(f"{row.where}: {row.trouble}")
+        raise UserError(f"{row.where}: {row.trouble}")
     if not isinstance(row.value, dict) or not isinstance(row.value.get(field), str):
-        raise ValueError(f'{row.where}: expected an object with a text under "{field}" (--field names another)')
+        raise UserError(f'{row.where}: expected an object with a text under "{field}" (--field names another)')
     return row.value[field]
 
 
-def is_small(files: tuple[Path, ...], form: Format) -> bool:
-    """Whether there are too few documents to hold whole ones out."""
-    count = 0
-    for path in files:
-        for chunk in chunks(path, form):
-            for _ in documents(chunk, form):
-                count += 1
-                if count >= HOLD_OUT_EACH:
-                    return False
-    return True
+def is_small(source: Source) -> bool:
+    """Whether there are too few documents to hold whole ones out, and no files for it."""
+    found = (number for chunk in all_chunks(source.train, source.format) for number in documents(chunk, source.format))
+    return not source.val and sum(1 for _ in islice(found, HOLD_OUT_EACH)) < HOLD_OUT_EACH
 
 
 def split(chunk: Chunk, form: Format, only: Split | None, small: bool) -> Iterator[tuple[Split, str, bool]]:
@@ -244,7 +240,7 @@ def split(chunk: Chunk, form: Format, only: Split | None, small: bool) -> Iterat
 
 
 def _side(number: int) -> Split:
-    return "val" if number % HOLD_OUT_EACH == HOLD_OUT_EACH - 1 else "train"
+    return "val" if is_held_out(number) else "train"
 
 
 def _line_end(text: str, target: int) -> int:

@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 from finetune.data.files import write_atomically
+from finetune.errors import UserError
 
 REPOSITORY = "roneneldan/TinyStories"
 TRAIN, VALID = "TinyStories-train.txt", "TinyStories-valid.txt"  # 1.9 GB, 19 MB
@@ -17,7 +18,7 @@ SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/t
 REACH_TIMEOUT_S = 10
 
 
-class Offline(ValueError):
+class Offline(UserError):
     """The network could not be reached and the file is not in the cache."""
 
 

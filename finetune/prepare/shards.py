@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from finetune.errors import UserError
 from finetune.prepare import corpus
 from finetune.prepare.corpus import Chunk, Format, Source, Split
 from nanollama.tokenizer import open_tokenizer
@@ -45,11 +46,11 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Path) -> "Vocabulary":
-        """Raises ValueError for a tokenizer that neither begins nor ends a text."""
+        """Raises UserError for a tokenizer that neither begins nor ends a text."""
         opened = open_tokenizer(tokenizer)
         bos_id = opened.bos_id if opened.add_bos else None
         if bos_id is None and opened.eos_id is None:
-            raise ValueError(f"tokenizer {tokenizer}: has no BOS that it puts before a text and no EOS: expected one")
+            raise UserError(f"tokenizer {tokenizer}: has no BOS that it puts before a text and no EOS: expected one")
         with tokenizer.open("rb") as file:
             digest = hashlib.sha256(file.read(TOKENIZER_BYTES)).digest()
         return cls(opened.vocab_size, bos_id, digest, opened.eos_id)
@@ -73,17 +74,17 @@ def write_shard(path: Path, tokens: list[int], vocabulary: Vocabulary) -> None:
 
 
 def read_shard(path: Path, vocabulary: Vocabulary) -> NDArray[np.unsignedinteger]:
-    """The tokens, memory-mapped. Raises ValueError for what is no whole shard, or one of another vocabulary."""
+    """The tokens, memory-mapped. Raises UserError for what is no whole shard, or one of another vocabulary."""
     header = _header(path)
     if len(header) < HEADER.size or not header.startswith(MAGIC):
-        raise ValueError(f"{path}: not a token shard: write it with python -m finetune.prepare")
+        raise UserError(f"{path}: not a token shard: write it with python -m finetune.prepare")
     _, version, itemsize, count, size, mark, digest = HEADER.unpack(header)
     if version != VERSION or itemsize not in (2, 4):
-        raise ValueError(f"{path}: a shard of version {version}, {itemsize} bytes a token: expected version {VERSION}")
+        raise UserError(f"{path}: a shard of version {version}, {itemsize} bytes a token: expected version {VERSION}")
     if path.stat().st_size != HEADER.size + count * itemsize:
-        raise ValueError(f"{path}: cut short or damaged: it should hold {count} tokens; write it again")
+        raise UserError(f"{path}: cut short or damaged: it should hold {count} tokens; write it again")
     if (size, mark, digest) != (vocabulary.size, vocabulary.mark, vocabulary.digest):
-        raise ValueError(
+        raise UserError(
             f"{path}: written with another tokenizer ({size} words; this run's has {vocabulary.size}): "
             "give the --tokenizer it was written with, or write it again"
         )
@@ -93,18 +94,18 @@ def read_shard(path: Path, vocabulary: Vocabulary) -> NDArray[np.unsignedinteger
 
 
 class TokenStore:
-    """The documents of one split (`finetune.data.documents.Documents`). Raises ValueError as `read_shard` does."""
+    """The documents of one split (`finetune.data.documents.Documents`). Raises UserError as `read_shard` does."""
 
     def __init__(self, folder: Path, split: Split, vocabulary: Vocabulary) -> None:
         self.paths = sorted(folder.glob(f"{split}_*.bin"))
         if not self.paths:
-            raise ValueError(f"{folder}: holds no shard {split}_*.bin")
+            raise UserError(f"{folder}: holds no shard {split}_*.bin")
         self.bos_id = vocabulary.bos_id
         self.shards = [read_shard(path, vocabulary) for path in self.paths]
         starts = [np.flatnonzero(shard == vocabulary.mark) for shard in self.shards]
         for path, shard, found in zip(self.paths, self.shards, starts, strict=True):
             if len(shard) and (not len(found) or found[0] != 0):
-                raise ValueError(f"{path}: does not begin with {vocabulary.mark}, as documents do: write it again")
+                raise UserError(f"{path}: does not begin with {vocabulary.mark}, as documents do: write it again")
         self.shard_of = np.repeat(np.arange(len(starts)), [len(s) for s in starts])
         skipped = int(vocabulary.mark != vocabulary.bos_id)
         self.starts: Ints = np.concatenate(starts).astype(np.int64) + skipped
@@ -159,7 +160,7 @@ def tokenize(job: Job) -> int:
 
 
 def jobs(source: Source, tokenizer: Path, folder: Path) -> Iterator[Job]:
-    small = not source.val and corpus.is_small(source.train, source.format)
+    small = corpus.is_small(source)
     number = 0
     for only, files in ((None if not source.val else "train", source.train), ("val", source.val)):
         for chunk in corpus.all_chunks(files, source.format):
@@ -168,7 +169,7 @@ def jobs(source: Source, tokenizer: Path, folder: Path) -> Iterator[Job]:
 
 
 def write_shards(source: Source, tokenizer: Path, folder: Path, workers: int) -> None:
-    """Tokenize all of `source` into `folder`, in parallel. Raises ValueError when a split stays empty."""
+    """Tokenize all of `source` into `folder`, in parallel. Raises UserError when a split stays empty."""
     todo = list(jobs(source, tokenizer, folder))
     total = sum(job.chunk.stop - job.chunk.start for job in todo)
     bar = tqdm(total=total, desc=f"tokenizing {source.name}", unit="B", unit_scale=True, leave=False, delay=1)
@@ -177,7 +178,7 @@ def write_shards(source: Source, tokenizer: Path, folder: Path, workers: int) ->
             bar.update(done)
     for split in SPLITS:
         if not any(folder.glob(f"{split}_*.bin")):
-            raise ValueError(f"--data {source.train[0]}: no text in it for {split}: it is empty or too short")
+            raise UserError(f"--data {source.train[0]}: no text in it for {split}: it is empty or too short")
 
 
 def _map(todo: list[Job], workers: int) -> Iterator[int]:

@@ -10,25 +10,27 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from finetune.errors import UserError
+
 MAX_TEXT_BYTES = 50 << 20  # more text changes a vocabulary of 32,000 little
 TOO_HIGH = re.compile(r"Vocabulary size too high .*<= (\d+)")
 LEAST_WORDS = 3 + 256 + 1  # unknown, BOS, EOS, and all bytes
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> int:
-    """Write a sentencepiece model of `vocab_size` words, or as many as the texts support; returns their number.
+    """Write a sentencepiece model of `vocab_size` tokens, or as many as the texts support; returns their number.
 
-    Raises ValueError when vocab_size is too small to hold the bytes.
+    Raises UserError when vocab_size is too small to hold the bytes.
     """
     if vocab_size < LEAST_WORDS:
-        raise ValueError(f"--vocab_size {vocab_size}: expected at least {LEAST_WORDS} (256 of them are the bytes)")
+        raise UserError(f"--vocab_size {vocab_size}: expected at least {LEAST_WORDS} (256 of them are the bytes)")
     lines = _spelled(list(_lines(texts)), (vocab_size - LEAST_WORDS) // 2)
     try:
         model = _train(lines, vocab_size)
     except RuntimeError as error:
         most = TOO_HIGH.search(str(error))
         if not most:
-            raise ValueError(f"no tokenizer of {vocab_size} words could be trained: {error}") from None
+            raise UserError(f"no tokenizer of {vocab_size} words could be trained: {error}") from None
         vocab_size = int(most[1])
         model = _train(lines, vocab_size)
     path.write_bytes(model)

@@ -75,9 +75,9 @@ def target_names(config: ModelConfig, targets: tuple[str, ...]) -> list[str]:
     return [name for name in weight_shapes(config) if short_name(name) in targets]
 
 
-def delta(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """What an adapter adds to a matrix, in fp32: scale * B A."""
-    return (b.float() @ a.float()) * scale
+def add_low_rank(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """weight (outputs, inputs) + scale * B A: summed in fp32 and cast once."""
+    return (weight.float() + (b.float() @ a.float()) * scale).to(weight.dtype)
 
 
 def merged(weights: Mapping[str, Tensor], adapter: Adapter) -> Weights:
@@ -95,8 +95,7 @@ def _changed(entry: Lazy, name: str, adapter: Adapter) -> Lazy:
         block = entry.read(start, stop) if whole is None else whole[start:stop].to(entry.dtype)
         if name in adapter.pairs:
             a, b = adapter.pairs[name]
-            change = delta(a, b[start:stop], adapter.alphas[name] / len(a))
-            block = (block.float() + change).to(entry.dtype)
+            block = add_low_rank(block, a, b[start:stop], adapter.alphas[name] / len(a))
         mine = [i for i, token in enumerate(ids) if start <= token < stop]
         if rows is not None and mine:
             block = block.clone()

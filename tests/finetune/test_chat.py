@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.build import CHAT_WORDS, chat_rows, fresh_weights, reset_rows_
+from finetune.build import CHAT_TOKENS, chat_rows, fresh_weights, reset_rows_
 from finetune.chat import ENTRY
 from finetune.data.dialogs import read_dialogs
 from finetune.data.packing import Packer
@@ -47,7 +47,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, llama3_tokenizer_path: Path) 
     )
     weights = fresh_weights(config, torch.Generator().manual_seed(0))
     for name in ("tok_embeddings.weight", "output.weight"):
-        weights[name][[tokenizer.special_ids[word] for word in CHAT_WORDS]] = 0
+        weights[name][[tokenizer.special_ids[word] for word in CHAT_TOKENS]] = 0
     write_meta(folder / "base", config, weights, tokenizer=llama3_tokenizer_path)
     # An adapter leaves the head as it is: a trained one is sharp enough to be sure of a word, a fresh one is not.
     weights["output.weight"] *= 8
@@ -109,7 +109,7 @@ def test_an_adapter_learns_it_with_the_rows_of_the_chat_words(home: Path) -> Non
     base = open_checkpoint(home / "sharp").weights["tok_embeddings.weight"]
     moved = (merged.model.tok_embeddings.weight != base).any(dim=1).nonzero().flatten().tolist()
     assert merged.tokenizer is not None
-    assert moved == sorted(merged.tokenizer.special_ids[word] for word in CHAT_WORDS)
+    assert moved == sorted(merged.tokenizer.special_ids[word] for word in CHAT_TOKENS)
 
 
 def test_only_the_assistant_and_its_end_of_turn_are_labels(home: Path, tokenizer: Tokenizer) -> None:
@@ -179,7 +179,7 @@ def test_a_file_without_dialogues_is_refused(tmp_path: Path, tokenizer: Tokenize
 def test_untrained_rows_are_found_and_become_the_mean(home: Path, tokenizer: Tokenizer) -> None:
     opened = open_checkpoint(home / "base")
     model = Transformer.from_weights(opened.config, {name: w.clone() for name, w in opened.weights.items()})
-    words = tuple(sorted(tokenizer.special_ids[word] for word in CHAT_WORDS))
+    words = tuple(sorted(tokenizer.special_ids[word] for word in CHAT_TOKENS))
     assert chat_rows(model, tokenizer, "auto") == words
     assert chat_rows(model, tokenizer, "keep") == ()
     reset_rows_(model, words, list(range(128_000)))

@@ -34,7 +34,7 @@ def read(path: Path, said: list[str] | None = None, separator: str = "<|endoftex
     """(split, text) of all documents."""
     source = path_source(path, Format.typed(separator, "text"), (said if said is not None else []).append)
     assert isinstance(source, Source)
-    small = corpus.is_small(source.train, source.format)
+    small = corpus.is_small(source)
     chunks = corpus.all_chunks(source.train, source.format)
     return [(side, text) for chunk in chunks for side, text, _ in split(chunk, source.format, None, small)]
 

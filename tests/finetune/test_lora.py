@@ -19,7 +19,7 @@ from finetune.lora import (
     add_lora_,
     add_rows_,
     lora_parameters,
-    merge_,
+    merged_model,
     merged_weights,
     quantize_base_,
     wear_,
@@ -77,14 +77,15 @@ def test_merged_is_unmerged_within_the_noise(family: str, dtype: torch.dtype) ->
     config = FAMILIES[family]
     model = tuned(config, dtype, rows=ROWS)
     exact = in_float64(model)
-    unmerged, merged_too = logits(model), logits(merge_(model))
-    assert not lora_parameters(model)
+    plain = merged_model(model)
+    unmerged, merged_too = logits(model), logits(plain)
+    assert not lora_parameters(plain)
     assert within_noise(merged_too, unmerged, exact)
     assert within_noise(unmerged, merged_too, exact)
     base = Transformer.from_weights(config, weights_of(config), dtype=dtype)
     assert not within_noise(logits(base), unmerged, exact)
-    model.layers[1].attention.wq.weight.data *= 1 + 256 * torch.finfo(dtype).eps
-    assert not within_noise(logits(model), unmerged, exact)
+    plain.layers[1].attention.wq.weight.data *= 1 + 256 * torch.finfo(dtype).eps
+    assert not within_noise(logits(plain), unmerged, exact)
 
 
 def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.optim import SHARE_SCALE, RoundingAdamW, moments_bytes, new_moments, read, write_
+from finetune.optim import SHARE_SCALE, RoundingAdamW, moments_bytes, new_moments, read_moment, write_moment_
 
 SIZE = 4 * SHARE_SCALE
 WHOLE = slice(0, SIZE)
@@ -12,8 +12,8 @@ WHOLE = slice(0, SIZE)
 
 def through(name: str, values: Tensor, seed: int = 0) -> Tensor:
     state = new_moments(torch.zeros(4, SHARE_SCALE), eight_bit=True)
-    write_(state, name, WHOLE, values, torch.Generator().manual_seed(seed))
-    return read(state, name, WHOLE)
+    write_moment_(state, name, WHOLE, values, torch.Generator().manual_seed(seed))
+    return read_moment(state, name, WHOLE)
 
 
 def spread() -> Tensor:
@@ -44,12 +44,12 @@ def test_a_moment_decays_by_less_than_its_steps() -> None:
     state, generator = new_moments(torch.zeros(4, SHARE_SCALE), eight_bit=True), torch.Generator().manual_seed(0)
     values = torch.full((SIZE,), 0.5)
     values[::SHARE_SCALE] = 1.0  # holds the scale
-    write_(state, "exp_avg_sq", WHOLE, values, generator)
+    write_moment_(state, "exp_avg_sq", WHOLE, values, generator)
     for _ in range(500):
-        decayed = read(state, "exp_avg_sq", WHOLE).mul_(0.999)
+        decayed = read_moment(state, "exp_avg_sq", WHOLE).mul_(0.999)
         decayed[::SHARE_SCALE] = 1.0
-        write_(state, "exp_avg_sq", WHOLE, decayed, generator)
-    others = read(state, "exp_avg_sq", WHOLE).view(-1, SHARE_SCALE)[:, 1:]
+        write_moment_(state, "exp_avg_sq", WHOLE, decayed, generator)
+    others = read_moment(state, "exp_avg_sq", WHOLE).view(-1, SHARE_SCALE)[:, 1:]
     assert float(others.mean()) == pytest.approx(0.5 * 0.999**500, rel=0.05)
 
 

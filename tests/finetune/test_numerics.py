@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune import build as wrap
-from finetune.build import Start, build_model, fresh_weights
+from finetune.build import Start, build_model, fresh_weights, wrap_
 from finetune.config import TrainConfig, init_shape, resolve
 from finetune.data.documents import Ints
 from finetune.data.packing import Batch, Packer
 from finetune.loss import IGNORE, LossModel
 from finetune.optim import learning_rate, make_optimizer, mixed_seed, select_trained_, trained
 from finetune.parallelize import World, open_world, replicate
-from finetune.train import accumulate_, wrap_
+from finetune.train import accumulate_
 from nanollama.model import ModelConfig, Transformer
 
 SHAPE = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=61, hidden_dim=48, rope_theta=10_000.0)

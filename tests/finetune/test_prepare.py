@@ -115,7 +115,7 @@ def test_few_documents_hold_out_the_last_tenth_of_each(tmp_path: Path) -> None:
     assert (first, second) == ("train", "val")
     assert train + val == lines.strip()
     assert val.startswith("line 90")
-    assert corpus.is_small((path,), Format())
+    assert corpus.is_small(Source("one", (path,)))
 
 
 def test_a_long_document_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from finetune.build import chat_rows, fresh_weights, ordinary_words, reset_rows_
+from finetune.build import chat_rows, fresh_weights, ordinary_tokens, reset_rows_
 from finetune.prepare.stories import stories
 from finetune.prepare.tokenizer import train_tokenizer
 from finetune.run import run_entry, sample
@@ -154,5 +154,5 @@ def test_chat_words_that_come_before_the_ordinary_ones_are_filled_with_their_mea
     words = SimpleNamespace(vocab_size=60, special_ids=special, chat_template=None, bos_id=0)
     ids = chat_rows(model, words, "auto")  # type: ignore[arg-type]
     assert ids == (2,)
-    reset_rows_(model, ids, ordinary_words(words, model))  # type: ignore[arg-type]
+    reset_rows_(model, ids, ordinary_tokens(words, model))  # type: ignore[arg-type]
     assert torch.allclose(model.tok_embeddings.weight[2], weights["tok_embeddings.weight"][3:].mean(dim=0), atol=1e-6)

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from finetune.build import fresh_weights
-from finetune.lora import NF4Linear, add_lora_, lora_parameters, merge_, quantize_base_
+from finetune.lora import NF4Linear, add_lora_, lora_parameters, merged_model, quantize_base_
 from finetune.metrics import read_metrics
 from finetune.prepare.stories import stories
 from finetune.prepare.tokenizer import train_tokenizer
@@ -70,7 +70,7 @@ def test_adapters_learn_on_a_4_bit_base_and_merge() -> None:
     assert losses[-1] < 0.5 * losses[0]
     with torch.inference_mode():
         unmerged = model(TOKENS)
-        merged = merge_(model)(TOKENS)
+        merged = merged_model(model)(TOKENS)
     assert torch.allclose(merged, unmerged, atol=1e-5 * float(unmerged.abs().max()))
     assert not torch.allclose(plain, unmerged, atol=1e-3 * float(plain.abs().max()))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from finetune.config import TrainConfig
 from finetune.data.documents import Ints
 from finetune.data.packing import Batch, Packer
-from finetune.lora import add_lora_, lora_parameters, merge_
+from finetune.lora import add_lora_, lora_parameters, merged_model
 from finetune.loss import LossModel
 from finetune.optim import make_optimizer, select_trained_, trained
 from finetune.parallelize import World
@@ -115,7 +115,7 @@ class NanoTrainer:
                 parameter.data.copy_(drawn)
 
     def merge(self, model: Transformer) -> Transformer:
-        return merge_(model)
+        return merged_model(model, self.nano.attention)
 
     @torch.no_grad()
     def merged(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

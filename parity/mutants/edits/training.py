@@ -126,7 +126,7 @@ def merged_unscaled(trainer: NanoTrainer, true: Any) -> Callable[[Transformer], 
     def merge(model: Transformer) -> Transformer:
         for module in model.modules():
             if isinstance(module, LoraLinear):
-                module.scale = 1.0
+                module.alpha = module.rank
         return true(model)
 
     return merge

@@ -1,0 +1,13 @@
+"""What ends a run and is no bug."""
+
+
+class UserError(ValueError):
+    """What the user can mend. The message is one line: what, where, how to mend it; the exit code is 2."""
+
+
+class TrainingStopped(RuntimeError):
+    """The run ended before its last step; the message says why and where its state is. `code`: the exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
