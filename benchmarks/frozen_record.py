@@ -31,6 +31,7 @@ FLEETING = (
 # What the last bits of floats decide without being floats (a digest, the worst element's place) is under this key.
 ROUNDED = "rounded"
 ABSENT = "(absent)"
+LINE = 400  # characters of a line of a record, about
 SHOWN = 600  # characters of a value in the line of a difference
 
 
@@ -148,6 +149,18 @@ def digest(*files: Path) -> str:
 
 
 # --- Two records ----------------------------------------------------------------------------------------------------
+
+
+def laid_out(value: Any, indent: int = 0) -> str:
+    """JSON in which what fits into a line is one, so that a difference shows as a line or two."""
+    line = json.dumps(value, ensure_ascii=False)
+    if len(line) <= LINE or not isinstance(value, dict | list):
+        return line
+    inner = "\n" + " " * (indent + 1)
+    if isinstance(value, list):
+        return f"[{inner}{(',' + inner).join(laid_out(item, indent + 1) for item in value)}\n{' ' * indent}]"
+    items = (f"{json.dumps(key, ensure_ascii=False)}: {laid_out(item, indent + 1)}" for key, item in value.items())
+    return f"{{{inner}{(',' + inner).join(items)}\n{' ' * indent}}}"
 
 
 def read_record(path: Path) -> dict[str, Any]:
