@@ -113,10 +113,16 @@ def without_fleeting(found: Any, folder: Path) -> Any:
 
 
 def kept_of_report(report: dict[str, Any]) -> dict[str, Any]:
-    """A report of parity.check with its results by name, and what rounding decides apart."""
+    """A report of parity.check with its results by name, and what rounding decides apart.
+
+    How many mistakes were tried as explanations depends on the time that it takes, and with it which come second.
+    """
     decided = ("noise_floor", "rho", "training")
     results = by_name(report["results"], ("check", "gate", "reference", "dtype", "path", "metric", "checkpoint"))
     kept = {key: value for key, value in report.items() if key not in (*decided, "results")}
+    if explained := (report.get("first_divergence") or {}).get("explained"):
+        best = {key: value for key, value in explained.items() if key != "asked"} | {"best": explained["best"][:1]}
+        kept["first_divergence"] = {**report["first_divergence"], "explained": best}
     return kept | {"results": results, ROUNDED: {key: report[key] for key in decided if key in report}}
 
 

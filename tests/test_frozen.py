@@ -138,6 +138,15 @@ def test_seconds_and_folders_are_no_difference() -> None:
     }
 
 
+def test_how_many_mistakes_there_was_time_for_is_no_difference() -> None:
+    found = {"named": "eps", "best": [{"mistake": "eps", "share": 0.99}, {"mistake": "theta", "share": 0.01}]}
+    kept = [
+        kept_of_report({"results": [], "first_divergence": {"explained": {**found, "asked": asked, "best": best}}})
+        for asked, best in ((101, found["best"]), (167, found["best"][:1]))
+    ]
+    assert kept[0] == kept[1] and kept[0]["first_divergence"]["explained"]["best"][0]["mistake"] == "eps"
+
+
 def test_floats_are_compared_on_the_machine_of_the_record_alone() -> None:
     before = {"machine": HERE, "cases": {"a": {"x": 0.5}}}
     found, how = compare(before, {"machine": HERE, "cases": {"a": {"x": 0.75}}})
