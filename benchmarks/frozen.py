@@ -15,6 +15,7 @@ Exit codes: 0 nothing differs, 1 something does, one line each: case, field, bef
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,13 +37,14 @@ from benchmarks.frozen_record import (
     compare,
     digest,
     kept_of_report,
+    laid_out,
     machine,
     read_record,
     without_fleeting,
 )
 from nanollama.cli import run
 
-PORTS = REPOSITORY / "tests" / "ports" / "plain_port.py"
+PORTS = "plain_port.py"  # somewhere in tests/: right and wrong ones, each a function of it
 ONE_THREAD = {
     "OMP_NUM_THREADS": str(THREADS),
     "MKL_NUM_THREADS": str(THREADS),
@@ -55,7 +57,7 @@ MEMBER = ("--dim", 64, "--heads", 4, "--kv_heads", 2, "--hidden", 96, "--vocab",
 TINY_SHAPES = ("tiny", "tiny-3", "tiny-3.2", "tiny-llama2")
 TRAINED = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 172}
 STEPS = 20
-PROMPTS = ("--prompt", "Once upon a time", "--prompt", "The answer", "--prompt", "")
+PROMPTS = ("--prompt", "Once upon a time", "--prompt", "")
 
 
 # --- The cases -------------------------------------------------------------------------------------------------------
@@ -111,10 +113,12 @@ def mutants(work: Work, *, flags: tuple[object, ...] = ()) -> dict[str, Any]:
     return work.read("matrix.json")
 
 
-def kit(work: Work) -> dict[str, Any]:
+def kit(work: Work, *, dtypes: str = "fp32,bf16") -> dict[str, Any]:
     """A kit's manifest, its bounds by name, and a digest of every array."""
-    work.command("parity.kit", "--out", "kit")
+    work.command("parity.kit", "--out", "kit", "--dtype", dtypes)
     table = work.read("kit/kit.json")
+    for row in table["arrays"]:
+        del row["meaning"]  # words for its reader
     arrays = {row.pop("name"): {**row, ROUNDED: array_digest(work.folder / "kit", row)} for row in table.pop("arrays")}
     gates = by_name(table.pop("gates"), ("array", "dtype", "check", "gate", "metric", "label", "first"))
     noise = {key: table.pop(key) for key in ("noise_floor", "float32_share")}
@@ -204,8 +208,12 @@ def answers(work: Work, *line: object) -> Any:
     return json.loads(work.command("nanollama", "generate", *line, *PROMPTS, *flags))
 
 
-def wrong(port: str) -> tuple[object, ...]:
-    return ("--candidate", f"{PORTS}:{port}", "--references", "meta", "--dtype", "fp32")
+def check_wrong(work: Work, *, port: str) -> dict[str, Any]:
+    """The report of a wrong port, which is copied: where the tests keep it is no difference."""
+    (source,) = (REPOSITORY / "tests").rglob(PORTS)
+    shutil.copyfile(source, work.folder / PORTS)
+    candidate = ("--candidate", f"{work.folder / PORTS}:{port}", "--references", "meta", "--dtype", "fp32")
+    return check(work, shape=TINY, flags=candidate)
 
 
 INT8 = ("--candidate", "parity.candidates.quantized:int8", "--max_new_tokens", 16)
@@ -215,12 +223,12 @@ SMALL: dict[str, Callable[[Work], Any]] = {
     "check meta": partial(check, shape=TINY),
     "mutants 1 and 14": partial(mutants, flags=("--only", "1,14")),
     "texts": texts,
-    "check int8": partial(check, shape=TINY, flags=INT8),
+    "check int8": partial(check, shape=TINY, flags=(*INT8, "--references", "meta")),
     "check hf": partial(check, shape=("tiny-llama2", *MEMBER, "--format", "hf"), flags=("--dtype", "fp32")),
     "training": training,
-    "kit": kit,
-    "check wrong eps, logits alone": partial(check, shape=TINY, flags=wrong("bare_with_wrong_eps")),
-    "check wrong base": partial(check, shape=TINY, flags=wrong("wrong_base")),
+    "kit fp32": partial(kit, dtypes="fp32"),
+    "check wrong eps, logits alone": partial(check_wrong, port="bare_with_wrong_eps"),
+    "check wrong base": partial(check_wrong, port="wrong_base"),
 }
 WHOLE: dict[str, Callable[[Work], Any]] = {
     "mutants": mutants,
@@ -231,7 +239,9 @@ WHOLE: dict[str, Callable[[Work], Any]] = {
         for shape in TINY_SHAPES
         for format in ("meta", "hf")
     },
+    "check int8, both references": partial(check, shape=TINY, flags=INT8),
     "adapter": adapter,
+    "kit": kit,
     **SMALL,
 }
 
@@ -290,7 +300,7 @@ def main(
         broken = [f"{case} {found}" for case, found in after["cases"].items() if isinstance(found, str)]
         if broken:
             raise ValueError("nothing was stored: " + "; ".join(broken))
-        (store / name).write_text(json.dumps(after, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (store / name).write_text(laid_out(after) + "\n", encoding="utf-8")
         print(f"{store / name}: {len(cases)} cases")
         return 0
     assert before is not None

@@ -31,6 +31,7 @@ FLEETING = (
 # What the last bits of floats decide without being floats (a digest, the worst element's place) is under this key.
 ROUNDED = "rounded"
 ABSENT = "(absent)"
+LINE = 400  # characters of a line of a record, about
 SHOWN = 600  # characters of a value in the line of a difference
 
 
@@ -112,10 +113,16 @@ def without_fleeting(found: Any, folder: Path) -> Any:
 
 
 def kept_of_report(report: dict[str, Any]) -> dict[str, Any]:
-    """A report of parity.check with its results by name, and what rounding decides apart."""
+    """A report of parity.check with its results by name, and what rounding decides apart.
+
+    How many mistakes were tried as explanations depends on the time that it takes, and with it which come second.
+    """
     decided = ("noise_floor", "rho", "training")
     results = by_name(report["results"], ("check", "gate", "reference", "dtype", "path", "metric", "checkpoint"))
     kept = {key: value for key, value in report.items() if key not in (*decided, "results")}
+    if explained := (report.get("first_divergence") or {}).get("explained"):
+        best = {key: value for key, value in explained.items() if key != "asked"} | {"best": explained["best"][:1]}
+        kept["first_divergence"] = {**report["first_divergence"], "explained": best}
     return kept | {"results": results, ROUNDED: {key: report[key] for key in decided if key in report}}
 
 
@@ -148,6 +155,18 @@ def digest(*files: Path) -> str:
 
 
 # --- Two records ----------------------------------------------------------------------------------------------------
+
+
+def laid_out(value: Any, indent: int = 0) -> str:
+    """JSON in which what fits into a line is one, so that a difference shows as a line or two."""
+    line = json.dumps(value, ensure_ascii=False)
+    if len(line) <= LINE or not isinstance(value, dict | list):
+        return line
+    inner = "\n" + " " * (indent + 1)
+    if isinstance(value, list):
+        return f"[{inner}{(',' + inner).join(laid_out(item, indent + 1) for item in value)}\n{' ' * indent}]"
+    items = (f"{json.dumps(key, ensure_ascii=False)}: {laid_out(item, indent + 1)}" for key, item in value.items())
+    return f"{{{inner}{(',' + inner).join(items)}\n{' ' * indent}}}"
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from benchmarks import frozen
-from benchmarks.frozen_record import ROUNDED, compare, differences, kept_of_report, without_fleeting
+from benchmarks.frozen_record import (
+    ROUNDED,
+    compare,
+    differences,
+    kept_of_report,
+    laid_out,
+    read_record,
+    without_fleeting,
+)
 
 RESULT = {
     "check": "logits",
@@ -130,6 +138,15 @@ def test_seconds_and_folders_are_no_difference() -> None:
     }
 
 
+def test_how_many_mistakes_there_was_time_for_is_no_difference() -> None:
+    found = {"named": "eps", "best": [{"mistake": "eps", "share": 0.99}, {"mistake": "theta", "share": 0.01}]}
+    kept = [
+        kept_of_report({"results": [], "first_divergence": {"explained": {**found, "asked": asked, "best": best}}})
+        for asked, best in ((101, found["best"]), (167, found["best"][:1]))
+    ]
+    assert kept[0] == kept[1] and kept[0]["first_divergence"]["explained"]["best"][0]["mistake"] == "eps"
+
+
 def test_floats_are_compared_on_the_machine_of_the_record_alone() -> None:
     before = {"machine": HERE, "cases": {"a": {"x": 0.5}}}
     found, how = compare(before, {"machine": HERE, "cases": {"a": {"x": 0.75}}})
@@ -168,6 +185,18 @@ def test_a_command_that_fails_is_a_difference_and_no_record(
         run_main(monkeypatch, broken, store=tmp_path)
 
 
+def test_a_record_is_laid_out_in_lines_that_json_reads_back() -> None:
+    record = {"a": [{"x": 0.1, "y": [None, True]}] * 20, "b": {}, "c": "é" * 500}
+    text = laid_out(record)
+    assert json.loads(text) == record and len(text.splitlines()) == 26
+
+
 def test_a_record_that_is_not_there_is_said_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"small.json: no such record: make one, .* --small --store"):
         frozen.main(small=True, against=tmp_path)
+
+
+def test_the_committed_record_names_a_machine_and_every_case() -> None:
+    record = read_record(Path(frozen.__file__).parent / "frozen" / "small.json")
+    assert list(record["cases"]) == list(frozen.SMALL)
+    assert {"torch", "cpu_capability", "threads"} <= set(record["machine"])
