@@ -2,12 +2,18 @@
 
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+import zygote
+
+# Set before any test module imports torch: each of two workers, and each of their processes, has a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
 # Set before any test module imports huggingface_hub, which reads them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -29,6 +35,23 @@ def own_path() -> Iterator[None]:
     before = list(sys.path)
     yield
     sys.path[:] = before
+
+
+@pytest.fixture(autouse=True, scope="session")
+def warm_processes() -> Iterator[None]:
+    """`python -m` a module of ours is forked from a process that has the libraries loaded."""
+    if sys.platform != "linux":
+        yield
+        return
+    with zygote.warm():
+        yield
+    zygote.stop()
+
+
+@pytest.fixture
+def cold_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process of this test starts as a user's does."""
+    monkeypatch.setattr(subprocess, "Popen", zygote.RealPopen)
 
 
 @pytest.fixture(scope="session")
