@@ -2,19 +2,18 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import tiny
 from parity.check import main
-from parity.shapes import SHAPES
 from parity.synth import synthesise
 
 PORT = Path(__file__).parents[1] / "ports" / "plain_port.py"
-SMALL = replace(SHAPES["tiny"], vocab_size=1024, n_layers=2, n_heads=16, n_kv_heads=4)  # head_dim 8
+SMALL = tiny.shape(vocab_size=1024)
 
 
 @pytest.fixture(scope="module")
