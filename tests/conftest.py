@@ -54,6 +54,22 @@ def cold_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", zygote.RealPopen)
 
 
+@pytest.fixture(autouse=True)
+def cold_where_slow(request: pytest.FixtureRequest) -> None:
+    """What is slow measures memory and time, too: its processes start as a user's do."""
+    if request.node.get_closest_marker("slow"):
+        request.getfixturevalue("cold_processes")
+
+
+@pytest.fixture
+def kept_traces(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several candidates on one checkpoint, only the first waits for the references and the oracle."""
+    root = tmp_path_factory.getbasetemp()
+    shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    monkeypatch.setenv("NANOLLAMA_CACHE", str(shared / "kept"))
+    monkeypatch.setenv("NANOLLAMA_TRACE_BYTES", str(10**9))
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Callable[[str], Path]:
     """`test_data(name)`: a file in $NANOLLAMA_TEST_DATA or ../shared/data; skips the test where it is missing."""

@@ -12,6 +12,7 @@ from parity.contract import UsageError
 
 PORTS = Path(__file__).parents[1] / "support" / "condition_ports.py"
 CHECKS = "config,taps,logits,kl,argmax,cache,metamorphic"
+pytestmark = pytest.mark.usefixtures("kept_traces")
 
 
 @pytest.fixture(scope="module")

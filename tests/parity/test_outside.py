@@ -20,6 +20,7 @@ from ports import plain_port
 
 PROGRAM = Path(plain_port.__file__).parent / "program.py"
 Shape = Callable[[list[int]], dict[str, Any]]
+pytestmark = pytest.mark.usefixtures("kept_traces")
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from reference.weights import Unusable
 
 PORTS = Path(__file__).parents[1] / "ports" / "integer_ports.py"
 CHECKS = "config,taps,logits,kl,argmax,greedy,cache,metamorphic"
+pytestmark = pytest.mark.usefixtures("kept_traces")
 
 
 @pytest.fixture(scope="module")
