@@ -7,6 +7,8 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 # Options for the commands themselves: make check ARGS="--ckpt DIR", make test ARGS="-m slow"
 ARGS ?=
+# Processes that share the tests out among them, each with one thread.
+WORKERS ?= 2
 
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -24,7 +26,7 @@ check: setup
 	@$(BIN)/python -m parity.check $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check $(PYTHON_FILES)

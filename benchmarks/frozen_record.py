@@ -56,7 +56,7 @@ def _shown(value: object) -> str:
 
 def differences(before: dict[str, Any], after: dict[str, Any], *, bitwise: bool) -> list[Difference]:
     """What differs between the cases of two records. `bitwise` is False for records of two machines."""
-    return [Difference(case, *found) for case, *found in _walk(before, after, bitwise, ())]
+    return [Difference(*found) for found in _walk(before, after, bitwise, ())]
 
 
 def _walk(before: Any, after: Any, bitwise: bool, way: tuple[str, ...]) -> Iterator[tuple[str, str, object, object]]:

@@ -2,12 +2,18 @@
 
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+import zygote
+
+# Set before any test module imports torch: each of two workers, and each of their processes, has a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
 # Set before any test module imports huggingface_hub, which reads them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -29,6 +35,39 @@ def own_path() -> Iterator[None]:
     before = list(sys.path)
     yield
     sys.path[:] = before
+
+
+@pytest.fixture(autouse=True, scope="session")
+def warm_processes() -> Iterator[None]:
+    """`python -m` a module of ours is forked from a process that has the libraries loaded."""
+    if sys.platform != "linux":
+        yield
+        return
+    with zygote.warm():
+        yield
+    zygote.stop()
+
+
+@pytest.fixture
+def cold_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process of this test starts as a user's does."""
+    monkeypatch.setattr(subprocess, "Popen", zygote.RealPopen)
+
+
+@pytest.fixture(autouse=True)
+def cold_where_slow(request: pytest.FixtureRequest) -> None:
+    """What is slow measures memory and time, too: its processes start as a user's do."""
+    if request.node.get_closest_marker("slow"):
+        request.getfixturevalue("cold_processes")
+
+
+@pytest.fixture
+def kept_traces(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several candidates on one checkpoint, only the first waits for the references and the oracle."""
+    root = tmp_path_factory.getbasetemp()
+    shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    monkeypatch.setenv("NANOLLAMA_CACHE", str(shared / "kept"))
+    monkeypatch.setenv("NANOLLAMA_TRACE_BYTES", str(10**9))
 
 
 @pytest.fixture(scope="session")

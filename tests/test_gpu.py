@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import tiny
 from finetune import loss as loss_module
 from finetune.build import wrap_
 from finetune.config import TrainConfig
@@ -26,7 +27,7 @@ from finetune.optim import make_optimizer, trained
 from finetune.parallelize import World
 from finetune.resume import Progress, RunFolder
 from finetune.train import accumulate_
-from generation_cases import VOCAB, assert_same_answer, of_row, prompt_ids, small_model
+from generation_cases import VOCAB, assert_same_answer, of_row, prompt_ids
 from nanollama.generation.llama import Llama, Sampling
 from nanollama.model import KVCache, ModelConfig, Transformer, exact_attention, fast_attention
 from nanollama.speed.quantize import SCHEMES, QuantLinear, dequantize, load_quantized, quantize
@@ -143,7 +144,7 @@ def test_masked_attention_with_shared_heads_is_exact_attention(dtype: str, T: in
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_ragged_batch_through_graphs_answers_as_the_cpu_does(temperature: float) -> None:
-    on_cpu, prompts = small_model(), [prompt_ids(n, n) for n in (3, 250, 90)]
+    on_cpu, prompts = tiny.model(), [prompt_ids(n, n) for n in (3, 250, 90)]
     # Rows end at different steps, so the graphs of three, two and one are captured; twice, so that caches change.
     sampling = Sampling(max_new_tokens=40, temperature=temperature, stop_ids=frozenset(range(0, VOCAB, 20)))
     wanted, llama = list(Llama(on_cpu).generate(prompts, sampling)), Llama(copy.deepcopy(on_cpu).cuda(), compile="auto")

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from generation_cases import VOCAB, assert_same_answer, of_row, prompt_ids, small_model
+import tiny
+from generation_cases import VOCAB, assert_same_answer, of_row, prompt_ids
 from nanollama.checkpoint.weights import DTYPES
 from nanollama.generation.llama import Llama, Sampling
 from nanollama.model import KVCache, Transformer
@@ -32,14 +33,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def compiled_model(scheme: str | None, dtype: torch.dtype) -> Transformer:
-    model = small_model().to(dtype)
+    model = tiny.model().to(dtype)
     return load_quantized(model.config, model.state_dict(), scheme) if scheme else model
 
 
 @pytest.fixture(scope="module")
 def pair() -> Llama:
     """Compiled for two rows: it decodes one as well."""
-    llama = Llama(small_model(), compile="on")
+    llama = Llama(tiny.model(), compile="on")
     llama.steps.compiled[1] = llama.steps.compiled[2] = compile_step(llama.model, 2)
     return llama
 
@@ -115,13 +116,13 @@ def test_compiled_answers_are_the_eager_ones(pair: Llama, lengths: list[int], te
 
 def test_a_shape_is_compiled_once(pair: Llama) -> None:
     lines: list[str] = []
-    compile_step(small_model(seed=5), 2, say=lines.append)
+    compile_step(tiny.model(seed=5), 2, say=lines.append)
     assert lines == []
     assert is_compiled(pair.model, 2)
     assert not is_compiled(pair.model, 4)
-    assert not is_compiled(small_model(hidden_dim=64), 2)
+    assert not is_compiled(tiny.model(hidden_dim=64), 2)
     assert not is_compiled(compiled_model("int8", torch.float32), 2)
-    assert not is_compiled(small_model().to(torch.bfloat16), 2)
+    assert not is_compiled(tiny.model().to(torch.bfloat16), 2)
 
 
 def test_the_compiled_step_reads_the_weights_where_they_are(pair: Llama) -> None:
@@ -133,9 +134,9 @@ def test_the_compiled_step_reads_the_weights_where_they_are(pair: Llama) -> None
 
 def test_auto_compiles_where_it_pays(pair: Llama) -> None:
     assert worth_compiling(pair.model, 2, 1)  # on disk
-    assert not worth_compiling(small_model(hidden_dim=64), 1, 100)
-    assert worth_compiling(small_model(hidden_dim=64), 1, 100_000)
-    assert not worth_compiling(small_model(), 9, 100_000)  # more rows than any compiled step takes
+    assert not worth_compiling(tiny.model(hidden_dim=64), 1, 100)
+    assert worth_compiling(tiny.model(hidden_dim=64), 1, 100_000)
+    assert not worth_compiling(tiny.model(), 9, 100_000)  # more rows than any compiled step takes
 
 
 class Adapted(nn.Linear):
@@ -143,7 +144,7 @@ class Adapted(nn.Linear):
 
 
 def test_unknown_layers_are_left_to_the_model() -> None:
-    model, lines = small_model(), list[str]()
+    model, lines = tiny.model(), list[str]()
     model.layers[1].attention.wq = Adapted(32, 32, bias=False)
     prompt, sampling = prompt_ids(3, 1), Sampling(max_new_tokens=3)
     with pytest.raises(CompileError, match=r"a layer is a Adapted.*--compile off$"):
@@ -161,7 +162,7 @@ def test_a_failing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(package, "_compile", fail)
     with pytest.raises(CompileError, match=r"^the decode step cannot be compiled here \(g\+\+: not found\): use --co"):
-        compile_step(small_model(hidden_dim=80))
+        compile_step(tiny.model(hidden_dim=80))
 
 
 def test_a_position_beyond_the_cache_is_refused(pair: Llama) -> None:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from generation_cases import VOCAB, assert_same_answer, of_row, prompt_ids, small_model, tokens
+import tiny
+from generation_cases import VOCAB, assert_same_answer, of_row, prompt_ids, tokens
 from nanollama.generation import decode as generate
 from nanollama.generation.decode import AnswerText, prefill
 from nanollama.generation.llama import Llama, Sampling
@@ -18,7 +19,7 @@ from nanollama.tokenizer import Tokenizer, open_tokenizer
 
 @pytest.fixture(scope="module")
 def llama() -> Llama:
-    return Llama(small_model())
+    return Llama(tiny.model())
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def tokenizer(llama3_tokenizer_path: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def talker(tokenizer: Tokenizer) -> Llama:
     """A small model over the Llama 3 vocabulary: its answers are noise, but they are text."""
-    return Llama(small_model(tokenizer.vocab_size, dim=16, n_heads=2, n_kv_heads=1), tokenizer)
+    return Llama(tiny.model(tokenizer.vocab_size, dim=16, n_heads=2, n_kv_heads=1), tokenizer)
 
 
 def test_greedy_answers_are_the_argmax_of_the_full_forward_pass(llama: Llama) -> None:
@@ -88,7 +89,7 @@ def test_rows_that_stop_leave_the_batch(llama: Llama, monkeypatch: pytest.Monkey
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 300), st.integers(1, 90))
 def test_a_prompt_in_chunks_is_the_prompt_whole(llama: Llama, length: int, chunk: int) -> None:
-    row = [generate.Row(0, 0, prompt_ids(length, length), Sampling(), None, 400)]
+    row = [tiny.row(prompt_ids(length, length))]
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
         _, whole = prefill(llama.model, row)
         patch.setattr(generate, "PREFILL_CHUNK_TOKENS", chunk)
@@ -116,12 +117,12 @@ def test_n_answers_differ_and_the_first_is_the_only_one_of_n_1(llama: Llama) -> 
 
 
 def test_the_model_dtype_and_the_exact_path_generate_too() -> None:
-    model = Transformer.from_weights(small_model().config, small_model().state_dict(), attention="exact")
+    model = Transformer.from_weights(tiny.model().config, tiny.model().state_dict(), attention="exact")
     prompt = prompt_ids(9, 1)
     exact = list(Llama(model).generate([prompt, prompt_ids(4, 2)], Sampling(max_new_tokens=6)))
-    fast = list(Llama(small_model()).generate([prompt, prompt_ids(4, 2)], Sampling(max_new_tokens=6)))
+    fast = list(Llama(tiny.model()).generate([prompt, prompt_ids(4, 2)], Sampling(max_new_tokens=6)))
     assert_same_answer(exact, fast)
-    half = Llama(small_model().to(torch.bfloat16))
+    half = Llama(tiny.model().to(torch.bfloat16))
     assert len(list(half.generate([prompt], Sampling(max_new_tokens=6)))) == 6
 
 
@@ -182,7 +183,7 @@ def test_pieces_join_to_the_decoded_answer(talker: Llama, tokenizer: Tokenizer) 
 def test_a_character_that_the_limit_cuts_is_not_shown(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("🦙🦒", bos=False)
     assert tokenizer.decode(ids[:-1]).endswith("\ufffd")
-    row = generate.Row(0, 0, [1], Sampling(max_new_tokens=len(ids) - 1), tokenizer, 100)
+    row = tiny.row(sampling=Sampling(max_new_tokens=len(ids) - 1), tokenizer=tokenizer, context=100)
     assert "".join(row.add(token, 0.0).text for token in ids[:-1]) == "🦙"
 
 
@@ -225,4 +226,4 @@ def test_held_back_text_is_never_lost_nor_early(tokenizer: Tokenizer, text: str,
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="128,256 tokens and the model 61"):
-        Llama(small_model(), tokenizer)
+        Llama(tiny.model(), tokenizer)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiny
 from checkpoint_cases import LLAMA31, make_weights
-from generation_cases import small_model
 from nanollama.checkpoint import write_gguf
 from nanollama.generation.llama import Llama, Sampling
 from nanollama.model import KVCache
@@ -45,14 +45,14 @@ def test_a_step_is_compiled_where_it_pays_and_once(
 
     monkeypatch.setattr(steps, "worth_compiling", lambda *_: pays)
     monkeypatch.setattr(steps, "compile_step", compile_step)
-    chooser = StepChooser(small_model(), mode)  # type: ignore[arg-type]
+    chooser = StepChooser(tiny.model(), mode)  # type: ignore[arg-type]
     chosen = [chooser.choose(3, tokens) for _ in range(2)]
     assert made == compiled
     assert chosen == (["compiled"] * 2 if compiled else [chooser.eager] * 2)
 
 
 def test_the_eager_step_is_the_model() -> None:
-    model = small_model()
+    model = tiny.model()
     cache = KVCache(model.config, 2, 8, dtype=torch.float32, device="cpu")
     tokens = torch.tensor([[5, 6], [7, 8]])
     with torch.inference_mode():

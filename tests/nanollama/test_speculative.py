@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from generation_cases import VOCAB, assert_same_answer, of_row, prompt_ids, small_model, tokens
+import tiny
+from generation_cases import VOCAB, assert_same_answer, of_row, prompt_ids, tokens
 from nanollama.generation.decode import Row
 from nanollama.generation.llama import Llama, Sampling
 from nanollama.generation.sample import Filter, make_filter
@@ -14,9 +15,9 @@ from nanollama.model import Transformer
 
 DRAFTERS: dict[str, Drafter] = {
     "lookup": Lookup(),
-    "itself": DraftModel(small_model()),
-    "another model": DraftModel(small_model(seed=1, dim=16, n_heads=2, n_kv_heads=1)),
-    "short context": DraftModel(small_model(max_seq_len=20)),
+    "itself": DraftModel(tiny.model()),
+    "another model": DraftModel(tiny.model(seed=1, dim=16, n_heads=2, n_kv_heads=1)),
+    "short context": DraftModel(tiny.model(max_seq_len=20)),
 }
 
 
@@ -32,7 +33,7 @@ class Parrot:
 
 @pytest.fixture(scope="module")
 def model() -> torch.nn.Module:
-    return small_model()
+    return tiny.model()
 
 
 @settings(deadline=None, max_examples=12)
@@ -61,13 +62,13 @@ def test_right_guesses_save_passes(model: Transformer, monkeypatch: pytest.Monke
         model, "hidden", lambda *args, **kwargs: passes.append(args[0].shape[1]) or real(*args, **kwargs)
     )
     sampling = Sampling(max_new_tokens=25)
-    list(Llama(model, drafter=DraftModel(small_model())).generate([prompt_ids(9, 1)], sampling))
+    list(Llama(model, drafter=DraftModel(tiny.model())).generate([prompt_ids(9, 1)], sampling))
     # The prompt, and then five guesses and one token more for each pass.
     assert passes == [9, 6, 6, 6, 6]
 
 
 def test_lookup_guesses_what_followed_last_time() -> None:
-    row = Row(0, 0, [1], Sampling(), None, 50)
+    row = tiny.row(context=50)
     assert Lookup().propose([1, 2, 3, 4, 5, 2, 3], 2, row, None).tokens == [4, 5]
     assert Lookup().propose([3, 9, 3, 8, 3], 1, row, None).tokens == [8]  # the latest of two places
     assert Lookup().propose([1, 2, 3], 4, row, None).tokens == []
@@ -96,7 +97,7 @@ def test_a_judged_token_is_distributed_as_the_models_own(certain: bool, filters:
     rng = torch.Generator().manual_seed(3)
     logits, drafted = torch.randn(2, vocab, generator=rng) * 1.5, torch.randn(vocab, generator=rng)
     sampling = Sampling(temperature=0.7, seed=11, **filters)  # type: ignore[arg-type]
-    row = Row(0, 0, [1], sampling, None, 10)
+    row = tiny.row(sampling=sampling, context=10)
     judge = Judge(row, sampling, None)
     q = drafted.double().softmax(-1)
     guesses = torch.multinomial(q, draws, replacement=True, generator=rng).tolist()

@@ -4,22 +4,19 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import tiny
 from parity import machine
 from parity.check import main
 from parity.contract import UsageError
 from parity.run import cache as cache_module
 from parity.run import runner
 from parity.run.cache import CODE, TraceCache, trace_cache
-from parity.synth.checkpoint import synthesise
-from parity.synth.shapes import SHAPES
 from ports import plain_port
 
-SMALL = replace(SHAPES["tiny"], vocab_size=512, n_layers=4, n_heads=16, n_kv_heads=4)
 OLD = 1_600_000_000  # seconds since 1970: a file that was not touched just now
 
 
@@ -188,7 +185,7 @@ def test_a_second_try_runs_no_reference_and_judges_alike(
     monkeypatch.setenv("NANOLLAMA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NANOLLAMA_TRACE_BYTES", "100000000")
     checkpoint, started = tmp_path / "meta", list[str]()
-    synthesise(SMALL, checkpoint)
+    tiny.checkpoint(checkpoint, n_layers=4)
     note_processes(monkeypatch, started)
 
     def run(attribute: str, *flags: str) -> dict:
@@ -214,7 +211,7 @@ def test_a_second_try_runs_no_reference_and_judges_alike(
 def test_a_second_try_names_the_cause_as_the_first_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANOLLAMA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NANOLLAMA_TRACE_BYTES", "100000000")
-    synthesise(SMALL, tmp_path / "meta")
+    tiny.checkpoint(tmp_path / "meta", n_layers=4)
     name = f"{plain_port.__file__}:bare_with_wrong_eps"
     flags = ["--references", "meta", "--dtype", "fp32", "--max_new_tokens", "2", "--checks", "logits", "--twin", "off"]
     named = []

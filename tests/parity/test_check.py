@@ -2,19 +2,18 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import tiny
 from parity.check import main
 from parity.synth.checkpoint import synthesise
-from parity.synth.shapes import SHAPES
 
 PORT = Path(__file__).parents[1] / "ports" / "plain_port.py"
-SMALL = replace(SHAPES["tiny"], vocab_size=1024, n_layers=2, n_heads=16, n_kv_heads=4)  # head_dim 8
+SMALL = tiny.shape(vocab_size=1024)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +48,7 @@ def test_nanollama_passes_in_both_formats_with_the_same_results(checkpoints: dic
     assert meta["peak_anonymous_bytes"] > 10**7 and 0 < meta["seconds_in_forward"] <= meta["seconds"]
 
 
+@pytest.mark.usefixtures("kept_traces")
 @pytest.mark.parametrize(("attribute", "covered"), [("load", True), ("bare", False)])
 def test_a_right_port_passes(attribute: str, covered: bool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     candidate = f"{PORT}:{attribute}"
@@ -60,6 +60,7 @@ def test_a_right_port_passes(attribute: str, covered: bool, checkpoints: dict[st
     assert {"config", "weights", "rope", "cache", "bitwise"} <= skipped
 
 
+@pytest.mark.usefixtures("kept_traces")
 @pytest.mark.parametrize(
     ("attribute", "tap"),
     [
@@ -177,6 +178,7 @@ def test_synth_gives_one_model_in_both_formats(checkpoints: dict[str, Path]) -> 
     assert torch.equal(wq.transpose(1, 2).flatten(0, 2), hf["model.layers.0.self_attn.q_proj.weight"])
 
 
+@pytest.mark.usefixtures("cold_processes")
 def test_the_readme_example_runs(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     source = readme.split("```python\n")[1].split("```")[0]

@@ -1,27 +1,23 @@
 """Declared rounding is what a candidate is judged by: right ones pass and say so, wrong ones fail and are named."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import tiny
 from parity.candidates.conditions import Conditions
 from parity.check import main
 from parity.contract import UsageError
-from parity.synth.checkpoint import synthesise
-from parity.synth.shapes import SHAPES
 
 PORTS = Path(__file__).parents[1] / "support" / "condition_ports.py"
 CHECKS = "config,taps,logits,kl,argmax,cache,metamorphic"
-SMALL = replace(SHAPES["tiny"], vocab_size=1024, n_layers=2, n_heads=4, n_kv_heads=2)  # dim 64, head_dim 16
+pytestmark = pytest.mark.usefixtures("kept_traces")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ckpt") / "meta"
-    synthesise(SMALL, folder)
-    return folder
+    return tiny.checkpoint(tmp_path_factory.mktemp("ckpt") / "meta", vocab_size=1024, n_heads=4, n_kv_heads=2)
 
 
 def run(checkpoint: Path, tmp_path: Path, candidate: str) -> tuple[int, dict]:

@@ -3,12 +3,12 @@
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import tiny
 from mutant_evidence import base, judge
 from parity.candidates.command import command_loader
 from parity.candidates.crash import Crashed, Wrong
@@ -16,12 +16,9 @@ from parity.candidates.environment import environment_loader, within
 from parity.check import main
 from parity.contract import UsageError
 from parity.mutants import evaluate as mutants
-from parity.synth.checkpoint import synthesise
-from parity.synth.shapes import SHAPES
 from ports import plain_port
 
 PORTS = Path(plain_port.__file__).parent
-SMALL = replace(SHAPES["tiny"], vocab_size=64, n_layers=1, n_heads=16, n_kv_heads=4)
 IDS = torch.tensor([[3, 1, 2]])
 PLAIN = """
 import os
@@ -86,9 +83,7 @@ def declines(checkpoint, dtype, device):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("ckpt") / "meta"
-    synthesise(SMALL, folder)
-    return str(folder)
+    return str(tiny.checkpoint(tmp_path_factory.mktemp("ckpt") / "meta", vocab_size=64, n_layers=1))
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+import tiny
 from nanollama.checkpoint import convert
 from parity.check import main as check
 from parity.synth.checkpoint import synthesise
-from parity.synth.shapes import SHAPES, Shape
+from parity.synth.shapes import Shape
 
-LLAMA31 = replace(SHAPES["tiny"], vocab_size=1024, n_layers=2)
+LLAMA31 = tiny.shape(vocab_size=1024)
 # llama2.c's files have no word for epsilon, RoPE scaling or its base.
 LLAMA2 = replace(LLAMA31, norm_eps=1e-5, rope_factor=None, rope_theta=10_000.0)
 SLOW = pytest.mark.slow

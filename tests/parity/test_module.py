@@ -1,11 +1,11 @@
 """`torch:FILE.py:Class` and `hf:FOLDER`: modules of other names and shapes, filled and judged with no class written."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import tiny
 from mutant_evidence import judge
 from nanollama.checkpoint import open_checkpoint
 from nanollama.model import Transformer
@@ -13,12 +13,10 @@ from parity.candidates import resolve
 from parity.candidates.nano.model import taps_of
 from parity.contract import UsageError
 from parity.mutants import evaluate as mutants
-from parity.synth.checkpoint import synthesise
-from parity.synth.shapes import SHAPES
 from ports import plain_port
 
 MODULES = Path(plain_port.__file__).parent / "modules.py"
-SMALL = replace(SHAPES["tiny"], vocab_size=64, n_layers=2)
+SMALL = {"vocab_size": 64, "n_heads": 8, "n_kv_heads": 2}
 TOKENS = torch.tensor([[3, 1, 2, 60, 7, 8, 9], [9, 8, 1, 3, 2, 1, 0]])
 RIGHT = ("Plain", "Fused", "Stepwise")
 
@@ -26,8 +24,8 @@ RIGHT = ("Plain", "Fused", "Stepwise")
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("ckpt")
-    synthesise(SMALL, folder / "meta")
-    synthesise(replace(SMALL, rope_factor=32.0, tied=True), folder / "hf", format="hf")
+    tiny.checkpoint(folder / "meta", **SMALL)
+    tiny.checkpoint(folder / "hf", "hf", **SMALL, rope_factor=32.0, tied=True)
     return {name: folder / name for name in ("meta", "hf")}
 
 

@@ -4,32 +4,28 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import tiny
 from mutant_evidence import judge
 from parity.candidates.command import command_loader
 from parity.check import main
 from parity.contract import Result
 from parity.mutants import evaluate as mutants
-from parity.synth.checkpoint import synthesise
-from parity.synth.shapes import SHAPES
 from ports import plain_port
 
 PROGRAM = Path(plain_port.__file__).parent / "program.py"
-SMALL = replace(SHAPES["tiny"], vocab_size=512, n_layers=2, n_heads=16, n_kv_heads=4)  # head_dim 8
 Shape = Callable[[list[int]], dict[str, Any]]
+pytestmark = pytest.mark.usefixtures("kept_traces")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ckpt") / "meta"
-    synthesise(SMALL, folder)
-    return folder
+    return tiny.checkpoint(tmp_path_factory.mktemp("ckpt") / "meta")
 
 
 def run(checkpoint: Path, tmp_path: Path, candidate: str, *flags: str) -> tuple[int, dict]:

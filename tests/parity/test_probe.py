@@ -1,20 +1,17 @@
 """The candidate is probed before the references run, and prompts stay within what it and the checkpoint hold."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import tiny
 from parity.check import main
 from parity.contract import UsageError
 from parity.report import terminal
 from parity.run.prompts import BUILT_IN, Prompts, built_in, within
-from parity.synth.checkpoint import synthesise
-from parity.synth.shapes import SHAPES
 
 PORT = Path(__file__).parents[1] / "ports" / "plain_port.py"
-SMALL = replace(SHAPES["tiny"], vocab_size=512, n_layers=1, n_heads=16, n_kv_heads=4)
 FAILS = """
 import os
 import sys
@@ -43,7 +40,7 @@ def declines(checkpoint, dtype, device):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ckpt") / "meta"
-    synthesise(SMALL, folder)
+    tiny.checkpoint(folder, n_layers=1)
     return folder
 
 

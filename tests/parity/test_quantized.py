@@ -1,27 +1,25 @@
 """Integer weights are judged by what such rounding costs the oracle: right ones, wrong ones, braggarts."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import tiny
 from parity.check import main
-from parity.synth.checkpoint import synthesise
-from parity.synth.shapes import SHAPES
 from reference.files.weights import Unusable
 from reference.oracle.rounding import Integers
 
 PORTS = Path(__file__).parents[1] / "ports" / "integer_ports.py"
 CHECKS = "config,taps,logits,kl,argmax,greedy,cache,metamorphic"
-SMALL = replace(SHAPES["tiny"], vocab_size=1024, n_layers=2, n_heads=16, n_kv_heads=4)  # head_dim 8
+pytestmark = pytest.mark.usefixtures("kept_traces")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ckpt") / "meta"
-    synthesise(SMALL, folder)
+    tiny.checkpoint(folder, vocab_size=1024)
     return folder
 
 

@@ -21,7 +21,7 @@ from parity.check import main
 from parity.contract import Result, UsageError
 from parity.mutants import evaluate as mutants
 from ports import plain_port
-from servers import Manner, Server, server, small_checkpoint
+from servers import Manner, Server, server, short_prompts, small_checkpoint
 
 IDS = [256, 84, 104, 101, 32, 115, 101, 97]
 
@@ -142,7 +142,8 @@ def test_of_two_models_one_is_to_be_named(
         assert "serves 2 models, big, small: name one with --model" in line
         assert run(checkpoint, "--candidate", found.url, "--model", "medium") == 2
         assert "has no model 'medium': it serves big, small" in capsys.readouterr().err
-        assert run(checkpoint, "--candidate", found.url, "--model", "small") == 0
+        prompts = short_prompts(tmp_path / "prompts.jsonl")
+        assert run(checkpoint, "--candidate", found.url, "--model", "small", "--prompts", prompts) == 0
         assert "the server's model is small" in capsys.readouterr().out
     assert {body["model"] for body in found.bodies} == {"small"}
 
@@ -152,7 +153,8 @@ def test_a_key_is_sent_and_never_shown(
 ) -> None:
     report = tmp_path / "report.json"
     with server(port, Manner(key="right-key")) as found:
-        asked = ("--candidate", found.url, "--json", str(report))
+        prompts = short_prompts(tmp_path / "prompts.jsonl")
+        asked = ("--candidate", found.url, "--json", str(report), "--prompts", prompts)
         assert run(checkpoint, *asked) == 2
         assert "wants a key: --api_key" in capsys.readouterr().err
         monkeypatch.setenv("A_KEY", "wrong-key")
@@ -282,7 +284,8 @@ def test_both_dtypes_of_a_large_checkpoint_are_judged(
     monkeypatch.setattr(machine, "SMALL_BYTES", 0)
     out = tmp_path / "report.json"
     with server(port, Manner(lists="prompt_logprobs")) as found:
-        code = run(checkpoint, "--candidate", found.url, "--dtype", "fp32,bf16", "--json", str(out))
+        asked = ("--prompts", short_prompts(tmp_path / "prompts.jsonl"), "--json", str(out))
+        code = run(checkpoint, "--candidate", found.url, "--dtype", "fp32,bf16", *asked)
     results = json.loads(out.read_text())["results"]
     assert code == 0
     for check in ("logits", "argmax"):

@@ -19,6 +19,7 @@ from parity.synth.checkpoint import synthesise
 from parity.synth.shapes import SHAPES
 
 PORT = Path(__file__).parents[1] / "ports" / "plain_port.py"
+pytestmark = pytest.mark.usefixtures("kept_traces")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A small model whose next token is rarely close, and its answers compared, for the tests of generation."""
+"""Prompts of tiny.model and its answers compared, for the tests of generation."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,21 +6,8 @@ import pytest
 import torch
 
 from nanollama.generation.llama import Event
-from nanollama.model import ModelConfig, Transformer
 
 VOCAB = 61
-
-
-def small_model(vocab_size: int = VOCAB, seed: int = 0, **changes: int) -> Transformer:
-    """Two layers, GQA ratio 2, and weights large enough that the next token is rarely close."""
-    shape = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 48, "max_seq_len": 400}
-    model = Transformer(ModelConfig(vocab_size=vocab_size, **{**shape, **changes}))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 3 * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    return model.eval()
 
 
 def of_row(events: Iterable[Event], prompt: int, answer: int = 0) -> list[Event]:

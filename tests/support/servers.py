@@ -5,7 +5,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import tiny
 from nanollama.tokenizer.base import Tokenizer
-from parity.synth.checkpoint import synthesise
-from parity.synth.shapes import SHAPES
 
 Logits = Callable[[Tensor], Tensor]  # tokens (1, T) -> (1, T, V)
 
 
 def small_checkpoint(folder: Path) -> Path:
     """Meta's folder of a model with 512 rows, for a vocabulary of 256 bytes and 256 special tokens."""
-    shape = replace(SHAPES["tiny"], vocab_size=512, n_layers=2, n_heads=16, n_kv_heads=4)  # head_dim 8
-    synthesise(shape, folder)
+    tiny.checkpoint(folder)
     lines = [base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)]
     (folder / "tokenizer.model").write_bytes(b"".join(lines))
     return folder
+
+
+def short_prompts(file: Path) -> str:
+    """Two prompts of 24 tokens, the path of their file: for what a request says, not for statistics of its answers."""
+    file.write_text("".join(f"{[(7 * i + j) % 256 for i in range(24)]}\n" for j in (3, 100)))
+    return str(file)
 
 
 @dataclass(frozen=True)
