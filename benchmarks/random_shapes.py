@@ -28,12 +28,13 @@ from hypothesis import strategies as st
 
 from parity.candidates.nano.model import PATHS, Nano
 from parity.checks import CHECKS
+from parity.checks.verdict import run_checks_fairly
 from parity.contract import Case, Status
+from parity.machine import environment
 from parity.measure.evidence import Evidence
 from parity.measure.tolerances import TABLE_ULP
 from parity.mutants.edits import benign
 from parity.mutants.edits.edit import edited, with_table
-from parity.report.summary import environment, judge_fairly
 from parity.run.run_candidate import record
 from parity.run.runner import CANDIDATE_KEYS
 from parity.run.teacher_forcing import cut
@@ -145,7 +146,7 @@ def judge(drawn: Draw) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="random-shapes-") as folder:
         ev = evidence(drawn, Path(folder))
         parts = [{p: t for p, t in ev.candidates.items() if (p == FLOAT64) == alone} for alone in (False, True)]
-        results = [r for part in parts for r in judge_fairly(replace(ev, candidates=part), list(CHECKS))[1]]
+        results = [r for part in parts for r in run_checks_fairly(replace(ev, candidates=part), list(CHECKS))[1]]
         return [r.as_json() for r in results if r.status is not Status.SKIP]
 
 

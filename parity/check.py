@@ -154,11 +154,12 @@ def run(args: argparse.Namespace) -> int:
     except Crash as crash:  # of a reference: nothing was judged
         print(f"error: {crash} (NANOLLAMA_DEBUG=1 shows all of it)", file=sys.stderr)
         return 3
-    from parity.report import summary, terminal
+    from parity.checks.verdict import EXIT_CODES
+    from parity.report import terminal
 
     print(terminal.render(report))
     write_reports(args, report)
-    return summary.EXIT_CODES[report["verdict"]]
+    return EXIT_CODES[report["verdict"]]
 
 
 def write_reports(args: argparse.Namespace, report: dict[str, Any]) -> None:
@@ -239,6 +240,7 @@ def compare(
 ) -> dict[str, Any]:
     """References, oracle and candidate, judged. `max_positions`: what the candidate holds, where it says so."""
     from parity.candidates.nano.checkpoint import reference_files
+    from parity.checks import verdict
     from parity.explain.ask import explain
     from parity.machine import SMALL_BYTES, cache_folder, threads_for, too_large
     from parity.report import summary
@@ -286,10 +288,10 @@ def compare(
     runner.notices += [*checkpoint.notices, *files.notices, *prompts.notices]
     ev = runner.run()
     ev.untrained = untrained or ""
-    ev, results = summary.judge_fairly(ev, chosen["checks"])
-    if summary.fails_behind_rope(results):
+    ev, results = verdict.run_checks_fairly(ev, chosen["checks"])
+    if verdict.fails_behind_rope(results):
         ev = explain(ev, runner)
-    results = summary.crash_results(runner.crashes) + results
+    results = verdict.crash_results(runner.crashes) + results
     return summary.summarise(ev, results, runner, clock(), entry)
 
 

@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from parity.checks import CHECKS
+from parity.checks import CHECKS, verdict
 from parity.contract import Case, Result, tap_names
 from parity.measure.evidence import Evidence
-from parity.report import summary
 from parity.run.run_candidate import record
 from parity.run.training import FILE, MADE_STEPS, STEPS_FILE, training_case
 from parity.trace import Trace, TraceWriter, by_part
@@ -176,8 +175,8 @@ def judge(load: Any, folder: Path, dtypes: tuple[str, ...] = ("fp32",)) -> tuple
     ev = Evidence(case, oracle, {"meta": reference}, {None: Trace(folder / "candidate")})
     ev.forced, ev.ops = forced, {"meta": oracle}
     ev.prepare(1, list(dtypes))
-    results = summary.judge_all(ev, list(CHECKS))
-    return results, summary.verdict(results, summary.judged_dtypes(ev), summary.compared_tensors(ev))[0]
+    results = verdict.run_checks(ev, list(CHECKS))
+    return results, verdict.decide(results, verdict.judged_dtypes(ev), verdict.compared_tensors(ev))[0]
 
 
 # --- Hostile answers -------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from mutant_evidence import base, judge
 from nanollama.model import ModelConfig, RopeScaling, rope_table
 from parity.checks.forward import kl_explained
 from parity.checks.ops import coarse_rotation, op_noise
+from parity.checks.verdict import fails_behind_rope
 from parity.explain.localise import first_divergence
 from parity.measure.evidence import Pair
 from parity.measure.metrics import TapError, relative
@@ -19,7 +20,6 @@ from parity.measure.rope_table import cause, grades, of_table, worst
 from parity.mutants import evaluate as mutants
 from parity.mutants.edits import benign, forward
 from parity.mutants.edits.edit import Load, edited, with_table
-from parity.report.summary import fails_behind_rope
 from parity.run.runner import ROPE_POSITIONS, in_doubt
 
 POSITIONS = list(ROPE_POSITIONS)

@@ -10,15 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
+from parity.checks.verdict import decide
 from parity.contract import Result, Status, UsageError, judge, tap_names
 from parity.explain.causes import View, probable_cause
 from parity.explain.localise import ABOUT
 from parity.kit.arrays import Gate, Kit, read
 from parity.kit.gates import KL
-from parity.machine import Clock
+from parity.machine import Clock, own_anonymous_bytes
 from parity.measure.metrics import TapError, logit_rows, oracle_rows, ratio
 from parity.measure.tolerances import KL_POSITIONS
-from parity.report.summary import SCHEMA, own_peak_bytes, verdict
+from parity.report.summary import SCHEMA
 
 GATES = {"taps": "G3", "logits": "G3", "rope": "G1", "training": "G8"}  # of results that are about a whole array
 
@@ -107,7 +108,7 @@ def report(
     clock, port, table = Clock(), Port(kit, folder, dtype), kit.table
     results, compared = judge_all(port)
     results = [*said, *results]
-    word, why = verdict(results, [dtype], compared)
+    word, why = decide(results, [dtype], compared)
     lengths, decided = table["sequences"], {dtype: table["decided_fraction"][dtype]}
     return {
         "schema": SCHEMA,
@@ -131,7 +132,7 @@ def report(
         },
         "seconds": round(clock(), 3),
         "seconds_in_forward": 0.0,
-        "peak_anonymous_bytes": own_peak_bytes(),
+        "peak_anonymous_bytes": own_anonymous_bytes(),
     }
 
 

@@ -14,11 +14,12 @@ from torch import Tensor
 from parity.checks.training import STEP, gradient_floor, loss_noise, step_floors, step_ulp
 from parity.contract import tap_names
 from parity.kit.arrays import Gate, KitWriter
+from parity.machine import environment
 from parity.measure.evidence import Evidence, Pair, judged
 from parity.measure.metrics import Measured, noise, percentile
 from parity.measure.rope_table import allowed
 from parity.measure.tolerances import BOUNDS, KL_FLOOR_NATS, KL_POSITIONS
-from parity.report.summary import count_parameters, decided_fraction, environment, noise_floor
+from parity.report.summary import count_parameters, decided_fraction, noise_floor
 from parity.run.training import DTYPE, FILE, MADE_STEPS, STEPS_FILE, made_up_gradient, padded, read
 
 LONG_TOKENS = 256  # below, 16 bits hide a dropped RoPE scaling

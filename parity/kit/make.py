@@ -204,9 +204,10 @@ def judge_port(args: argparse.Namespace) -> int:
         raise UsageError(f"--port {args.port}: give the folder that holds the port's NAME.f32 files")
     if args.json is not None and not os.access(args.json.resolve().parent, os.W_OK):
         raise UsageError(f"--json {args.json}: its folder does not exist or cannot be written")
+    from parity.checks.verdict import EXIT_CODES
     from parity.kit.arrays import Kit
     from parity.kit.check import report
-    from parity.report import summary, terminal
+    from parity.report import terminal
 
     kit = Kit(args.check)
     if args.candidate is None:
@@ -216,7 +217,7 @@ def judge_port(args: argparse.Namespace) -> int:
     print(terminal.render(found))
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
-    return summary.EXIT_CODES[found["verdict"]]
+    return EXIT_CODES[found["verdict"]]
 
 
 def judge_candidate(kit: "Kit", name: str, dtype: str) -> dict[str, Any]:

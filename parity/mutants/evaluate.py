@@ -28,15 +28,15 @@ from parity.candidates.nano.checkpoint import describe as describe_checkpoint
 from parity.candidates.nano.twin import is_seeded
 from parity.candidates.nano.twin import write as write_twin
 from parity.checks import CHECKS
+from parity.checks.verdict import run_checks_fairly
 from parity.cli import Parser
 from parity.contract import Result, Status, UsageError
 from parity.explain.localise import first_divergence
-from parity.machine import Clock, cores, workspace
+from parity.machine import Clock, cores, environment, workspace
 from parity.measure.evidence import Evidence
 from parity.mutants import baselines, family
 from parity.mutants.edits import MUTANTS, VARIANTS, Mutant
 from parity.mutants.selftest import FAULTS, noticed, problems
-from parity.report import summary
 from parity.run.prompts import warn
 from parity.run.run_candidate import record, record_identity
 from parity.trace import Trace, TraceWriter
@@ -82,7 +82,7 @@ def evaluate(base: Evidence, load: Any, folder: Path) -> tuple[Evidence, list[Re
         _extra={},
         _listed={},
     )
-    return summary.judge_fairly(ev, list(CHECKS))
+    return run_checks_fairly(ev, list(CHECKS))
 
 
 def measure_references(base: Evidence) -> None:
@@ -189,7 +189,7 @@ def run_all(
         "harness": faults,
         "self_test": own,
         "seconds": round(clock(), 1),
-        "environment": summary.environment(1, "cpu"),
+        "environment": environment(1, "cpu"),
         **totals(found, good, faults, own),
     }
 

@@ -1,21 +1,16 @@
-"""The verdict, and everything that a report says about a run, as one JSON-ready dict (schema nanollama.parity/1)."""
+"""Everything that a report says about a run, as one JSON-ready dict (schema nanollama.parity/1)."""
 
-import os
-import platform
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from parity.candidates.conditions import Conditions
-from parity.candidates.crash import results_of
-from parity.checks import CHECKS
 from parity.checks.identity import disagreements
 from parity.checks.training import gradient_noise
-from parity.contract import Result, Status
+from parity.checks.verdict import compared_tensors, decide, fails_behind_rope, judged_dtypes, under_conditions
+from parity.contract import Result
 from parity.explain.localise import first_divergence, rho_curve
-from parity.machine import installed
+from parity.machine import environment
 from parity.measure.evidence import Evidence, Pair
 from parity.measure.metrics import LogitRows, noise, percentile, ratio
 from parity.measure.rope_table import grades
@@ -23,76 +18,6 @@ from parity.run.runner import Runner
 from parity.run.training import DTYPE
 
 SCHEMA = "nanollama.parity/1"
-PACKAGES = ("torch", "transformers", "llama_models", "fairscale", "safetensors", "tokenizers", "tiktoken")
-EXIT_CODES = {"pass": 0, "quantized": 0, "fail": 1, "limited": 3}
-
-
-def judge_all(ev: Evidence, checks: Sequence[str]) -> list[Result]:
-    """The results of the named checks. A check that cannot finish is an error, never a skip."""
-    results = [r for path, trace in ev.candidates.items() for r in results_of(path, trace.meta)
-               if r.check in (*checks, "logits")]  # fmt: skip
-    for name in checks:
-        try:
-            results += list(CHECKS[name](ev))
-        except Exception as error:
-            reason = f"the check failed: {type(error).__name__}: {error}"
-            results.append(Result(name, "-", Status.ERROR, reason=reason))
-    return results
-
-
-# What a coarse RoPE table can fail; token ids, weights and training it cannot.
-BEHIND_ROPE = ("taps", "logits", "kl", "argmax", "greedy", "cache", "metamorphic")
-
-
-def judge_fairly(ev: Evidence, checks: Sequence[str]) -> tuple[Evidence, list[Result]]:
-    """Judge; where a gate behind RoPE fails, judge again with a coarse table's error as rounding, if it is known."""
-    results = judge_all(ev, checks)
-    if not fails_behind_rope(results) or ev.coarse is None or ev.lenient:
-        return ev, results
-    lenient = ev.be_lenient()
-    return lenient, judge_all(lenient, checks)
-
-
-def fails_behind_rope(results: Sequence[Result]) -> bool:
-    return any(r.status is Status.FAIL and r.check in BEHIND_ROPE for r in results)
-
-
-def crash_results(crashes: Sequence[str]) -> list[Result]:
-    """A candidate that cannot be run to the end is an error of its forward pass."""
-    return [Result("logits", "G3", Status.ERROR, reason=crash) for crash in crashes]
-
-
-def verdict(results: Sequence[Result], dtypes: Sequence[str], compared: int) -> tuple[str, str]:
-    """("pass" | "fail" | "limited", why)."""
-    bad = [r for r in results if r.status in (Status.FAIL, Status.ERROR)]
-    if bad:
-        names = ", ".join(dict.fromkeys(r.check for r in bad))
-        return "fail", f"{len(bad)} of {len(results)} results failed: {names}"
-    if compared == 0:
-        return "limited", "no tensor was compared"
-    if not any(r.status is Status.PASS for r in results):
-        return "limited", f"nothing was judged: {next((r.reason for r in results), 'no check was made')}"
-    missed = [r for r in results if r.status is Status.SKIP and r.required]
-    if missed:
-        return "limited", f"{missed[0].check} could not run: {missed[0].reason}"
-    if "fp32" not in dtypes:
-        return "limited", "fp32 was not among the dtypes; lower precision cannot see every error"
-    return "pass", f"{sum(r.status is Status.PASS for r in results)} results passed"
-
-
-def compared_tensors(ev: Evidence) -> int:
-    """How many tensors of the candidate, or tokens where it has no logits, were held against the oracle."""
-    answers = [trace.meta.get("answers", {}).get(dtype, []) for dtype, _, trace in ev.per_dtype()]
-    return sum(len(found) for given in answers for found in given) + sum(
-        len(error.error)
-        for dtype, _, trace in ev.per_dtype()
-        for error in ev.measured(trace, dtype).taps.values()
-    )  # fmt: skip
-
-
-def judged_dtypes(ev: Evidence) -> list[str]:
-    """The dtypes at which every path of the candidate was run."""
-    return [d for d in ev.case.dtypes if all(d in trace.meta["dtypes"] for trace in ev.candidates.values())]
 
 
 def noise_floor(ev: Evidence) -> list[dict[str, Any]]:
@@ -124,23 +49,11 @@ def decided_fraction(ev: Evidence) -> dict[str, float]:
     return shares
 
 
-def environment(case_threads: int, device: str) -> dict[str, Any]:
-    cpu = torch.backends.cpu.get_cpu_capability()
-    machine = {"system": platform.system(), "machine": platform.machine(), "cpu_capability": cpu}
-    return {
-        "python": platform.python_version(),
-        **installed(PACKAGES),
-        **machine,
-        "threads": case_threads,
-        "device": device,
-    }
-
-
 def summarise(ev: Evidence, results: list[Result], runner: Runner, seconds: float, checkpoint: dict) -> dict[str, Any]:
     """Everything a report shows. `checkpoint`: path, format."""
     first = next(iter(ev.references.values()))
     decided = decided_fraction(ev)
-    word, why = verdict(results, judged_dtypes(ev), compared_tensors(ev))
+    word, why = decide(results, judged_dtypes(ev), compared_tensors(ev))
     word, why = under_conditions(ev, word, why)
     errata = [e for trace in ev.references.values() for e in trace.meta.get("errata", [])] + disagreements(ev)
     lengths, tables = [len(s) for s in ev.oracle.sequences], grades(ev, ev.lenient and not fails_behind_rope(results))
@@ -185,17 +98,6 @@ def from_cache(runner: Runner) -> list[str]:
 
 def conditions_of(ev: Evidence, pair: Pair) -> Conditions:
     return Conditions.of(ev.candidates[pair.path].meta)
-
-
-def under_conditions(ev: Evidence, word: str, why: str) -> tuple[str, str]:
-    """A pass under declared conditions says so, and is none in floating point where integers are among them."""
-    said = {c for trace in ev.candidates.values() if (c := Conditions.of(trace.meta))}
-    if word != "pass" or not said:
-        return word, why
-    names = ", ".join(sorted(map(str, said)))
-    what = "weights to " if all(c == Conditions(c.integers) for c in said) else "as declared: "
-    why += f"; the error is that of rounding {what}{names}, not that of floating point"
-    return ("quantized" if any(c.quantized for c in said) else "pass"), why
 
 
 def quantized(ev: Evidence, pair: Pair) -> dict[str, Any]:
@@ -248,14 +150,3 @@ def count_parameters(meta: dict[str, Any]) -> int:
     q = c["n_heads"] * c["head_dim"]
     layer = c["dim"] * (2 * q + 2 * kv + 3 * c["hidden_dim"] + 2)
     return c["n_layers"] * layer + c["dim"] + c["vocab_size"] * c["dim"] * (1 if c["tied"] else 2)
-
-
-def own_peak_bytes() -> int:
-    """Peak resident memory of this process; an upper bound of its anonymous part."""
-    from parity.run.process import anonymous_bytes
-
-    return anonymous_bytes(os.getpid())
-
-
-def checkpoint_entry(path: Path, kind: str) -> dict[str, Any]:
-    return {"path": str(path), "format": kind}

@@ -5,9 +5,10 @@ from typing import Any
 from parity.candidates.crash import results_of, unrun
 from parity.candidates.nano.checkpoint import Description
 from parity.candidates.probe import Probed
+from parity.checks.verdict import decide
 from parity.contract import Result, Status
-from parity.machine import threads_for
-from parity.report.summary import SCHEMA, environment, own_peak_bytes, verdict
+from parity.machine import environment, own_anonymous_bytes, threads_for
+from parity.report.summary import SCHEMA
 
 
 def report(
@@ -21,7 +22,7 @@ def report(
     """Of the same schema as every other; nothing in it was compared."""
     meta = {"failures": found.failures, "undone": found.undone}
     results = [*results_of(None, meta), *(r for dtype in found.undone for r in unrun(meta, None, dtype))]
-    word, why = verdict(results, list(chosen["dtypes"]), 0)
+    word, why = decide(results, list(chosen["dtypes"]), 0)
     errors = [r for r in results if r.status is not Status.SKIP]
     decided = dict.fromkeys(chosen["dtypes"], 0.0)
     return {
@@ -53,7 +54,7 @@ def report(
         },
         "seconds": round(seconds, 3),
         "seconds_in_forward": 0.0,
-        "peak_anonymous_bytes": own_peak_bytes(),
+        "peak_anonymous_bytes": own_anonymous_bytes(),
     }
 
 

@@ -6,7 +6,6 @@ the other, so that memory and disk hold one model and a few traces.
 """
 
 import json
-import os
 import re
 import shutil
 from contextlib import ExitStack
@@ -18,14 +17,15 @@ from parity.candidates import resolve
 from parity.candidates.conditions import Conditions
 from parity.candidates.nano.checkpoint import Description
 from parity.candidates.probe import Probed, probe_in_process
+from parity.checks.verdict import run_checks
 from parity.contract import Case, Status, UsageError
-from parity.machine import cache_folder, cores, threads_for, too_large
+from parity.machine import cache_folder, cores, own_anonymous_bytes, threads_for, too_large
 from parity.measure import precision
 from parity.measure.evidence import Evidence
 from parity.measure.rope_table import has_worse_table
 from parity.measure.tolerances import TABLE_ULP
 from parity.run.cache import TraceCache
-from parity.run.process import Crash, Process, anonymous_bytes, started, wait_any
+from parity.run.process import Crash, Process, started, wait_any
 from parity.run.progress import Bar
 from parity.run.run_candidate import last_asked
 from parity.run.teacher_forcing import cut
@@ -167,7 +167,7 @@ class Runner:
                 self._coarse_oracle(ev, dtypes)
             judged = ev.be_lenient() if ev.coarse is not None else ev
             self.notices += precision.remarks(judged, dtypes, self._in_other_precisions)
-            self.peak_bytes = max(self.peak_bytes, anonymous_bytes(os.getpid()))
+            self.peak_bytes = max(self.peak_bytes, own_anonymous_bytes())
             if self.large:
                 for path in group:
                     drop(jobs[path].out, dtypes)
@@ -329,11 +329,9 @@ def while_asked(out: Path) -> str:
 
 def in_doubt(ev: Evidence, dtypes: list[str]) -> bool:
     """Whether to ask what a coarse RoPE table does: one is, or a gate fails by no more than such a table explains."""
-    from parity.report.summary import judge_all  # which is built on this module
-
     if has_worse_table(ev):
         return True
-    results = judge_all(ev, ("taps", "logits", "kl", "cache", "metamorphic"))
+    results = run_checks(ev, ("taps", "logits", "kl", "cache", "metamorphic"))
     bad = [r for r in results if r.status is Status.FAIL and r.dtype in dtypes]
     # Other errors are half an ulp; a table's grow by at most TABLE_ULP a position, or twice that by the gates.
     most = 4 * TABLE_ULP * max(len(tokens) for tokens in ev.oracle.sequences)
