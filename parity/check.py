@@ -29,6 +29,7 @@ from parity.run.training import training_case
 if TYPE_CHECKING:
     from parity.candidates.nano.checkpoint import Description
     from parity.candidates.probe import Probed
+    from parity.report.model import Absent, CheckpointEntry, Report
 
 REFERENCES = ("meta", "hf")
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # org/name; a path that starts with a dot is none
@@ -159,13 +160,13 @@ def run(args: argparse.Namespace) -> int:
 
     print(terminal.render(report))
     write_reports(args, report)
-    return EXIT_CODES[report["verdict"]]
+    return EXIT_CODES[report.verdict]
 
 
-def write_reports(args: argparse.Namespace, report: dict[str, Any]) -> None:
+def write_reports(args: argparse.Namespace, report: "Report") -> None:
     """The files that were asked for."""
     if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        args.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
     if args.junit is not None:
         from parity.report.junit import junit
 
@@ -176,20 +177,22 @@ def write_reports(args: argparse.Namespace, report: dict[str, Any]) -> None:
         args.html.write_text(html.render(report), encoding="utf-8")
 
 
-def check(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[str, Any]:
+def check(args: argparse.Namespace, chosen: dict[str, Any]) -> "Report":
     """Run everything and return the report. The candidate is probed first: a typo in it costs seconds."""
     from parity.candidates.nano.checkpoint import describe
     from parity.machine import Clock, workspace
     from parity.report import unjudged
+    from parity.report.model import CheckpointEntry
     from parity.run.runner import embedded_default, probed
 
     clock = Clock()
     checkpoint = describe(args.ckpt or str(embedded_default()), args.tokenizer)
-    entry = {"path": args.ckpt or "embedded default", "format": checkpoint.format, "verified": checkpoint.verified}
+    path = args.ckpt or "embedded default"
     with workspace() as folder:
         found = probed(chosen["candidate"], checkpoint, chosen["dtypes"], args.device, folder)
         if found is not None and found.stops(chosen["dtypes"]):
-            return unjudged.report(found, chosen["candidate"], chosen, checkpoint, entry, clock())
+            return unjudged.report(found, chosen["candidate"], chosen, checkpoint, path, clock())
+        entry = CheckpointEntry(path, checkpoint.format, checkpoint.config, checkpoint.parameters, checkpoint.verified)
         report = compare(args, chosen, checkpoint, entry, found.max_positions if found else None, folder, clock)
         return twin.merge(report, check_twin(args, chosen, checkpoint, found, folder / "twin"))
 
@@ -200,11 +203,12 @@ def check_twin(
     checkpoint: "Description",
     found: "Probed | None",
     folder: Path,
-) -> dict[str, Any] | twin.Absent:
+) -> "Report | Absent":
     """The report of the same candidate on the checkpoint's seeded twin, or why there is none."""
     from parity.candidates.nano.checkpoint import describe
     from parity.candidates.nano.twin import write
     from parity.machine import Clock
+    from parity.report.model import Absent
     from parity.run.runner import probed
 
     clock = Clock()
@@ -215,7 +219,7 @@ def check_twin(
         made = replace(describe(str(path), None), tokenizer=None)  # its prompts are ids
         theirs = probed(chosen["candidate"], made, chosen["dtypes"], args.device, folder)
     except UsageError as error:
-        return twin.Absent("none", str(error))
+        return Absent("none", str(error))
     if why := twin.unfit(found, theirs, chosen["dtypes"]):
         return why
     asked = argparse.Namespace(
@@ -226,18 +230,18 @@ def check_twin(
     try:
         return compare(asked, checks, made, twin.entry(checkpoint.path, made), positions, folder / "run", clock)
     except (Crash, UsageError) as error:
-        return twin.Absent("error", str(error))
+        return Absent("error", str(error))
 
 
 def compare(
     args: argparse.Namespace,
     chosen: dict[str, Any],
     checkpoint: "Description",
-    entry: dict[str, Any],
+    entry: "CheckpointEntry",
     max_positions: int | None,
     folder: Path,
     clock: Callable[[], float],
-) -> dict[str, Any]:
+) -> "Report":
     """References, oracle and candidate, judged. `max_positions`: what the candidate holds, where it says so."""
     from parity.candidates.nano.checkpoint import reference_files
     from parity.checks import verdict

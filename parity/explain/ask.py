@@ -27,17 +27,18 @@ SECONDS = 60  # no mistake is begun after so long
 def explain(ev: Evidence, runner: Runner) -> Evidence:
     """The evidence with an explanation of its first divergence, where that has no name yet and can be asked about."""
     first = first_divergence(ev)
-    if first is None or first["named"] or first["position"] is None or runner.large or ev.case.positions is not None:
+    if first is None or first.named or first.position is None or runner.large or ev.case.positions is not None:
         return ev
-    pair, sequence = Pair(first["reference"], first["dtype"], first["path"]), first["sequence"]
-    trace, tap = ev.candidates[pair.path], first["tap"]
+    assert first.sequence is not None
+    pair, sequence, tap = Pair(first.reference, first.dtype, first.path), first.sequence, first.tap
+    trace = ev.candidates[pair.path]
     tokens = ev.oracle.sequences[sequence]
     if "@" in tap:
         places = trace.meta["extra"][pair.dtype][tap.split("@")[1]][str(sequence)]
         value, rows = trace.get(pair.dtype, sequence, tap), torch.tensor(places)
     else:
-        tokens = tokens[: max(TOKENS, first["position"] + BEHIND)]
-        rows = chosen_rows(len(tokens), first["position"]) if tap == "logits" else torch.arange(len(tokens))
+        tokens = tokens[: max(TOKENS, first.position + BEHIND)]
+        rows = chosen_rows(len(tokens), first.position) if tap == "logits" else torch.arange(len(tokens))
         value = trace.get(pair.dtype, sequence, tap)[rows]
     if not torch.isfinite(value).all():
         return ev

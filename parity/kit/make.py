@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from parity.candidates.nano.checkpoint import Description
     from parity.kit.arrays import Kit
     from parity.measure.evidence import Evidence
+    from parity.report.model import Report
 
 DEFAULT_DTYPES = "fp32,bf16"
 SEEDED = "seeded, Llama 3.1-shaped"
@@ -173,6 +174,7 @@ def fill(source: Source, out: Path) -> dict[str, Any]:
 
 
 def describe_kit(table: dict[str, Any], out: Path) -> list[str]:
+    from parity.report.model import NoiseFloor
     from parity.report.terminal import noise_lines, number
 
     size, environment = sum(path.stat().st_size for path in out.iterdir()), table["environment"]
@@ -185,7 +187,7 @@ def describe_kit(table: dict[str, Any], out: Path) -> list[str]:
         f"references   Meta's llama_models, transformers (torch {environment['torch']}, transformers "
         f"{environment['transformers']})",
         f"tokens       {sum(lengths)} in {len(lengths)} sequences, longest {max(lengths)}; decided: {decided}",
-        *noise_lines(table["noise_floor"]),
+        *noise_lines([NoiseFloor.of_json(entry) for entry in table["noise_floor"]]),
         f"float64      rounded to float32, {tap} would be off by {number(share)} of its noise in {dtype}",
         *(f"erratum      {text}" for text in table["errata"]),
         *(f"note         {text}" for text in table["notices"]),
@@ -216,11 +218,11 @@ def judge_port(args: argparse.Namespace) -> int:
         found = judge_candidate(kit, args.candidate, dtypes[0])
     print(terminal.render(found))
     if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
-    return EXIT_CODES[found["verdict"]]
+        args.json.write_text(json.dumps(found.as_json(), indent=1) + "\n")
+    return EXIT_CODES[found.verdict]
 
 
-def judge_candidate(kit: "Kit", name: str, dtype: str) -> dict[str, Any]:
+def judge_candidate(kit: "Kit", name: str, dtype: str) -> "Report":
     """The report of a candidate, which is asked for what a port would have written."""
     from parity.kit.candidate import Answers
     from parity.kit.check import report

@@ -116,7 +116,7 @@ def row_of(ev: Evidence, results: list[Result]) -> Row:
         found = next(r.metric for r in bad if r.check == killed_by)
     elif bad:
         place = first_divergence(ev)
-        found, cause = (place["tap"], place["probable_cause"]) if place else (None, None)
+        found, cause = (place.tap, place.probable_cause) if place else (None, None)
     worst: dict[str, float] = {}
     for r in results:
         if r.value is not None and r.bound and r.dtype and r.gate != "style":

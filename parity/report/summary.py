@@ -1,5 +1,6 @@
-"""Everything that a report says about a run, as one JSON-ready dict (schema nanollama.parity/1)."""
+"""From evidence and results to the report: everything that is said about a run."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,34 +10,37 @@ from parity.checks.identity import disagreements
 from parity.checks.training import gradient_noise
 from parity.checks.verdict import compared_tensors, decide, fails_behind_rope, judged_dtypes, under_conditions
 from parity.contract import Result
-from parity.explain.localise import first_divergence, rho_curve
+from parity.explain.localise import first_divergence
 from parity.machine import environment
 from parity.measure.evidence import Evidence, Pair
 from parity.measure.metrics import LogitRows, noise, percentile, ratio
 from parity.measure.rope_table import grades
+from parity.report.model import CheckpointEntry, Curve, Distance, NoiseFloor, Report, Rounded, Tokens
 from parity.run.runner import Runner
 from parity.run.training import DTYPE
 
-SCHEMA = "nanollama.parity/1"
 
-
-def noise_floor(ev: Evidence) -> list[dict[str, Any]]:
+def noise_floor(ev: Evidence) -> list[NoiseFloor]:
     """Each reference judged against the other as if it were a candidate: what the bounds have to leave room for."""
-    rows = []
-    for dtype in ev.case.dtypes:
-        for a in ev.references:
-            for b in ev.references:
-                if a != b:
-                    mine, theirs = (ev.measured(ev.references[n], dtype).taps for n in (a, b))
-                    shared = [t for t in mine if t in theirs]
-                    rhos = {t: ratio(mine[t].rms(), noise(theirs[t], dtype)) for t in shared}
-                    worst = max((t for t in shared if t != "logits"), key=rhos.__getitem__, default=None)
-                    rows.append(
-                        {"of": a, "against": b, "dtype": dtype, "logits": rhos.get("logits"), "tap": worst}
-                        | {"taps": rhos[worst] if worst else None, "rms_logits": mine["logits"].rms()}
-                        | ({"gradients": gradient_noise(ev, a, b)} if dtype == DTYPE else {})
-                    )
-    return rows
+    pairs = [(of, against) for of in ev.references for against in ev.references if of != against]
+    return [floor_between(ev, dtype, *pair) for dtype in ev.case.dtypes for pair in pairs]
+
+
+def floor_between(ev: Evidence, dtype: str, of: str, against: str) -> NoiseFloor:
+    mine, theirs = (ev.measured(ev.references[name], dtype).taps for name in (of, against))
+    shared = [tap for tap in mine if tap in theirs]
+    rhos = {tap: ratio(mine[tap].rms(), noise(theirs[tap], dtype)) for tap in shared}
+    worst = max((tap for tap in shared if tap != "logits"), key=rhos.__getitem__, default=None)
+    return NoiseFloor(
+        of,
+        against,
+        dtype,
+        logits=rhos.get("logits"),
+        tap=worst,
+        taps=rhos[worst] if worst else None,
+        rms_logits=mine["logits"].rms(),
+        gradients=gradient_noise(ev, of, against) if dtype == DTYPE else None,
+    )
 
 
 def decided_fraction(ev: Evidence) -> dict[str, float]:
@@ -49,45 +53,41 @@ def decided_fraction(ev: Evidence) -> dict[str, float]:
     return shares
 
 
-def summarise(ev: Evidence, results: list[Result], runner: Runner, seconds: float, checkpoint: dict) -> dict[str, Any]:
-    """Everything a report shows. `checkpoint`: path, format."""
-    first = next(iter(ev.references.values()))
-    decided = decided_fraction(ev)
+def summarise(ev: Evidence, results: list[Result], runner: Runner, seconds: float, entry: CheckpointEntry) -> Report:
+    """Everything a report shows. `entry`: the checkpoint, whose config is then as the first reference read it."""
+    config = next(iter(ev.references.values())).meta["config"]
     word, why = decide(results, judged_dtypes(ev), compared_tensors(ev))
     word, why = under_conditions(ev, word, why)
     errata = [e for trace in ev.references.values() for e in trace.meta.get("errata", [])] + disagreements(ev)
     lengths, tables = [len(s) for s in ev.oracle.sequences], grades(ev, ev.lenient and not fails_behind_rope(results))
-    return {
-        "schema": SCHEMA,
-        "verdict": word,
-        "why": why,
-        "candidate": runner.candidate,
-        "references": list(ev.references),
-        "checkpoint": checkpoint | {"config": first.meta["config"], "parameters": count_parameters(first.meta)},
-        "environment": environment(ev.case.threads, ev.case.device),
-        "results": [r.as_json() for r in results],
-        "first_divergence": first_divergence(ev) if word == "fail" else None,
-        "errata": errata,
-        "notices": [*runner.notices, *from_cache(runner), *(t["text"] for t in tables)],
-        "cached": runner.cached,
-        "rope_tables": tables,
-        "noise_floor": noise_floor(ev),
-        "rho": {_key(pair): rho_curve(ev, pair) for pair in ev.pairs()},
-        "training": training_losses(ev),
-        "quantized": [quantized(ev, pair) for pair in ev.pairs() if conditions_of(ev, pair)],
-        "streamed": {dtype: trace.meta["streamed"].get(dtype) for dtype, _, trace in ev.per_dtype()},
-        "tokens": {
-            "prompts": len(lengths),
-            "positions": sum(lengths),
-            "longest": max(lengths),
-            "new_tokens": sum(lengths) - sum(ev.case.prompt_lengths or lengths),
-            "decided_fraction": min(decided.values(), default=0.0),
-            "decided_fraction_by_dtype": decided,
-        },
-        "seconds": round(seconds, 3),
-        "seconds_in_forward": round(runner.seconds_in_forward, 3),
-        "peak_anonymous_bytes": runner.peak_bytes,
-    }
+    new = sum(lengths) - sum(ev.case.prompt_lengths or lengths)
+    return Report(
+        verdict=word,
+        why=why,
+        candidate=runner.candidate,
+        references=list(ev.references),
+        checkpoint=replace(entry, config=config, parameters=count_parameters(config)),
+        environment=environment(ev.case.threads, ev.case.device),
+        results=results,
+        tokens=Tokens(len(lengths), sum(lengths), max(lengths), decided_fraction(ev), new),
+        first_divergence=first_divergence(ev) if word == "fail" else None,
+        errata=errata,
+        notices=[*runner.notices, *from_cache(runner), *map(str, tables)],
+        noise_floor=noise_floor(ev),
+        training=training_losses(ev),
+        quantized=[rounded(ev, pair) for pair in ev.pairs() if conditions_of(ev, pair)],
+        cached=runner.cached,
+        rope_tables=tables,
+        curves=[curve(ev, pair) for pair in ev.pairs()],
+        streamed={dtype: trace.meta["streamed"].get(dtype) for dtype, _, trace in ev.per_dtype()},
+        seconds=seconds,
+        seconds_in_forward=runner.seconds_in_forward,
+        peak_anonymous_bytes=runner.peak_bytes,
+    )
+
+
+def curve(ev: Evidence, pair: Pair) -> Curve:
+    return Curve(**pair.labels, ratios={tap: ev.rho(pair, tap)[0] for tap in ev.shared(pair)})
 
 
 def from_cache(runner: Runner) -> list[str]:
@@ -100,32 +100,23 @@ def conditions_of(ev: Evidence, pair: Pair) -> Conditions:
     return Conditions.of(ev.candidates[pair.path].meta)
 
 
-def quantized(ev: Evidence, pair: Pair) -> dict[str, Any]:
-    """How far declared rounding is from the model itself: KL in nats, and the margins at which tokens flip.
-
-    `rounding` has the same of the oracle that rounds so. Margins are in units of the oracle's logits: how
-    far its best token was ahead of the next at the positions where the candidate prefers another.
-    """
+def rounded(ev: Evidence, pair: Pair) -> Rounded:
+    """How far declared rounding is from the model itself, and how far the oracle is that rounds so."""
     scheme = str(conditions_of(ev, pair))
-    found = {"scheme": scheme, "dtype": pair.dtype, "path": pair.path, **far(ev, ev.candidate(pair).rows, pair.dtype)}
-    rounded = ev.measured(ev.rounded[scheme], pair.dtype)
-    return found | {"rounding": far(ev, rounded.rows, pair.dtype)}
+    alone = ev.measured(ev.rounded[scheme], pair.dtype)
+    candidate, rounding = (distance(ev, rows, pair.dtype) for rows in (ev.candidate(pair).rows, alone.rows))
+    return Rounded(scheme, pair.dtype, pair.path, candidate, rounding)
 
 
-def far(ev: Evidence, mine: list[LogitRows], dtype: str) -> dict[str, Any]:
+def distance(ev: Evidence, mine: list[LogitRows], dtype: str) -> Distance | None:
+    """From the oracle's own logits; None without any. Margins are in units of these logits."""
     if not mine:
-        return {}
+        return None
     kl = torch.cat([rows.kl for rows in mine])
     oracle = ev.oracle_rows(dtype)
     margins = torch.cat([o.margin[m.argmax != o.argmax] for m, o in zip(mine, oracle, strict=True)])
-    return {
-        "kl_mean": float(kl.mean()),
-        "kl_p99": percentile(kl, 0.99),
-        "kl_max": float(kl.max()),
-        "positions": kl.numel(),
-        "flips": margins.numel(),
-        "flip_margin": float(margins.max()) if margins.numel() else None,
-    }
+    flip_margin = float(margins.max()) if margins.numel() else None
+    return Distance(float(kl.mean()), percentile(kl, 0.99), float(kl.max()), kl.numel(), margins.numel(), flip_margin)
 
 
 def training_losses(ev: Evidence) -> dict[str, list[float]]:
@@ -139,13 +130,8 @@ def training_losses(ev: Evidence) -> dict[str, list[float]]:
     return {name: losses for name, losses in known.items() if losses}
 
 
-def _key(pair: Pair) -> str:
-    return " ".join(part for part in (pair.path, pair.dtype, "vs", pair.reference) if part)
-
-
-def count_parameters(meta: dict[str, Any]) -> int:
-    """From the config alone, so that a streamed checkpoint needs no pass over its tensors."""
-    c = meta["config"]
+def count_parameters(c: dict[str, Any]) -> int:
+    """From the config echo alone, so that a streamed checkpoint needs no pass over its tensors."""
     kv = c["n_kv_heads"] * c["head_dim"]
     q = c["n_heads"] * c["head_dim"]
     layer = c["dim"] * (2 * q + 2 * kv + 3 * c["hidden_dim"] + 2)
