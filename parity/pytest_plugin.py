@@ -29,7 +29,7 @@ def report_of(candidate: str, *flags: str) -> "Report":
     from parity import check
 
     args = check.build_parser().parse_args(["--candidate", candidate, *flags])
-    return check.check(args, check.validate(args))
+    return check.check(check.request_of(args))
 
 
 @pytest.fixture(scope="session")

@@ -172,9 +172,9 @@ def judge(load: Any, folder: Path, dtypes: tuple[str, ...] = ("fp32",)) -> tuple
     case = case_of(list(dtypes))
     forced = {"meta": reference}
     record(load, case, TraceWriter(folder / "candidate"), lambda stage, done: None, forced)
-    ev = Evidence(case, oracle, {"meta": reference}, {None: Trace(folder / "candidate")})
-    ev.forced, ev.ops = forced, {"meta": oracle}
-    ev.prepare(1, list(dtypes))
+    candidates: dict[str | None, Trace] = {None: Trace(folder / "candidate")}
+    ev = Evidence(case, oracle, forced, candidates, forced=forced, ops={"meta": oracle})
+    ev.measure_all(1, list(dtypes))
     results = verdict.run_checks(ev, list(CHECKS))
     return results, verdict.decide(results, verdict.judged_dtypes(ev), verdict.compared_tensors(ev))[0]
 

@@ -1,5 +1,6 @@
 """Checks `tokens` and `chat` where a checkpoint brings several tokenizers: who is judged by which, and what is said."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,8 +83,7 @@ def test_a_candidate_that_runs_tokenizer_json_as_it_stands_is_not_blamed_for_a_c
 def test_a_reference_that_does_not_judge_is_a_witness() -> None:
     ev = evidence(JSON, meta=trace(reading(META, MODEL)))
     assert [r.status for r in tokens(ev)] == [Status.FAIL]
-    ev.witnesses = [trace(reading(HF, JSON))]
-    [found] = tokens(ev)
+    [found] = tokens(replace(ev, witnesses=(trace(reading(HF, JSON)),)))
     assert found.status is Status.SKIP and f"follows {HF}" in (found.reason or "")
 
 

@@ -16,7 +16,7 @@ from parity.mutants.edits.forward import NOTHING
 from parity.report import html, summary
 from parity.report.junit import junit
 from parity.report.model import CheckpointEntry, Report
-from parity.run.runner import Runner
+from parity.run.execute import RunLog
 
 pytest_plugins = ["pytester"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -25,8 +25,8 @@ BAD = next(m.load for m in MUTANTS if m.number == "15")
 
 def report_of(load: Load) -> Report:
     ev, results = judge("gqa", load)
-    runner = Runner(ev.case, list(ev.references), "my_port.py:load", Path(), False)
-    return summary.summarise(ev, results, runner, 1.5, CheckpointEntry("tiny <&>", "meta", {}, 0, verified=[]))
+    entry = CheckpointEntry("tiny <&>", "meta", {}, 0, verified=[])
+    return summary.summarise(ev, results, "my_port.py:load", RunLog(), 1.5, entry)
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,14 @@ from parity.checks.forward import kl_explained
 from parity.checks.ops import coarse_rotation, op_noise
 from parity.checks.verdict import fails_behind_rope
 from parity.explain.localise import first_divergence
-from parity.measure.evidence import Pair
+from parity.measure.evidence import Kept, Pair
 from parity.measure.metrics import TapError, relative
 from parity.measure.rope_table import cause, grades, of_table, worst
 from parity.mutants import evaluate as mutants
 from parity.mutants.edits import benign, forward
 from parity.mutants.edits.edit import Load, edited, with_table
-from parity.run.runner import ROPE_POSITIONS, in_doubt
+from parity.run.request import ROPE_POSITIONS
+from parity.run.runner import in_doubt
 
 POSITIONS = list(ROPE_POSITIONS)
 PAIR = Pair("meta", "fp32", None)
@@ -161,7 +162,7 @@ def test_an_allowance_that_grows_with_the_position_is_no_room_at_its_start() -> 
 
 def test_a_large_kl_is_explained_by_the_noise_at_its_position_or_fails() -> None:
     ev, _ = judge("gqa", edited(forward.NOTHING))
-    logits = ev.reference(PAIR).taps["logits"]
+    logits = ev.noise_floor(PAIR).taps["logits"]
     typical = logits.rms() ** 2 / 2
     kl = torch.full((sum(x.numel() for x in logits.error),), typical, dtype=torch.float64)
     assert kl_explained(logits, PAIR.dtype, kl) < 1
@@ -174,7 +175,7 @@ def test_an_operation_is_judged_by_the_larger_error_of_both_references() -> None
     own = op_noise(ev, PAIR, "layers.0.attn_mix")
     twice = TapError([2 * x for x in own.error], own.expected, own.worst, own.width)
     known = {("meta", "fp32", "layers.0.attn_mix"): own, ("hf", "fp32", "layers.0.attn_mix"): twice}
-    both = replace(ev, ops=ev.ops | {"hf": ev.ops["meta"]}, op_noise={})
+    both = replace(ev, ops=ev.ops | {"hf": ev.ops["meta"]}, floors=Kept())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("parity.checks.ops._own_error", lambda ev, reference, dtype, tap: known[reference, dtype, tap])
         for reference in ("meta", "hf"):

@@ -11,11 +11,12 @@ import torch
 from checkpoint_cases import LLAMA31, make_weights, write
 from parity import check
 from parity.candidates.nano.checkpoint import describe
+from parity.candidates.probe import probe_in_process
 from parity.mutants import matrix
 from parity.mutants.evaluate import with_twin
 from parity.report.model import Absent, CheckpointEntry, Report, Tokens
 from parity.run import twin as report_of_both
-from parity.run.runner import probed
+from parity.run.request import Request
 from parity.synth.checkpoint import synthesise
 from parity.synth.shapes import SHAPES
 
@@ -110,10 +111,10 @@ def test_a_candidate_that_has_no_twin_gets_a_plain_word(
 ) -> None:
     (tmp_path / "stubborn.py").write_text(STUBBORN.format(ports=str(PORT.parent), ckpt=str(trained)))
     flags = ["--ckpt", str(trained), "--candidate", f"{tmp_path}/stubborn.py:{attribute}", "--dtype", "fp32"]
-    args = check.build_parser().parse_args(flags)
+    request = check.request_of(check.build_parser().parse_args(flags))
     described = describe(str(trained), None)
-    found = probed(args.candidate, described, ["fp32"], "cpu", tmp_path)
-    outcome = check.check_twin(args, check.validate(args), described, found, tmp_path / "twin")
+    found = probe_in_process(request.candidate, described, ["fp32"], "cpu", tmp_path)
+    outcome = check.check_twin(request, described, found, tmp_path / "twin")
     assert isinstance(outcome, Absent) and outcome.status == "none"
     assert said in outcome.why
     report = report_of_both.merge(bare("pass"), outcome)
@@ -127,9 +128,9 @@ def test_a_candidate_that_has_no_twin_gets_a_plain_word(
 def test_servers_nanollama_and_the_embedded_default_have_no_twin(
     candidate: str, ckpt: str | None, needed: bool, tmp_path: Path
 ) -> None:
-    args = type("Args", (), {"ckpt": ckpt, "candidate": candidate, "twin": "on"})()
+    request = Request(candidate, ckpt, checks=("logits",))
     path = write(tmp_path, "hf", LLAMA31, make_weights(LLAMA31))
-    found = report_of_both.absent(args, ["logits"], describe(str(path), None))
+    found = report_of_both.absent(request, describe(str(path), None))
     assert found is not None and (found.status, found.needed) == ("none", needed)
 
 

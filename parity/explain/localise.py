@@ -42,7 +42,7 @@ def first_divergence(ev: Evidence) -> Divergence | None:
 
 
 def _free_running(ev: Evidence, pair: Pair) -> Divergence | None:
-    candidate, reference = ev.candidate(pair), ev.reference(pair)
+    candidate, reference = ev.candidate(pair), ev.noise_floor(pair)
     for tap in tap_names(ev.oracle.n_layers):
         if tap in candidate.broken:
             why = f"{candidate.broken[tap]}; {cause(ev, pair, tap, None)[0]}"
@@ -59,7 +59,7 @@ def _free_running(ev: Evidence, pair: Pair) -> Divergence | None:
 
 def first_position(ev: Evidence, pair: Pair, tap: str, sequence: int | None) -> tuple[int, int]:
     """(sequence, position) where the error first exceeds the bound; the largest error's place when none does alone."""
-    candidate, reference = ev.candidate(pair).taps[tap], ev.reference(pair).taps[tap]
+    candidate, reference = ev.candidate(pair).taps[tap], ev.noise_floor(pair).taps[tap]
     chosen = range(len(candidate.error)) if sequence is None else [sequence]
     for i in sorted(chosen, key=lambda i: candidate.error[i].numel() < LONG_SEQUENCE_TOKENS):
         beyond = ~(position_ratios(candidate, reference, pair.dtype, i) <= bound_of(tap))
@@ -160,7 +160,7 @@ def _patterns(ev: Evidence, pair: Pair, tap: str, sequence: int | None) -> Itera
     """Which positions are wrong, which layers have no taps, and which operations are wrong by themselves."""
     measured = ev.candidate(pair)
     if sequence is not None and tap in measured.taps:
-        ratios = position_ratios(measured.taps[tap], ev.reference(pair).taps[tap], pair.dtype, sequence)
+        ratios = position_ratios(measured.taps[tap], ev.noise_floor(pair).taps[tap], pair.dtype, sequence)
         wrong = ~(ratios <= bound_of(tap))
         if len(wrong) > 2 and not wrong[0] and wrong[1:].float().mean() > 0.5:
             yield "position 0 is right, later ones are not"

@@ -235,7 +235,7 @@ def _context(ev: Evidence, pair: Pair) -> int:
     """
     longest = max(range(len(ev.oracle.sequences)), key=lambda i: len(ev.oracle.sequences[i]))
     mine = ev.candidate(pair).taps["logits"]
-    floor, bound = own_noise(ev.strict(pair).taps["logits"], pair.dtype, longest), BOUNDS["G3.logits"].value
+    floor, bound = own_noise(ev.strict_noise_floor(pair).taps["logits"], pair.dtype, longest), BOUNDS["G3.logits"].value
     squares = mine.error[longest] / mine.width
     length = torch.arange(1, len(squares) + 1)
     beyond = (~((squares.cumsum(0) / length).sqrt() <= bound * floor)).nonzero()

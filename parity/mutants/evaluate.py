@@ -15,7 +15,7 @@ import pickle
 import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -72,17 +72,7 @@ def evaluate(base: Evidence, load: Any, folder: Path) -> tuple[Evidence, list[Re
         writer.finish(meta | {"sequences": base.case.prompts, "dtypes": {}})
     else:
         record(load, base.case, writer, lambda stage, done: None, base.forced)
-    # What was measured on the references is kept, what belongs to this candidate is not.
-    ev = replace(
-        base,
-        candidates={None: Trace(folder)},
-        op_errors={},
-        _measured=dict(base._measured),
-        _pairwise={},
-        _extra={},
-        _listed={},
-    )
-    return run_checks_fairly(ev, list(CHECKS))
+    return run_checks_fairly(base.of_candidates({None: Trace(folder)}), list(CHECKS))
 
 
 def measure_references(base: Evidence) -> None:

@@ -68,10 +68,9 @@ def evidence(folder: Path, values: dict[str, Tensor], **meta: Any) -> Evidence:
     case = replace(case, rope_positions=[0, 1])
     oracle, reference = write(folder / "oracle", right), write(folder / "reference", rounded(right, 1))
     candidate = write(folder / "candidate", values, **meta)
-    ev = Evidence(case, oracle, {"meta": reference}, {None: candidate})
-    ev.forced, ev.ops = {"meta": reference}, {"meta": oracle}
     write(folder / "candidate" / "ops" / "meta", values)
-    return ev
+    references = {"meta": reference}
+    return Evidence(case, oracle, references, {None: candidate}, forced=references, ops={"meta": oracle})
 
 
 def altered(tap: str, by: float) -> dict[str, Tensor]:

@@ -13,10 +13,10 @@ from parity.contract import Result
 from parity.explain.localise import first_divergence
 from parity.machine import environment
 from parity.measure.evidence import Evidence, Pair
-from parity.measure.metrics import LogitRows, noise, percentile, ratio
+from parity.measure.metrics import LogitRows, noise_rms, percentile, ratio
 from parity.measure.rope_table import grades
 from parity.report.model import CheckpointEntry, Curve, Distance, NoiseFloor, Report, Rounded, Tokens
-from parity.run.runner import Runner
+from parity.run.execute import RunLog
 from parity.run.training import DTYPE
 
 
@@ -29,7 +29,7 @@ def noise_floor(ev: Evidence) -> list[NoiseFloor]:
 def floor_between(ev: Evidence, dtype: str, of: str, against: str) -> NoiseFloor:
     mine, theirs = (ev.measured(ev.references[name], dtype).taps for name in (of, against))
     shared = [tap for tap in mine if tap in theirs]
-    rhos = {tap: ratio(mine[tap].rms(), noise(theirs[tap], dtype)) for tap in shared}
+    rhos = {tap: ratio(mine[tap].rms(), noise_rms(theirs[tap], dtype)) for tap in shared}
     worst = max((tap for tap in shared if tap != "logits"), key=rhos.__getitem__, default=None)
     return NoiseFloor(
         of,
@@ -53,7 +53,9 @@ def decided_fraction(ev: Evidence) -> dict[str, float]:
     return shares
 
 
-def summarise(ev: Evidence, results: list[Result], runner: Runner, seconds: float, entry: CheckpointEntry) -> Report:
+def summarise(
+    ev: Evidence, results: list[Result], candidate: str, log: RunLog, seconds: float, entry: CheckpointEntry
+) -> Report:
     """Everything a report shows. `entry`: the checkpoint, whose config is then as the first reference read it."""
     config = next(iter(ev.references.values())).meta["config"]
     word, why = decide(results, judged_dtypes(ev), compared_tensors(ev))
@@ -64,7 +66,7 @@ def summarise(ev: Evidence, results: list[Result], runner: Runner, seconds: floa
     return Report(
         verdict=word,
         why=why,
-        candidate=runner.candidate,
+        candidate=candidate,
         references=list(ev.references),
         checkpoint=replace(entry, config=config, parameters=count_parameters(config)),
         environment=environment(ev.case.threads, ev.case.device),
@@ -72,17 +74,17 @@ def summarise(ev: Evidence, results: list[Result], runner: Runner, seconds: floa
         tokens=Tokens(len(lengths), sum(lengths), max(lengths), decided_fraction(ev), new),
         first_divergence=first_divergence(ev) if word == "fail" else None,
         errata=errata,
-        notices=[*runner.notices, *from_cache(runner), *map(str, tables)],
+        notices=[*log.notices, *from_cache(log.cached), *map(str, tables)],
         noise_floor=noise_floor(ev),
         training=training_losses(ev),
         quantized=[rounded(ev, pair) for pair in ev.pairs() if conditions_of(ev, pair)],
-        cached=runner.cached,
+        cached=log.cached,
         rope_tables=tables,
         curves=[curve(ev, pair) for pair in ev.pairs()],
         streamed={dtype: trace.meta["streamed"].get(dtype) for dtype, _, trace in ev.per_dtype()},
         seconds=seconds,
-        seconds_in_forward=runner.seconds_in_forward,
-        peak_anonymous_bytes=runner.peak_bytes,
+        seconds_in_forward=log.seconds_in_forward,
+        peak_anonymous_bytes=log.peak_bytes,
     )
 
 
@@ -90,10 +92,8 @@ def curve(ev: Evidence, pair: Pair) -> Curve:
     return Curve(**pair.labels, ratios={tap: ev.rho(pair, tap)[0] for tap in ev.shared(pair)})
 
 
-def from_cache(runner: Runner) -> list[str]:
-    if not runner.cached:
-        return []
-    return [f"from the cache, not run again: {', '.join(runner.cached)} (--cache off runs them)"]
+def from_cache(cached: list[str]) -> list[str]:
+    return [f"from the cache, not run again: {', '.join(cached)} (--cache off runs them)"] if cached else []
 
 
 def conditions_of(ev: Evidence, pair: Pair) -> Conditions:

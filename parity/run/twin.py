@@ -7,7 +7,6 @@ parity/candidates/nano/twin.py writes the twin. nanollama is not asked twice: th
 checkpoint are that half of its proof.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from parity.contract import Result, Status
 from parity.report.model import Absent, CheckpointEntry, Report
+from parity.run.request import Request
 
 if TYPE_CHECKING:
     from parity.candidates.nano.checkpoint import Description
@@ -26,28 +26,34 @@ NEW_TOKENS = 8  # at most: the prompts are seeded ids, which no text could follo
 ORDER = ("fail", "limited", "quantized", "pass")  # of verdicts: the first of two is that of both
 
 
-def absent(args: argparse.Namespace, checks: Sequence[str], checkpoint: "Description") -> Absent | None:
+def absent(request: Request, checkpoint: "Description") -> Absent | None:
     """What is known before anything is written. None: a twin is to be tried."""
     from parity.candidates.nano.twin import is_seeded
 
-    if args.ckpt is None or is_seeded(checkpoint):
+    if request.ckpt is None or is_seeded(checkpoint):
         return Absent("none", "the checkpoint's weights are the seeded ones themselves", needed=False)
-    if args.candidate == "nanollama":
+    if request.candidate == "nanollama":
         return Absent("none", "nanollama is proved on seeded weights by python -m parity.mutants", needed=False)
-    if args.twin == "off":
+    if not request.twin:
         return Absent("off", "the candidate was not asked for seeded weights")
-    if args.candidate.startswith(("http://", "https://")):
+    if request.candidate.startswith(("http://", "https://")):
         return Absent("none", "a server keeps the model that it has")
-    if not twin_checks(checks):
+    if not twin_checks(request.checks):
         return Absent("none", "none of the chosen checks depends on weights", needed=False)
     return None
 
 
-def twin_checks(checks: Sequence[str]) -> list[str]:
-    return [name for name in checks if name in CHECKS]
+def twin_checks(checks: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in checks if name in CHECKS)
 
 
-def unfit(own: "Probed | None", twin: "Probed | None", dtypes: list[str]) -> Absent | None:
+def ask_twin(request: Request) -> Request:
+    """What is asked on the twin: its prompts are ids."""
+    new_tokens = min(request.max_new_tokens, NEW_TOKENS)
+    return replace(request, prompts=None, max_new_tokens=new_tokens, checks=twin_checks(request.checks))
+
+
+def unfit(own: "Probed | None", twin: "Probed | None", dtypes: Sequence[str]) -> Absent | None:
     """Whether the candidate's first answers say that it does not load what it is given; None where they do not."""
     assert own is not None and twin is not None  # only nanollama is not probed
     if twin.failures:
