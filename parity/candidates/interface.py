@@ -124,7 +124,7 @@ WAYS: tuple[Way, ...] = (
     Way("compiled", "metamorphic", ("compiled",)),
 )
 Driver = Literal["whole", "streamed", "tokens"]
-# What each driver cannot do without; `loaded` refuses a candidate that lacks it.
+# What each driver cannot do without; `load_candidate` refuses a candidate that lacks it.
 DRIVEN_BY: dict[Driver, str] = {"whole": "__call__", "streamed": "stream", "tokens": "next_tokens"}
 
 
@@ -296,7 +296,7 @@ def asking(signature: str, file: str | None) -> Iterator[None]:
         raise Crashed.of(error, signature, file) from error
 
 
-def loaded(
+def load_candidate(
     load: Callable[..., Any], checkpoint: str, dtype: str, device: str, note: Callable[[str], None] = lambda asked: None
 ) -> Interface:
     """The candidate at one dtype. Raises NotImplementedError where it has none, UsageError, and Crashed."""

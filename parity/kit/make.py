@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("give either --out DIR, to write a kit, or --check DIR --port DIR, to judge a port by one")
     if args.check is not None and (args.port is None) == (args.candidate is None):
         raise UsageError("--check: give either --port DIR, files that a port wrote, or --candidate file.py:load")
-    return judge_port(args) if args.out is None else write_kit(args)
+    return check_port(args) if args.out is None else write_kit(args)
 
 
 def refuse(args: argparse.Namespace, flags: tuple[str, ...], mode: str) -> None:
@@ -201,7 +201,7 @@ def describe_kit(table: dict[str, Any], out: Path) -> list[str]:
 # --- Judging ---------------------------------------------------------------------------------------------------------
 
 
-def judge_port(args: argparse.Namespace) -> int:
+def check_port(args: argparse.Namespace) -> int:
     refuse(args, ("ckpt", "tokenizer", "prompts"), "--check")
     dtypes = split_dtypes(args.dtype or "fp32")
     if len(dtypes) > 1:
@@ -219,14 +219,14 @@ def judge_port(args: argparse.Namespace) -> int:
     if args.candidate is None:
         found = report(kit, args.port, dtypes[0])
     else:
-        found = judge_candidate(kit, args.candidate, dtypes[0])
+        found = check_candidate(kit, args.candidate, dtypes[0])
     print(terminal.render(found))
     if args.json is not None:
         args.json.write_text(json.dumps(found.as_json(), indent=1) + "\n")
     return EXIT_CODES[found.verdict]
 
 
-def judge_candidate(kit: "Kit", name: str, dtype: str) -> "Report":
+def check_candidate(kit: "Kit", name: str, dtype: str) -> "Report":
     """The report of a candidate, which is asked for what a port would have written."""
     from parity.kit.candidate import Answers
     from parity.kit.check import report

@@ -119,7 +119,7 @@ def wrong_candidates() -> Iterator[tuple[str, dict[str, Tensor], dict[str, Any]]
     yield "metamorphic", right, {"self": {"fp32": {"rerun": 1e-9}}}
 
 
-JUDGES = (
+CHECKED = (
     "tokens",
     "chat",
     "config",
@@ -143,7 +143,7 @@ def problems() -> list[str]:
         ev = evidence(folder / "right", without(rounded(truth(), 2), "layers.0.k"))
         found += [
             f"a right candidate fails {r.check}: {r.reason or r.where}"
-            for r in verdict.run_checks(ev, JUDGES)
+            for r in verdict.run_checks(ev, CHECKED)
             if r.status in (Status.FAIL, Status.ERROR)
         ]
         for n, (check, values, meta) in enumerate(wrong_candidates()):

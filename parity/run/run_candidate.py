@@ -13,7 +13,7 @@ import torch
 from parity.candidates import answers
 from parity.candidates.conditions import Conditions
 from parity.candidates.crash import Crashed, Failure, Wrong, failure
-from parity.candidates.interface import Driver, Interface, loaded, refuse_undeclared
+from parity.candidates.interface import Driver, Interface, load_candidate, refuse_undeclared
 from parity.contract import Case
 from parity.run import training
 from parity.run.recording import Progress, Recording, first_line
@@ -141,7 +141,7 @@ class Run:
             (self.writer.folder / ASKED).write_text(f"{asked} at {dtype}")
 
         refuse_undeclared(self.load, dtype)
-        candidate = loaded(self.load, self.case.checkpoint, dtype, self.case.device, note)
+        candidate = load_candidate(self.load, self.case.checkpoint, dtype, self.case.device, note)
         refuse_undeclared(candidate.target, dtype)
         return candidate
 

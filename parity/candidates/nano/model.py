@@ -209,11 +209,11 @@ class Nano:
 
     def _tokenizer(self) -> Any:
         assert self.tokenizer is not None
-        return opened_tokenizer(self.tokenizer)
+        return load_tokenizer(self.tokenizer)
 
 
 @cache
-def opened_tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path) -> Any:
     from nanollama.tokenizer import open_tokenizer
 
     return open_tokenizer(path)
