@@ -193,3 +193,17 @@ def test_what_cannot_be_called_is_no_candidate(tmp_path: Path) -> None:
     load = load_attribute(f"{tmp_path / 'seven_port.py'}:nothing")
     with pytest.raises(Crashed, match="returned an int, which cannot be called"):
         load_candidate(load, "-", "fp32", "cpu")
+
+
+class Layered:
+    """Says that it is run layer by layer, and has nothing to be run so by."""
+
+    streamed = True
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(*tokens.shape, 3)
+
+
+def test_what_says_streamed_and_has_no_stream_is_refused_when_it_is_loaded() -> None:
+    with pytest.raises(Crashed, match=r"returned a Layered, which has no stream\(sequences, positions\)"):
+        load_candidate(lambda checkpoint, dtype, device: Layered(), "-", "fp32", "cpu")
