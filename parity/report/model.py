@@ -246,8 +246,8 @@ class Report:
         }
 
     def _twin_as_json(self) -> dict[str, Any] | None:
-        if not isinstance(self.twin, Report):
-            return self.twin and self.twin.as_json()
+        if self.twin is None or isinstance(self.twin, Absent):
+            return None if self.twin is None else self.twin.as_json()
         return {"status": "run", **{key: x for key, x in self.twin.as_json().items() if key not in OF_BOTH}}
 
 
