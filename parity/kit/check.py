@@ -122,7 +122,7 @@ def report(
         errata=table["errata"],
         notices=[*table["notices"], *notices],
         noise_floor=[NoiseFloor.of_json(n) for n in table["noise_floor"] if n["dtype"] == dtype],
-        seconds=clock(),
+        seconds=round(clock(), 3),
         peak_anonymous_bytes=own_anonymous_bytes(),
     )
 
