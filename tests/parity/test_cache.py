@@ -13,7 +13,7 @@ from parity import machine
 from parity.check import main
 from parity.contract import UsageError
 from parity.run import cache as cache_module
-from parity.run import runner
+from parity.run import execute
 from parity.run.cache import CODE, TraceCache, trace_cache
 from ports import plain_port
 
@@ -224,10 +224,10 @@ def test_a_second_try_names_the_cause_as_the_first_did(tmp_path: Path, monkeypat
 
 def note_processes(monkeypatch: pytest.MonkeyPatch, started: list[str]) -> None:
     """The module of every process that a runner starts."""
-    real = runner.started
+    real = execute.start_process
 
     def noted(label: str, module: str, *rest: object) -> object:
         started.append(module)
         return real(label, module, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(runner, "started", noted)
+    monkeypatch.setattr(execute, "start_process", noted)

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanollama.checkpoint import CheckpointError, open_checkpoint
-from nanollama.model import ModelConfig, Transformer
 from parity import outside
 from parity.candidates.module import matching
 from parity.candidates.module.calling import Caller
-from parity.candidates.module.fields import constructed, default_dtype, positions
+from parity.candidates.module.fields import construct, default_dtype, positions
 from parity.candidates.module.hooked import Hooks
-from parity.candidates.nano.model import taps_of
+from parity.candidates.nano.opening import ModelConfig, build_model, open_checkpoint
+from parity.candidates.nano.taps import taps_of
 from parity.contract import UsageError
 
 PROBE = (1, 5, 2, 7, 3, 11, 4, 6)  # tokens by which readings are told apart
@@ -49,13 +48,13 @@ class Module:
         opened = open_checkpoint(checkpoint)
         self.cfg, self.dtype, self.device = opened.config, dtype, device
         self.max_positions = positions(self.cfg)
-        self.module = constructed(kind, self.cfg, dtype, device).eval()
+        self.module = construct(kind, self.cfg, dtype, device).eval()
         self.layout = matching.layout(self.module, self.cfg)
         self.module.to(device)  # tables keep their dtype
         self.caller = Caller(self.module, self.cfg.vocab_size, self.max_positions)
         tokens = torch.tensor([PROBE], device=device) % self.cfg.vocab_size
         with torch.no_grad():
-            truth = Transformer.from_weights(self.cfg, opened.weights, dtype=dtype, device=device).eval()
+            truth = build_model(opened, dtype, device)
             self.choice, off = self._chosen(opened.weights, tokens, truth(tokens))
             self.hooks = Hooks(self.module, self.layout, self.choice, self.cfg)
             self.unlike = self._unlike(tokens, taps_of(truth, tokens)) if off < NEAR else set[str]()
@@ -78,7 +77,7 @@ class Module:
         return best[2], off
 
     def _fill(self, choice: matching.Choice, weights: Any) -> None:
-        for name, value in matching.filled(choice, self.layout, weights, self.cfg):
+        for name, value in matching.fill(choice, self.layout, weights, self.cfg):
             matching.put_(self.module, name, value, self.dtype, self.device)
 
     def _unlike(self, tokens: Tensor, theirs: dict[str, Tensor]) -> set[str]:
@@ -142,7 +141,7 @@ class Folder:
         try:
             cfg = open_checkpoint(checkpoint).config
             self.hooks = _hooks(model, cfg)
-        except (UsageError, CheckpointError) as error:
+        except UsageError as error:
             self.notices = [f"hf: no taps: {error}"]
 
     def __call__(self, tokens: Tensor) -> Tensor:

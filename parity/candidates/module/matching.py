@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nanollama.model import ModelConfig
+from parity.candidates.nano.opening import ModelConfig
 from parity.contract import UsageError
 
 MOST = 400  # choices that are tried
@@ -187,7 +187,7 @@ def half_split(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
 
 
-def filled(
+def fill(
     choice: Choice, found: Layout, weights: Mapping[str, Tensor], config: ModelConfig
 ) -> Iterator[tuple[str, Tensor]]:
     """Each parameter of the module and what belongs there."""
