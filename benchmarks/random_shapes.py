@@ -28,14 +28,15 @@ from hypothesis import strategies as st
 
 from parity.candidates.nano.model import PATHS, Nano
 from parity.checks import CHECKS
+from parity.checks.verdict import run_checks_fairly
 from parity.contract import Case, Status
+from parity.machine import environment
 from parity.measure.evidence import Evidence
 from parity.measure.tolerances import TABLE_ULP
 from parity.mutants.edits import benign
 from parity.mutants.edits.edit import edited, with_table
-from parity.report.summary import environment, judge_fairly
+from parity.run.jobs import CANDIDATE_KEYS
 from parity.run.run_candidate import record
-from parity.run.runner import CANDIDATE_KEYS
 from parity.run.teacher_forcing import cut
 from parity.synth.checkpoint import write_hf, write_meta
 from parity.synth.shapes import Shape
@@ -124,20 +125,19 @@ def evidence(drawn: Draw, folder: Path) -> Evidence:
     case = Case(str(checkpoint), list(DTYPES), prompts=prompts, rope_positions=[0, 1, 63, 8191, 131071], weights=True)
     case = replace(case, prompt_lengths=list(drawn.lengths))
     references = {name: reference_trace(m, case, folder / name) for name, m in (("meta", meta), ("hf", hf))}
-    ev = Evidence(case, reference_trace(oracle, case, folder / "oracle"), references, {})
-    thorough = drawn.seed % THOROUGH == 0
+    thorough, forced, ops = drawn.seed % THOROUGH == 0, dict[str, Trace](), dict[str, Trace]()
     for name, trace in references.items() if thorough else ():
-        ev.forced[name] = cut(trace, case.dtypes, folder / "forced" / name)
-        ops = replace(case, prompts=ev.forced[name].sequences, weights=False)
-        given_inputs = ("--ops", str(ev.forced[name].folder))
-        ev.ops[name] = reference_trace(oracle, ops, folder / f"ops-{name}", *given_inputs)
-    coarse = ("--off_ulp", str(TABLE_ULP))
-    ev.coarse = reference_trace(oracle, replace(case, weights=False), folder / "coarse", *coarse)
+        forced[name] = cut(trace, case.dtypes, folder / "forced" / name)
+        given = replace(case, prompts=forced[name].sequences, weights=False)
+        ops[name] = reference_trace(oracle, given, folder / f"ops-{name}", "--ops", str(forced[name].folder))
+    coarse = reference_trace(oracle, replace(case, weights=False), folder / "coarse", "--off_ulp", str(TABLE_ULP))
+    candidates: dict[str | None, Trace] = {}
     for path, load in (*PATHS.items(), (FLOAT64, float64_frequencies)):
         writer = TraceWriter(folder / path)
-        record(limited(load, thorough and path != FLOAT64), case, writer, lambda stage, done: None, ev.forced)
-        ev.candidates[path] = Trace(folder / path)
-    return ev
+        record(limited(load, thorough and path != FLOAT64), case, writer, lambda stage, done: None, forced)
+        candidates[path] = Trace(folder / path)
+    truth = reference_trace(oracle, case, folder / "oracle")
+    return Evidence(case, truth, references, candidates, forced=forced, ops=ops, coarse=coarse)
 
 
 def judge(drawn: Draw) -> list[dict[str, Any]]:
@@ -145,7 +145,7 @@ def judge(drawn: Draw) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="random-shapes-") as folder:
         ev = evidence(drawn, Path(folder))
         parts = [{p: t for p, t in ev.candidates.items() if (p == FLOAT64) == alone} for alone in (False, True)]
-        results = [r for part in parts for r in judge_fairly(replace(ev, candidates=part), list(CHECKS))[1]]
+        results = [r for part in parts for r in run_checks_fairly(ev.of_candidates(part), list(CHECKS))[1]]
         return [r.as_json() for r in results if r.status is not Status.SKIP]
 
 

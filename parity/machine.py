@@ -1,6 +1,7 @@
 """The machine that a check runs on: its cores, its memory, where made files are kept."""
 
 import os
+import platform
 import shutil
 import tempfile
 import time
@@ -8,10 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from parity.contract import DTYPES
 
 SMALL_BYTES = 2 * 10**9  # of a checkpoint on disk: below, several implementations fit in memory side by side
+PACKAGES = ("torch", "transformers", "llama_models", "fairscale", "safetensors", "tokenizers", "tiktoken")
 MEMORY_SHARE = 0.8  # of the machine that a model may take
 
 
@@ -43,6 +48,33 @@ def installed(packages: Sequence[str]) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def environment(threads: int, device: str) -> dict[str, Any]:
+    """What a report says of the machine: versions, processor, and the threads that each implementation had."""
+    cpu = torch.backends.cpu.get_cpu_capability()
+    machine = {"system": platform.system(), "machine": platform.machine(), "cpu_capability": cpu}
+    return {
+        "python": platform.python_version(),
+        **installed(PACKAGES),
+        **machine,
+        "threads": threads,
+        "device": device,
+    }
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Resident anonymous memory of a process now (Linux; 0 elsewhere and for a process that has ended)."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    kib = next((line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:")), "0")
+    return int(kib) * 1024
+
+
+def own_anonymous_bytes() -> int:
+    return anonymous_bytes(os.getpid())
 
 
 def cache_folder() -> Path:

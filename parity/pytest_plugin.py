@@ -12,26 +12,30 @@ adds one test for each check: `parity::logits`, `parity::cache`, ... A test of y
 import functools
 import shlex
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from parity.contract import Result, Status
 from parity.report.terminal import number
+
+if TYPE_CHECKING:
+    from parity.report.model import Report
 
 
 @functools.cache
-def report_of(candidate: str, *flags: str) -> dict[str, Any]:
+def report_of(candidate: str, *flags: str) -> "Report":
     """The report of `python -m parity.check --candidate ... flags`. Raises UsageError, or SystemExit for a bad flag."""
     from parity import check
 
     args = check.build_parser().parse_args(["--candidate", candidate, *flags])
-    return check.check(args, check.validate(args))
+    return check.check(check.request_of(args))
 
 
 @pytest.fixture(scope="session")
 def parity_case() -> Callable[..., dict[str, Any]]:
     """parity_case(candidate, *flags of parity.check) -> the report, schema nanollama.parity/1; each is made once."""
-    return report_of
+    return lambda candidate, *flags: report_of(candidate, *flags).as_json()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,12 +65,12 @@ class ParityItem(pytest.Item):
     def runtest(self) -> None:
         report = report_of(self.candidate, *self.flags)
         check = self.name.removeprefix("parity::")
-        results = [r for r in report["results"] if r["check"] == check]
-        bad = [r for r in results if r["status"] in ("fail", "error")]
+        results = [r for r in report.results if r.check == check]
+        bad = [r for r in results if r.status in (Status.FAIL, Status.ERROR)]
         if bad:
             raise ParityFailure("\n".join(map(describe, bad)) + divergence(report))
-        if all(r["status"] == "skip" for r in results):
-            pytest.skip(next((str(r["reason"]) for r in results), "not among the chosen checks"))
+        if all(r.status is Status.SKIP for r in results):
+            pytest.skip(next((str(r.reason) for r in results), "not among the chosen checks"))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> str:
         return str(excinfo.value) if isinstance(excinfo.value, ParityFailure) else str(super().repr_failure(excinfo))
@@ -79,16 +83,16 @@ class ParityFailure(AssertionError):
     """A check that failed: its results, one a line, and where the candidate first departs."""
 
 
-def describe(r: dict[str, Any]) -> str:
-    twin = "twin" if r["checkpoint"] == "twin" else None
-    party = ", ".join(part for part in (twin, r["dtype"], r["path"], r["reference"]) if part)
-    beyond = f"{number(r['value'])} beyond {number(r['bound'])}" if r["value"] is not None else r["status"]
-    return " ".join(part for part in (f"{r['check']} ({party}):", r["metric"], beyond, r["where"], r["reason"]) if part)
+def describe(r: Result) -> str:
+    twin = "twin" if r.checkpoint == "twin" else None
+    party = ", ".join(part for part in (twin, r.dtype, r.path, r.reference) if part)
+    beyond = f"{number(r.value)} beyond {number(r.bound)}" if r.value is not None else r.status.value
+    return " ".join(part for part in (f"{r.check} ({party}):", r.metric, beyond, r.where, r.reason) if part)
 
 
-def divergence(report: dict[str, Any]) -> str:
-    first = report["first_divergence"]
+def divergence(report: "Report") -> str:
+    first = report.first_divergence
     if not first:
         return ""
-    where = "first departs, in the twin, at" if first["checkpoint"] == "twin" else "first departs at"
-    return f"\n{where} {first['tap']}: {first['probable_cause']}"
+    where = "first departs, in the twin, at" if first.checkpoint == "twin" else "first departs at"
+    return f"\n{where} {first.tap}: {first.probable_cause}"

@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from parity.checks import CHECKS
+from parity.checks import CHECKS, verdict
 from parity.contract import Case, Result, tap_names
 from parity.measure.evidence import Evidence
-from parity.report import summary
 from parity.run.run_candidate import record
 from parity.run.training import FILE, MADE_STEPS, STEPS_FILE, training_case
 from parity.trace import Trace, TraceWriter, by_part
@@ -173,11 +172,11 @@ def judge(load: Any, folder: Path, dtypes: tuple[str, ...] = ("fp32",)) -> tuple
     case = case_of(list(dtypes))
     forced = {"meta": reference}
     record(load, case, TraceWriter(folder / "candidate"), lambda stage, done: None, forced)
-    ev = Evidence(case, oracle, {"meta": reference}, {None: Trace(folder / "candidate")})
-    ev.forced, ev.ops = forced, {"meta": oracle}
-    ev.prepare(1, list(dtypes))
-    results = summary.judge_all(ev, list(CHECKS))
-    return results, summary.verdict(results, summary.judged_dtypes(ev), summary.compared_tensors(ev))[0]
+    candidates: dict[str | None, Trace] = {None: Trace(folder / "candidate")}
+    ev = Evidence(case, oracle, forced, candidates, forced=forced, ops={"meta": oracle})
+    ev.measure_all(1, list(dtypes))
+    results = verdict.run_checks(ev, list(CHECKS))
+    return results, verdict.decide(results, verdict.judged_dtypes(ev), verdict.compared_tensors(ev))[0]
 
 
 # --- Hostile answers -------------------------------------------------------------------------------------------------

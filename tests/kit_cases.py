@@ -27,7 +27,7 @@ def make(root: Path, *argv: str) -> Made:
     for part in ("work", "kit"):
         (root / part).mkdir()
     args = command.build_parser().parse_args(["--out", str(root / "kit"), *argv])
-    source = command.gather(args, ["fp32", "bf16"], root / "work")
+    source = command.gather(command.request_of(args), root / "work")
     command.fill(source, root / "kit")
     return source, root / "kit"
 

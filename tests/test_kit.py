@@ -16,10 +16,9 @@ from parity.checks.training import gradient_floor
 from parity.kit import make as command
 from parity.kit.arrays import Gate, Kit, KitWriter
 from parity.kit.check import METRICS, Port, judged
-from parity.kit.gates import Judges, write_training
-from parity.measure.evidence import Pair
-from parity.measure.evidence import judged as judged_groups
-from parity.measure.metrics import noise, ratio
+from parity.kit.gates import Floors, write_training
+from parity.measure.evidence import Kept, Pair, groups_of
+from parity.measure.metrics import noise_rms, ratio
 from parity.run.training import FILE, read
 
 
@@ -85,8 +84,8 @@ def test_the_ratios_are_those_of_parity_check(made: Made, tmp_path: Path) -> Non
     port, arrays = Port(kit, tmp_path, dtype), reference(source, "hf", dtype, Kit(folder))
     theirs = ev.measured(ev.references["hf"], dtype)
     for tap, error in theirs.taps.items():
-        judges = [ev.reference(Pair(r, dtype, None)).taps[tap] for r in ("meta", "hf")]
-        wanted = max(ratio(error.rms(i), noise(judge, dtype, i)) for judge in judges for i in judged_groups(error))
+        judges = [ev.noise_floor(Pair(r, dtype, None)).taps[tap] for r in ("meta", "hf")]
+        wanted = max(ratio(error.rms(i), noise_rms(judge, dtype, i)) for judge in judges for i in groups_of(error))
         gates = [g for g in port.gates[tap] if g.metric == "rms"]
         assert len(gates) == 2  # all sequences, and the long one alone
         found = [judged(port, g, arrays[tap], kit.get(tap)).value for g in gates]
@@ -101,15 +100,16 @@ def test_a_reference_that_is_wrong_widens_no_bound(wrong: str, made: Made) -> No
     found = {name: ev.measured(trace, "fp32") for name, trace in ev.references.items()}
     far = lambda e: replace(e, error=[1e6 * x for x in e.error], worst=[1e3 * x for x in e.worst])
     lost = replace(found[wrong], taps={tap: far(e) for tap, e in found[wrong].taps.items()})
-    measured = ev._measured | {(id(ev.references[wrong]), "fp32"): lost}
-    judges = Judges(replace(ev, _measured=measured, _noise={}, _strict={}), "fp32")
+    kept = Kept()
+    kept.once(("measured", ev.references[wrong], "fp32"), lambda: lost)
+    judges = Floors(replace(ev, floors=kept), "fp32")
     for tap in ("layers.0.q", "logits"):
-        floor = noise(found[right].taps[tap], "fp32")
-        assert judges.smallest(lambda m, t=tap: noise(m.taps[t], "fp32")) == pytest.approx(floor)
+        floor = noise_rms(found[right].taps[tap], "fp32")
+        assert judges.smallest(lambda m, t=tap: noise_rms(m.taps[t], "fp32")) == pytest.approx(floor)
     margins = [rows.margin > 4 * worst for rows, worst in zip(ev.oracle_rows("fp32"), found[right].taps["logits"].worst,
                                                               strict=True)]  # fmt: skip
     assert judges.decided().tolist() == torch.cat(margins).int().tolist()
-    assert not torch.equal(judges.decided(), Judges(judges.ev, "fp32").decided_by(wrong))
+    assert not torch.equal(judges.decided(), Floors(judges.ev, "fp32").decided_by(wrong))
 
 
 def test_training_is_judged_by_the_nearer_reference(

@@ -87,8 +87,8 @@ def test_planted_mistake_is_found_and_named(edit: Edit, tap: str, words: str) ->
     ev, _ = judge("gqa", edited(edit))
     found = first_divergence(ev)
     assert found is not None
-    assert found["tap"] == tap
-    assert words in found["probable_cause"]
+    assert found.tap == tap
+    assert words in found.probable_cause
     assert {"layer", "position", "sequence", "rho", "value", "expected"} <= found.keys()
 
 
@@ -103,8 +103,8 @@ def test_operations_that_are_right_alone_are_said_so() -> None:
 
     found = first_divergence(judge("gqa", edited(twice))[0])
     assert found is not None
-    assert found["layer"] == 1
-    assert found["operations"]  # the second layer's operations are wrong by themselves
+    assert found.layer == 1
+    assert found.operations  # the second layer's operations are wrong by themselves
 
 
 def test_noise_in_a_projection_is_found_where_it_is() -> None:
@@ -115,8 +115,8 @@ def test_noise_in_a_projection_is_found_where_it_is() -> None:
 
     found = first_divergence(judge("gqa", edited(noisy))[0])
     assert found is not None
-    assert found["tap"] == "layers.0.attn_out"
-    assert "output projection" in found["probable_cause"]
+    assert found.tap == "layers.0.attn_out"
+    assert "output projection" in found.probable_cause
 
 
 CONFIG = {"head_dim": 16, "rope_theta": 500_000.0, "rope_scaling": None}

@@ -16,7 +16,7 @@ from torch import Tensor
 import nanollama.model as model_module
 from nanollama.checkpoint import open_checkpoint
 from nanollama.model import KVCache, ModelConfig, RopeScaling, Transformer, rope_table
-from parity.measure.metrics import TapError, noise, ratio
+from parity.measure.metrics import TapError, noise_rms, ratio
 from parity.measure.tolerances import BOUNDS
 from parity.synth.checkpoint import synthesise
 from parity.synth.shapes import SHAPES
@@ -71,7 +71,7 @@ def test_any_split_into_chunks_and_steps_gives_the_full_logits(
     with torch.inference_mode():
         full = models["exact"](TOKENS)[0]
         pieces = [model(TOKENS[:, a:b], cache=cache)[0] for a, b in pairwise(edges)]
-    floor = noise(error_of(full, oracle), "fp32")
+    floor = noise_rms(error_of(full, oracle), "fp32")
     assert ratio(error_of(torch.cat(pieces), oracle).rms(), floor) <= BOUND
 
 

@@ -39,10 +39,8 @@ def test_anonymous_mutant_is_killed_and_found_at_the_same_tap(mutant: Mutant, tm
     assert mutants.killer(results) == ("logits" if mutant.tap == "logits" else "taps")
     found = first_divergence(ev)
     assert found is not None
-    assert found["tap"] == mutant.tap
-    assert not any(
-        char.isdigit() and mutant.number == word for word in found["probable_cause"].split() for char in word
-    )
+    assert found.tap == mutant.tap
+    assert not any(char.isdigit() and mutant.number == word for word in found.probable_cause.split() for char in word)
 
 
 def test_bare_callable_is_judged_by_its_logits(tmp_path: Path) -> None:
@@ -55,5 +53,5 @@ def test_bare_callable_is_judged_by_its_logits(tmp_path: Path) -> None:
     ev, results = judge("gqa", load)
     assert mutants.killer(results) == "logits"
     found = first_divergence(ev)
-    assert found is not None and found["tap"] == "logits"
-    assert "no taps()" in found["probable_cause"]
+    assert found is not None and found.tap == "logits"
+    assert "no taps()" in found.probable_cause

@@ -1,5 +1,6 @@
 """Checks `tokens` and `chat` where a checkpoint brings several tokenizers: who is judged by which, and what is said."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ from parity.candidates.nano.model import Nano
 from parity.checks.identity import chat, disagreements, tokens
 from parity.contract import Case, Result, Status
 from parity.measure.evidence import Evidence
-from parity.report.terminal import _uncovered
+from parity.report.terminal import list_uncovered
 
 TEXTS, DIALOGS = ["one", "two", "three"], [[{"role": "user", "content": "Hi"}]]
 MODEL, JSON = [[1, 5], [1, 6], [1, 7]], [[1, 5], [1, 60], [1, 7]]
@@ -42,7 +43,7 @@ def test_a_candidate_that_follows_one_of_two_files_is_not_blamed() -> None:
     assert (found["meta"].status, found["hf"].status) == (Status.PASS, Status.SKIP)
     assert not found["hf"].required and f"follows {META} in every text" in (found["hf"].reason or "")
     assert "two" in (found["hf"].where or "") and found["hf"].value == 1
-    [line] = _uncovered({"results": [found["hf"].as_json()]})
+    [line] = list_uncovered([found["hf"]])
     assert line == f"tokens (exact, against hf): the candidate follows {META} in every text, this reference {HF}: " + (
         "the two disagree"
     )
@@ -82,8 +83,7 @@ def test_a_candidate_that_runs_tokenizer_json_as_it_stands_is_not_blamed_for_a_c
 def test_a_reference_that_does_not_judge_is_a_witness() -> None:
     ev = evidence(JSON, meta=trace(reading(META, MODEL)))
     assert [r.status for r in tokens(ev)] == [Status.FAIL]
-    ev.witnesses = [trace(reading(HF, JSON))]
-    [found] = tokens(ev)
+    [found] = tokens(replace(ev, witnesses=(trace(reading(HF, JSON)),)))
     assert found.status is Status.SKIP and f"follows {HF}" in (found.reason or "")
 
 

@@ -12,15 +12,16 @@ from mutant_evidence import base, judge
 from nanollama.model import ModelConfig, RopeScaling, rope_table
 from parity.checks.forward import kl_explained
 from parity.checks.ops import coarse_rotation, op_noise
+from parity.checks.verdict import fails_behind_rope
 from parity.explain.localise import first_divergence
-from parity.measure.evidence import Pair
+from parity.measure.evidence import Kept, Pair
 from parity.measure.metrics import TapError, relative
 from parity.measure.rope_table import cause, grades, of_table, worst
 from parity.mutants import evaluate as mutants
 from parity.mutants.edits import benign, forward
 from parity.mutants.edits.edit import Load, edited, with_table
-from parity.report.summary import fails_behind_rope
-from parity.run.runner import ROPE_POSITIONS, in_doubt
+from parity.run.request import ROPE_POSITIONS
+from parity.run.runner import in_doubt
 
 POSITIONS = list(ROPE_POSITIONS)
 PAIR = Pair("meta", "fp32", None)
@@ -117,15 +118,16 @@ def test_a_coarse_table_is_named_and_measured(name: str, words: str) -> None:
 def test_frequencies_in_float64_pass(load: Any) -> None:
     ev, results = judge("gqa", load(with_frequencies(benign.float64_frequencies)))
     assert [(r.check, r.metric, r.value) for r in mutants.failed(results)] == []
-    assert not any("coarse pow" in found["text"] for found in grades(ev, False))
+    assert not any("coarse pow" in str(found) for found in grades(ev, False))
 
 
 def test_a_pow_that_is_4_ulp_off_passes_with_its_grade() -> None:
     ev, results = judge("gqa", with_frequencies(benign.coarse_pow(4)))
     assert mutants.failed(results) == []
     (found,) = grades(ev, ev.lenient)
-    assert found["ulp"] > 3.5 and found["context_tokens"] > 50
-    assert "a coarse pow" in found["text"] and "rad at position 8191" in found["text"]
+    assert found.ulp is not None and found.context_tokens is not None
+    assert found.ulp > 3.5 and found.context_tokens > 50
+    assert "a coarse pow" in str(found) and "rad at position 8191" in str(found)
     assert in_doubt(ev, ["fp32"])
 
 
@@ -146,7 +148,7 @@ def test_a_frequency_20_ulp_off_is_found_where_it_is() -> None:
     ev, results = judge("gqa", with_frequencies(benign.coarse_pow(40)))
     assert "rope" in {r.check for r in mutants.failed(results)}
     place = first_divergence(ev)
-    assert place is not None and place["tap"] == "layers.0.q_rope"
+    assert place is not None and place.tap == "layers.0.q_rope"
 
 
 def test_an_allowance_that_grows_with_the_position_is_no_room_at_its_start() -> None:
@@ -160,7 +162,7 @@ def test_an_allowance_that_grows_with_the_position_is_no_room_at_its_start() -> 
 
 def test_a_large_kl_is_explained_by_the_noise_at_its_position_or_fails() -> None:
     ev, _ = judge("gqa", edited(forward.NOTHING))
-    logits = ev.reference(PAIR).taps["logits"]
+    logits = ev.noise_floor(PAIR).taps["logits"]
     typical = logits.rms() ** 2 / 2
     kl = torch.full((sum(x.numel() for x in logits.error),), typical, dtype=torch.float64)
     assert kl_explained(logits, PAIR.dtype, kl) < 1
@@ -173,7 +175,7 @@ def test_an_operation_is_judged_by_the_larger_error_of_both_references() -> None
     own = op_noise(ev, PAIR, "layers.0.attn_mix")
     twice = TapError([2 * x for x in own.error], own.expected, own.worst, own.width)
     known = {("meta", "fp32", "layers.0.attn_mix"): own, ("hf", "fp32", "layers.0.attn_mix"): twice}
-    both = replace(ev, ops=ev.ops | {"hf": ev.ops["meta"]}, op_noise={})
+    both = replace(ev, ops=ev.ops | {"hf": ev.ops["meta"]}, floors=Kept())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("parity.checks.ops._own_error", lambda ev, reference, dtype, tap: known[reference, dtype, tap])
         for reference in ("meta", "hf"):

@@ -11,10 +11,12 @@ import torch
 from checkpoint_cases import LLAMA31, make_weights, write
 from parity import check
 from parity.candidates.nano.checkpoint import describe
+from parity.candidates.probe import probe_in_process
 from parity.mutants import matrix
 from parity.mutants.evaluate import with_twin
+from parity.report.model import Absent, CheckpointEntry, Report, Tokens
 from parity.run import twin as report_of_both
-from parity.run.runner import probed
+from parity.run.request import Request
 from parity.synth.checkpoint import synthesise
 from parity.synth.shapes import SHAPES
 
@@ -77,11 +79,8 @@ def test_a_right_port_passes_on_both(trained: Path, tmp_path: Path) -> None:
     assert passed.count("twin") == passed.count("given") > 0 and report["first_divergence"] is None
 
 
-def bare(verdict: str) -> dict[str, Any]:
-    keys = ("seconds", "seconds_in_forward", "peak_anonymous_bytes")
-    return {"verdict": verdict, "why": verdict, "results": [], "notices": [], "first_divergence": None} | dict.fromkeys(
-        keys, 0
-    )
+def bare(verdict: str) -> Report:
+    return Report(verdict, verdict, "port", [], CheckpointEntry("x", "meta", {}, 0), {}, [], Tokens(0, 0, 0, {}))
 
 
 STUBBORN = """
@@ -112,14 +111,14 @@ def test_a_candidate_that_has_no_twin_gets_a_plain_word(
 ) -> None:
     (tmp_path / "stubborn.py").write_text(STUBBORN.format(ports=str(PORT.parent), ckpt=str(trained)))
     flags = ["--ckpt", str(trained), "--candidate", f"{tmp_path}/stubborn.py:{attribute}", "--dtype", "fp32"]
-    args = check.build_parser().parse_args(flags)
+    request = check.request_of(check.build_parser().parse_args(flags))
     described = describe(str(trained), None)
-    found = probed(args.candidate, described, ["fp32"], "cpu", tmp_path)
-    outcome = check.check_twin(args, check.validate(args), described, found, tmp_path / "twin")
-    assert isinstance(outcome, report_of_both.Absent) and outcome.status == "none"
+    found = probe_in_process(request.candidate, described, ["fp32"], "cpu", tmp_path)
+    outcome = check.check_twin(request, described, found, tmp_path / "twin")
+    assert isinstance(outcome, Absent) and outcome.status == "none"
     assert said in outcome.why
     report = report_of_both.merge(bare("pass"), outcome)
-    assert report["verdict"] == "pass" and said in report["notices"][0] and "unseen without it" in report["notices"][0]
+    assert report.verdict == "pass" and said in report.notices[0] and "unseen without it" in report.notices[0]
 
 
 @pytest.mark.parametrize(
@@ -129,9 +128,9 @@ def test_a_candidate_that_has_no_twin_gets_a_plain_word(
 def test_servers_nanollama_and_the_embedded_default_have_no_twin(
     candidate: str, ckpt: str | None, needed: bool, tmp_path: Path
 ) -> None:
-    args = type("Args", (), {"ckpt": ckpt, "candidate": candidate, "twin": "on"})()
+    request = Request(candidate, ckpt, checks=("logits",))
     path = write(tmp_path, "hf", LLAMA31, make_weights(LLAMA31))
-    found = report_of_both.absent(args, ["logits"], describe(str(path), None))
+    found = report_of_both.absent(request, describe(str(path), None))
     assert found is not None and (found.status, found.needed) == ("none", needed)
 
 
@@ -143,14 +142,14 @@ def test_servers_nanollama_and_the_embedded_default_have_no_twin(
     ],
 )  # fmt: skip
 def test_the_worse_verdict_is_that_of_both(own: str, other: str, both: str) -> None:
-    assert report_of_both.merge(bare(own), bare(other))["verdict"] == both
+    assert report_of_both.merge(bare(own), bare(other)).verdict == both
 
 
 def test_a_twin_that_came_to_no_end_limits_the_verdict() -> None:
-    ended = report_of_both.Absent("error", "meta ended with signal 9")
+    ended = Absent("error", "meta ended with signal 9")
     found = report_of_both.merge(bare("pass"), ended)
-    assert found["verdict"] == "limited" and found["results"][0]["checkpoint"] == "twin"
-    assert report_of_both.merge(bare("fail"), ended)["verdict"] == "fail"
+    assert found.verdict == "limited" and found.results[0].checkpoint == "twin"
+    assert report_of_both.merge(bare("fail"), ended).verdict == "fail"
 
 
 def fate(fp32: bool, bf16: bool, by: str | None) -> dict[str, Any]:

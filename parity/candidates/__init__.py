@@ -2,7 +2,7 @@
 `env:PYTHON file.py:attr`, `cmd:PROGRAM ...`, `http://host:port/v1`.
 
 `resolve` turns a name into the paths to check: {path: load}, where load(checkpoint, dtype, device) gives a candidate
-(see parity/contract.py). Everything that knows `nanollama` lives in this package.
+(see parity/contract.py). What knows `nanollama` lives in nano/.
 """
 
 from collections.abc import Callable

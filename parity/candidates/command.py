@@ -27,8 +27,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from nanollama.checkpoint import Checkpoint, open_checkpoint
 from parity.candidates.interface import ATTRIBUTES
+from parity.candidates.nano.opening import Checkpoint, open_checkpoint
 from parity.contract import DTYPES, UsageError
 
 WITH_HEADS = (".q", ".k", ".v", ".q_rope", ".k_rope")

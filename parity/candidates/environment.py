@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from nanollama.checkpoint import open_checkpoint
 from parity import serve
 from parity.candidates.command import Command, dtype_name
 from parity.candidates.crash import Crashed, Wrong
 from parity.candidates.interface import ATTRIBUTES, METHODS, accepted
+from parity.candidates.nano.opening import open_checkpoint
 from parity.contract import UsageError
 
 PREFIX = "env:"

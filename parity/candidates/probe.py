@@ -8,10 +8,11 @@ In a process of its own: what a candidate allocates is gone before the reference
 import json
 import sys
 import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,7 +20,11 @@ from parity.candidates import answers
 from parity.candidates.crash import Crashed, Failure, Unasked, Wrong, failure
 from parity.candidates.interface import Interface, declared, declared_dtypes, loaded, refuse_undeclared
 from parity.contract import Case, UsageError
+from parity.machine import threads_for, too_large
 from parity.run.process import Crash, started, wait_any
+
+if TYPE_CHECKING:
+    from parity.candidates.nano.checkpoint import Description
 
 TOKENS = 3
 FILE = "probe.json"
@@ -35,7 +40,7 @@ class Probed:
     max_positions: int | None = None
     answer: int | None = None  # a checksum of what it answered; None of one that was not asked
 
-    def stops(self, dtypes: list[str]) -> bool:
+    def stops(self, dtypes: Sequence[str]) -> bool:
         """Whether there is nothing that the references could be run for."""
         return bool(self.failures) or all(dtype in self.undone for dtype in dtypes)
 
@@ -85,12 +90,27 @@ def ask(candidate: Interface, case: Case) -> int | None:
         return None
 
 
-def probe_in_process(name: str, case: Case, folder: Path, on_progress: Any) -> Probed:
-    """Run `probe` in its own process. Raises UsageError; a process that dies is a failure of the candidate."""
-    out = folder / "probe"
+def probe_in_process(
+    name: str, checkpoint: "Description", dtypes: Sequence[str], device: str, folder: Path
+) -> Probed | None:
+    """A candidate loaded and asked before the references run; None of nanollama, which is ours.
+
+    Raises UsageError; a process that dies is a failure of the candidate.
+    """
+    if name == "nanollama":
+        return None
+    case = Case(
+        str(checkpoint.path.resolve()),
+        list(dtypes),
+        device=device,
+        threads=threads_for(checkpoint.stored_bytes),
+        too_large=too_large(checkpoint.parameters, dtypes),
+        vocab_size=checkpoint.config["vocab_size"],
+    )
+    out, silent = folder / "probe", lambda label, stage, done: None
     file = case.write(folder / "probe-case.json")
     arguments = [name, str(file), str(out)]
-    with started("candidate", "parity.candidates.probe", arguments, folder / "probe.log", on_progress) as process:
+    with started("candidate", "parity.candidates.probe", arguments, folder / "probe.log", silent) as process:
         try:
             wait_any([process]).finish()
         except Crash as crash:

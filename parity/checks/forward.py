@@ -68,7 +68,7 @@ def logits(ev: Evidence) -> Iterator[Result]:
 
 
 def _pairwise(ev: Evidence, pair: Pair, tap: str) -> float:
-    return worst_ratio(ev.pairwise(pair, tap), ev.reference(pair).taps[tap], pair.dtype)[0]
+    return worst_ratio(ev.pairwise(pair, tap), ev.noise_floor(pair).taps[tap], pair.dtype)[0]
 
 
 def _worst(ev: Evidence, pair: Pair, check: str, gate: str, ratios: dict[str, float], bound: float) -> Result:
@@ -104,10 +104,10 @@ def kl(ev: Evidence) -> Iterator[Result]:
     Of a candidate that lists log-probabilities, over the tokens that it lists, both distributions renormalised to them.
     """
     for pair in ev.pairs():
-        mine, theirs = ev.candidate(pair).rows, ev.reference(pair).rows
+        mine, theirs = ev.candidate(pair).rows, ev.noise_floor(pair).rows
         if mine:
             c, r = torch.cat([rows.kl for rows in mine]), torch.cat([rows.kl for rows in theirs])
-            error, noise = ev.candidate(pair).taps["logits"], ev.reference(pair).taps["logits"]
+            error, noise = ev.candidate(pair).taps["logits"], ev.noise_floor(pair).taps["logits"]
         elif (listed := ev.listed(pair)) is not None:
             c, r, error, noise = listed.kl, listed.kl_noise, listed.error, listed.noise
         else:

@@ -14,7 +14,8 @@ from torch import Tensor
 from parity.candidates.interface import lacking
 from parity.contract import Result, Status, judge
 from parity.explain.rotation import frequencies, pairs
-from parity.measure.evidence import Evidence, Pair, envelope, worst_ratio
+from parity.measure import noise
+from parity.measure.evidence import Evidence, Pair, worst_ratio
 from parity.measure.metrics import TapError
 from parity.measure.tolerances import BOUNDS, TABLE_ULP
 from parity.run.teacher_forcing import op_names
@@ -34,13 +35,11 @@ class OpErrors:
 
 def measure_ops(ev: Evidence, pair: Pair) -> OpErrors | None:
     """None where the candidate has no ops(), or the checkpoint is too large for teacher forcing."""
-    mine = ev.candidates[pair.path].folder / "ops" / pair.reference
+    trace = ev.candidates[pair.path]
+    mine = trace.folder / "ops" / pair.reference
     if pair.reference not in ev.ops or not (mine / "trace.json").is_file():
         return None
-    key = (pair, str(mine))
-    if key not in ev.op_errors:
-        ev.op_errors[key] = _measure(ev, Trace(mine), pair)
-    return ev.op_errors[key]
+    return ev.errors.once(("ops", trace, pair), lambda: _measure(ev, Trace(mine), pair))
 
 
 def _measure(ev: Evidence, mine: Trace, pair: Pair) -> OpErrors:
@@ -77,12 +76,14 @@ def _ratio(ev: Evidence, pair: Pair, tap: str, candidate: TapError) -> float:
 
 def op_noise(ev: Evidence, pair: Pair, tap: str) -> TapError:
     """What counts as rounding: at each position, the largest error that any reference makes on inputs of its own."""
-    key = (pair.reference, pair.dtype, tap)
-    if key not in ev.op_noise:
-        own = _own_error(ev, *key)
-        others = [_own_error(ev, name, pair.dtype, tap) for name in ev.ops if name != pair.reference]
-        ev.op_noise[key] = envelope(own, others)
-    return ev.op_noise[key]
+
+    def join() -> TapError:
+        own, *others = (
+            _own_error(ev, name, pair.dtype, tap) for name in sorted(ev.ops, key=lambda name: name != pair.reference)
+        )
+        return noise.raise_to(own, others)
+
+    return ev.floors.once(("ops", pair.reference, pair.dtype, tap), join)
 
 
 def _own_error(ev: Evidence, reference: str, dtype: str, tap: str) -> TapError:

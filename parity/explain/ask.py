@@ -16,7 +16,8 @@ from parity.candidates.conditions import Conditions
 from parity.explain.explained import NAMED, Explained, of_size
 from parity.explain.localise import first_divergence
 from parity.measure.evidence import Evidence, Pair
-from parity.run.runner import NO_IDENTITY, Runner
+from parity.run.jobs import NO_IDENTITY
+from parity.run.runner import Runner
 
 TOKENS = 128  # of the sequence are run, more where it departs later
 BEHIND = 64  # tokens are run behind the first wrong position at least
@@ -27,17 +28,18 @@ SECONDS = 60  # no mistake is begun after so long
 def explain(ev: Evidence, runner: Runner) -> Evidence:
     """The evidence with an explanation of its first divergence, where that has no name yet and can be asked about."""
     first = first_divergence(ev)
-    if first is None or first["named"] or first["position"] is None or runner.large or ev.case.positions is not None:
+    if first is None or first.named or first.position is None or runner.plan.large or ev.case.positions is not None:
         return ev
-    pair, sequence = Pair(first["reference"], first["dtype"], first["path"]), first["sequence"]
-    trace, tap = ev.candidates[pair.path], first["tap"]
+    assert first.sequence is not None
+    pair, sequence, tap = Pair(first.reference, first.dtype, first.path), first.sequence, first.tap
+    trace = ev.candidates[pair.path]
     tokens = ev.oracle.sequences[sequence]
     if "@" in tap:
         places = trace.meta["extra"][pair.dtype][tap.split("@")[1]][str(sequence)]
         value, rows = trace.get(pair.dtype, sequence, tap), torch.tensor(places)
     else:
-        tokens = tokens[: max(TOKENS, first["position"] + BEHIND)]
-        rows = chosen_rows(len(tokens), first["position"]) if tap == "logits" else torch.arange(len(tokens))
+        tokens = tokens[: max(TOKENS, first.position + BEHIND)]
+        rows = chosen_rows(len(tokens), first.position) if tap == "logits" else torch.arange(len(tokens))
         value = trace.get(pair.dtype, sequence, tap)[rows]
     if not torch.isfinite(value).all():
         return ev
@@ -45,7 +47,7 @@ def explain(ev: Evidence, runner: Runner) -> Evidence:
     save_file({"value": value.contiguous(), "rows": rows}, asked)
     case = replace(ev.case, prompts=[tokens], dtypes=[pair.dtype], training=None, **NO_IDENTITY)
     flags = ("--of", str(asked), "--tap", tap.split("@")[0], "--seconds", str(SECONDS))
-    out = runner.run_aside("explain", "reference.mistakes.explain", case, (*flags, *Conditions.of(trace.meta).flags))
+    out = runner.run_aside("explain", "mistakes.explain", case, (*flags, *Conditions.of(trace.meta).flags))
     if out is None:
         return ev
     return replace(ev, explained=read(ev, pair, tap, json.loads((out / "explained.json").read_text())))

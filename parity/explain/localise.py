@@ -5,7 +5,7 @@ wrong on the reference's own inputs. Where the plain forward pass is right, cach
 """
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
 
 import torch
 
@@ -16,6 +16,7 @@ from parity.explain.explained import Explained
 from parity.measure.evidence import Evidence, Pair, position_ratios
 from parity.measure.metrics import TapError
 from parity.measure.tolerances import BOUNDS, LONG_SEQUENCE_TOKENS
+from parity.report.model import Divergence
 from parity.trace import Trace
 
 KINDS = ("cached", "chunked", "batch", "packed", "compiled")
@@ -26,7 +27,7 @@ def bound_of(tap: str) -> float:
     return BOUNDS["G3.logits" if tap == "logits" else "G3.taps"].value
 
 
-def first_divergence(ev: Evidence) -> dict[str, Any] | None:
+def first_divergence(ev: Evidence) -> Divergence | None:
     """The first tap, in order of computation, that departs; fp32 is asked first. None where no tap does."""
     pairs = sorted(ev.pairs(), key=lambda p: (p.dtype != "fp32", p.dtype))
     for stage in (_free_running, _teacher_forced, _other_ways, _not_repeatable):
@@ -40,25 +41,25 @@ def first_divergence(ev: Evidence) -> dict[str, Any] | None:
 # --- Free-running ----------------------------------------------------------------------------------------------------
 
 
-def _free_running(ev: Evidence, pair: Pair) -> dict[str, Any] | None:
-    candidate, reference = ev.candidate(pair), ev.reference(pair)
+def _free_running(ev: Evidence, pair: Pair) -> Divergence | None:
+    candidate, reference = ev.candidate(pair), ev.noise_floor(pair)
     for tap in tap_names(ev.oracle.n_layers):
         if tap in candidate.broken:
             why = f"{candidate.broken[tap]}; {cause(ev, pair, tap, None)[0]}"
-            return _describe(ev, pair, tap, None, None, None, why)
+            return describe(ev, pair, tap, why)
         if tap not in candidate.taps or tap not in reference.taps:
             continue
         rho, sequence = ev.rho(pair, tap)
         if not rho <= bound_of(tap):
             at, position = first_position(ev, pair, tap, sequence)
             why, named = cause(ev, pair, tap, at)
-            return _describe(ev, pair, tap, at, position, rho, why, named)
+            return describe(ev, pair, tap, why, at, position, rho, named)
     return None
 
 
 def first_position(ev: Evidence, pair: Pair, tap: str, sequence: int | None) -> tuple[int, int]:
     """(sequence, position) where the error first exceeds the bound; the largest error's place when none does alone."""
-    candidate, reference = ev.candidate(pair).taps[tap], ev.reference(pair).taps[tap]
+    candidate, reference = ev.candidate(pair).taps[tap], ev.noise_floor(pair).taps[tap]
     chosen = range(len(candidate.error)) if sequence is None else [sequence]
     for i in sorted(chosen, key=lambda i: candidate.error[i].numel() < LONG_SEQUENCE_TOKENS):
         beyond = ~(position_ratios(candidate, reference, pair.dtype, i) <= bound_of(tap))
@@ -74,36 +75,33 @@ def actual_position(ev: Evidence, tap: str, sequence: int, row: int) -> int:
     return row if tap == "logits" or ev.case.positions is None else ev.case.positions[sequence][row]
 
 
-def _describe(
+def describe(
     ev: Evidence,
     pair: Pair,
     tap: str,
-    sequence: int | None,
-    position: int | None,
-    rho: float | None,
     why: str,
+    sequence: int | None = None,
+    position: int | None = None,
+    rho: float | None = None,
     named: bool = True,
-) -> dict[str, Any]:
+) -> Divergence:
     """`named`: whether the table of mistakes (parity/explain/ask.py) has nothing to add."""
-    explained = explained_at(ev, pair, tap)
-    layer = int(tap.split(".")[1]) if tap.startswith("layers.") else None
     place = ev.candidate(pair).taps[tap].place if tap in ev.candidate(pair).taps else None
-    return {
-        "tap": tap,
-        "layer": layer,
-        "position": position,
-        "probable_cause": why,
-        "named": named,
-        "explained": explained.as_json() if explained else None,
-        "sequence": sequence,
-        "rho": rho,
-        "value": place.value if place else None,
-        "expected": place.expected if place else None,
-        "reference": pair.reference,
-        "dtype": pair.dtype,
-        "path": pair.path,
-        "operations": wrong_operations(ev, pair),
-    }
+    return Divergence(
+        tap,
+        pair.reference,
+        pair.dtype,
+        why,
+        pair.path,
+        sequence,
+        position,
+        rho,
+        value=place.value if place else None,
+        expected=place.expected if place else None,
+        operations=wrong_operations(ev, pair),
+        named=named,
+        explained=explained_at(ev, pair, tap),
+    )
 
 
 # What a departure at a tap is about, where no signature fits.
@@ -162,7 +160,7 @@ def _patterns(ev: Evidence, pair: Pair, tap: str, sequence: int | None) -> Itera
     """Which positions are wrong, which layers have no taps, and which operations are wrong by themselves."""
     measured = ev.candidate(pair)
     if sequence is not None and tap in measured.taps:
-        ratios = position_ratios(measured.taps[tap], ev.reference(pair).taps[tap], pair.dtype, sequence)
+        ratios = position_ratios(measured.taps[tap], ev.noise_floor(pair).taps[tap], pair.dtype, sequence)
         wrong = ~(ratios <= bound_of(tap))
         if len(wrong) > 2 and not wrong[0] and wrong[1:].float().mean() > 0.5:
             yield "position 0 is right, later ones are not"
@@ -187,7 +185,7 @@ def wrong_operations(ev: Evidence, pair: Pair) -> list[str] | None:
 # --- Teacher-forced --------------------------------------------------------------------------------------------------
 
 
-def _teacher_forced(ev: Evidence, pair: Pair) -> dict[str, Any] | None:
+def _teacher_forced(ev: Evidence, pair: Pair) -> Divergence | None:
     """An operation that is wrong by itself, though its error drowns in that of the whole pass."""
     found = measure_ops(ev, pair)
     tap = first_wrong(found) if found else None
@@ -198,13 +196,13 @@ def _teacher_forced(ev: Evidence, pair: Pair) -> dict[str, Any] | None:
     longest = max(range(len(given.sequences)), key=lambda i: len(given.sequences[i]))
     named = probable_cause(View(mine, oracle, given, pair.dtype, longest, None), tap)
     why = f"{named or ABOUT[tap.split('.')[-1]]}; seen on the reference's own inputs, hidden in the whole pass"
-    return _describe(ev, pair, tap, longest, None, found.ratios[tap], why)
+    return describe(ev, pair, tap, why, longest, None, found.ratios[tap])
 
 
 # --- Cache, batches, packed rows -------------------------------------------------------------------------------------
 
 
-def _other_ways(ev: Evidence, pair: Pair) -> dict[str, Any] | None:
+def _other_ways(ev: Evidence, pair: Pair) -> Divergence | None:
     """The forward pass is right: the first other way to the same logits that is not."""
     wrong = {
         kind: worst for kind in KINDS if (worst := _worst_extra(ev, pair, kind)) and not worst[0] <= bound_of("logits")
@@ -220,8 +218,8 @@ def _other_ways(ev: Evidence, pair: Pair) -> dict[str, Any] | None:
     why, tap = _way_cause(set(wrong), kind, error, row), f"logits@{kind}"
     explained = explained_at(ev, pair, tap)
     why = f"{explained}; {why}" if explained and explained.told else why
-    found = _describe(ev, pair, tap, sequence, positions[row], rho, why, named=kind != "cached")
-    return found | {"value": place.value if place else None, "expected": place.expected if place else None}
+    found = describe(ev, pair, tap, why, sequence, positions[row], rho, named=kind != "cached")
+    return replace(found, value=place.value if place else None, expected=place.expected if place else None)
 
 
 def _worst_extra(ev: Evidence, pair: Pair, kind: str) -> tuple[float, int, TapError] | None:
@@ -254,15 +252,10 @@ def _way_cause(wrong: set[str], kind: str, error: TapError, row: int) -> str:
     return "decoding departs from the full pass: its position, the cache's slots or the cache's content"
 
 
-def _not_repeatable(ev: Evidence, pair: Pair) -> dict[str, Any] | None:
+def _not_repeatable(ev: Evidence, pair: Pair) -> Divergence | None:
     relations = ev.candidates[pair.path].meta.get("self", {}).get(pair.dtype, {})
     for name, difference in relations.items():
         if difference != 0:
             why = f"two runs that must be equal bit for bit are not ({name}): state or chance between calls"
-            return _describe(ev, pair, "logits", None, None, None, why)
+            return describe(ev, pair, "logits", why)
     return None
-
-
-def rho_curve(ev: Evidence, pair: Pair) -> dict[str, float]:
-    """The error ratio at every tap that both sides have, in order of computation."""
-    return {tap: ev.rho(pair, tap)[0] for tap in ev.shared(pair)}

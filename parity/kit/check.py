@@ -10,16 +10,18 @@ from typing import Any
 
 from torch import Tensor
 
+from parity.checks.verdict import decide
 from parity.contract import Result, Status, UsageError, judge, tap_names
 from parity.explain.causes import View, probable_cause
 from parity.explain.localise import ABOUT
 from parity.kit.arrays import Gate, Kit, read
 from parity.kit.gates import KL
-from parity.machine import Clock
+from parity.machine import Clock, own_anonymous_bytes
 from parity.measure.metrics import TapError, logit_rows, oracle_rows, ratio
 from parity.measure.tolerances import KL_POSITIONS
-from parity.report.summary import SCHEMA, own_peak_bytes, verdict
+from parity.report.model import CheckpointEntry, Divergence, NoiseFloor, Report, Tokens
 
+THE_KIT = "the kit"
 GATES = {"taps": "G3", "logits": "G3", "rope": "G1", "training": "G8"}  # of results that are about a whole array
 
 
@@ -99,40 +101,30 @@ def report(
     candidate: str | None = None,
     said: Sequence[Result] = (),
     notices: Sequence[str] = (),
-) -> dict[str, Any]:
-    """The whole judgement, as parity.report.terminal renders it.
-
-    `said`, `notices`: of a candidate that wrote the files, what went wrong while it did and what it remarks.
-    """
+) -> Report:
+    """The whole judgement. `said`, `notices`: of a candidate that wrote the files, what went wrong while it did and
+    what it remarks."""
     clock, port, table = Clock(), Port(kit, folder, dtype), kit.table
     results, compared = judge_all(port)
     results = [*said, *results]
-    word, why = verdict(results, [dtype], compared)
-    lengths, decided = table["sequences"], {dtype: table["decided_fraction"][dtype]}
-    return {
-        "schema": SCHEMA,
-        "verdict": word,
-        "why": why,
-        "candidate": candidate or str(folder),
-        **{key: table[key] for key in ("references", "environment", "errata")},
-        "notices": [*table["notices"], *notices],
-        "checkpoint": table["checkpoint"] | {"config": table["config"]},
-        "results": [r.as_json() for r in results],
-        "first_divergence": first_divergence(port) if word == "fail" else None,
-        "noise_floor": [n for n in table["noise_floor"] if n["dtype"] == dtype],
-        "training": {},
-        "quantized": [],
-        "tokens": {
-            "prompts": len(lengths),
-            "positions": sum(lengths),
-            "longest": max(lengths),
-            "decided_fraction": decided[dtype],
-            "decided_fraction_by_dtype": decided,
-        },
-        "seconds": round(clock(), 3),
-        "seconds_in_forward": 0.0,
-        "peak_anonymous_bytes": own_peak_bytes(),
-    }
+    word, why = decide(results, [dtype], compared)
+    lengths = table["sequences"]
+    return Report(
+        verdict=word,
+        why=why,
+        candidate=candidate or str(folder),
+        references=table["references"],
+        checkpoint=CheckpointEntry(**table["checkpoint"], config=table["config"]),
+        environment=table["environment"],
+        results=results,
+        tokens=Tokens(len(lengths), sum(lengths), max(lengths), {dtype: table["decided_fraction"][dtype]}),
+        first_divergence=first_divergence(port) if word == "fail" else None,
+        errata=table["errata"],
+        notices=[*table["notices"], *notices],
+        noise_floor=[NoiseFloor.of_json(n) for n in table["noise_floor"] if n["dtype"] == dtype],
+        seconds=clock(),
+        peak_anonymous_bytes=own_anonymous_bytes(),
+    )
 
 
 def judge_all(port: Port) -> tuple[list[Result], int]:
@@ -231,22 +223,22 @@ def located(kit: Kit, row: int) -> tuple[int, int]:
 # --- Where it first departs ------------------------------------------------------------------------------------------
 
 
-def first_divergence(port: Port) -> dict[str, Any] | None:
+def first_divergence(port: Port) -> Divergence | None:
     """The first tap, in order of computation, beyond its bound or of another size; None where no tap is."""
     for tap in tap_names(port.kit.table["config"]["n_layers"]):
         name = port.name(tap)
         if not port.path(name).is_file():
             continue
         if why := port.broken(name):
-            return described(port, tap, None, why)
+            return Divergence(tap, THE_KIT, port.dtype, why)
         mine, exact = port.get(name), port.kit.get(name)
         for gate in (gate for gate in port.gates[name] if gate.metric == "rms"):
             if judged(port, gate, mine, exact).status is Status.FAIL:
-                return departure(port, tap, gate, mine, exact)
+                return describe(port, tap, gate, mine, exact)
     return None
 
 
-def departure(port: Port, tap: str, gate: Gate, mine: Tensor, exact: Tensor) -> dict[str, Any]:
+def describe(port: Port, tap: str, gate: Gate, mine: Tensor, exact: Tensor) -> Divergence:
     """Named at the first row that is beyond the bound by itself, else at the largest error."""
     rows = slice(gate.first, gate.first + gate.rows)
     error = error_of(mine[rows], exact[rows])
@@ -255,8 +247,9 @@ def departure(port: Port, tap: str, gate: Gate, mine: Tensor, exact: Tensor) -> 
     row = int(beyond[0]) if len(beyond) else error.place.index[0]
     sequence, position = located(port.kit, gate.first + row)
     why = probable_cause(view(port, sequence), tap) or ABOUT[tap.split(".")[-1]]
-    found = {"sequence": sequence, "position": position, "rho": ratio(error.rms(), gate.noise)}
-    return described(port, tap, found | {"value": error.place.value, "expected": error.place.expected}, why)
+    values = {"value": error.place.value, "expected": error.place.expected}
+    rho = ratio(error.rms(), gate.noise)
+    return Divergence(tap, THE_KIT, port.dtype, why, None, sequence, position, rho, **values)
 
 
 def view(port: Port, sequence: int) -> View:
@@ -265,17 +258,3 @@ def view(port: Port, sequence: int) -> View:
     exact = Side(meta, starts, lambda tap: port.kit.get(port.name(tap)))
     mine = Side(meta, starts, lambda tap: port.get(port.name(tap)) if present(port.name(tap)) else None)
     return View(mine, exact, mine, port.dtype, sequence, None)
-
-
-def described(port: Port, tap: str, found: dict[str, Any] | None, why: str) -> dict[str, Any]:
-    nothing = dict.fromkeys(("sequence", "position", "rho", "value", "expected"))
-    return {
-        "tap": tap,
-        "layer": int(tap.split(".")[1]) if tap.startswith("layers.") else None,
-        "probable_cause": why,
-        **(found or nothing),
-        "reference": "the kit",
-        "dtype": port.dtype,
-        "path": None,
-        "operations": None,
-    }

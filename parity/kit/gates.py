@@ -14,11 +14,12 @@ from torch import Tensor
 from parity.checks.training import STEP, gradient_floor, loss_noise, step_floors, step_ulp
 from parity.contract import tap_names
 from parity.kit.arrays import Gate, KitWriter
-from parity.measure.evidence import Evidence, Pair, judged
-from parity.measure.metrics import Measured, noise, percentile
+from parity.machine import environment
+from parity.measure.evidence import Evidence, Pair, groups_of
+from parity.measure.metrics import Measured, noise_rms, percentile
 from parity.measure.rope_table import allowed
 from parity.measure.tolerances import BOUNDS, KL_FLOOR_NATS, KL_POSITIONS
-from parity.report.summary import count_parameters, decided_fraction, environment, noise_floor
+from parity.report.summary import count_parameters, decided_fraction, noise_floor
 from parity.run.training import DTYPE, FILE, MADE_STEPS, STEPS_FILE, made_up_gradient, padded, read
 
 LONG_TOKENS = 256  # below, 16 bits hide a dropped RoPE scaling
@@ -32,7 +33,7 @@ G8 = (DTYPE, "training", "G8")
 
 
 @dataclass(frozen=True)
-class Judges:
+class Floors:
     """What counts as rounding at one run dtype, a table for each reference."""
 
     ev: Evidence
@@ -43,7 +44,7 @@ class Judges:
         return [Pair(name, self.dtype, None) for name in self.ev.references]
 
     def smallest(self, of: Callable[[Measured], float]) -> float:
-        return min(of(self.ev.reference(pair)) for pair in self.pairs)
+        return min(of(self.ev.noise_floor(pair)) for pair in self.pairs)
 
     def decided(self) -> Tensor:
         """(N,) int32: 1 where any reference leaves one answer."""
@@ -66,12 +67,12 @@ def write_forward(ev: Evidence, writer: KitWriter) -> None:
         best = torch.cat([rows.argmax for rows in ev.oracle_rows(dtype)])
         writer.add(name_of("best", dtype, ev), "inputs.i32", best, "the oracle's best token" + _rounded(dtype, ev))
     for dtype in ev.case.dtypes:
-        judges = Judges(ev.be_lenient(), dtype)  # a port's RoPE table may be rounded otherwise
+        floors = Floors(ev.be_lenient(), dtype)  # a port's RoPE table may be rounded otherwise
         meaning = f"1 where rounding in {dtype} cannot overturn the best token"
-        writer.add(f"decided.{dtype}", "inputs.i32", judges.decided(), meaning)
+        writer.add(f"decided.{dtype}", "inputs.i32", floors.decided(), meaning)
         for tap in tap_names(ev.oracle.n_layers):
-            writer.gates += tap_gates(judges, tap)
-        writer.gates += logit_gates(judges)
+            writer.gates += tap_gates(floors, tap)
+        writer.gates += logit_gates(floors)
     table, positions = ev.oracle.rope(), torch.tensor(ev.case.rope_positions)
     writer.add("rope.positions", "inputs.i32", positions, "positions of the rows of rope.cos and rope.sin")
     for name in ("cos", "sin"):
@@ -97,30 +98,30 @@ def _rounded(dtype: str, ev: Evidence) -> str:
     return "" if name_of("", dtype, ev) == "" else f", its weights rounded to {dtype} first"
 
 
-def tap_gates(judges: Judges, tap: str) -> Iterator[Gate]:
+def tap_gates(floors: Floors, tap: str) -> Iterator[Gate]:
     """G3 over all sequences together and over each long one alone."""
-    ev, dtype = judges.ev, judges.dtype
+    ev, dtype = floors.ev, floors.dtype
     logits = tap == "logits"
     lengths = [len(s) for s in ev.oracle.sequences]
-    for group in judged(ev.measured(ev.oracle, dtype).taps[tap]):
+    for group in groups_of(ev.measured(ev.oracle, dtype).taps[tap]):
         first, rows = (0, sum(lengths)) if group is None else (sum(lengths[:group]), lengths[group])
         yield Gate(
             name_of(tap, dtype, ev), dtype, "logits" if logits else "taps", "G3", "rms", "rho", "x noise", first, rows,
-            judges.smallest(lambda m, g=group: noise(m.taps[tap], dtype, g)),  # type: ignore[misc]
+            floors.smallest(lambda m, g=group: noise_rms(m.taps[tap], dtype, g)),  # type: ignore[misc]
             BOUNDS["G3.logits" if logits else "G3.taps"].value,
         )  # fmt: skip
 
 
-def logit_gates(judges: Judges) -> Iterator[Gate]:
+def logit_gates(floors: Floors) -> Iterator[Gate]:
     """G5 on KL, where there are positions enough for its statistics, and G6 on the decided tokens."""
-    ev, dtype = judges.ev, judges.dtype
+    ev, dtype = floors.ev, floors.dtype
     name, rows = name_of("logits", dtype, ev), sum(len(s) for s in ev.oracle.sequences)
     for key, statistic in KL.items() if rows >= KL_POSITIONS else ():
         of = lambda m, s=statistic: s(torch.cat([row.kl for row in m.rows])) + KL_FLOOR_NATS
-        nats = judges.smallest(of)
+        nats = floors.smallest(of)
         factor = BOUNDS[f"G5.{key}"].value
         yield Gate(name, dtype, "kl", "G5", f"kl_{key}", f"KL {key}", "x noise", 0, rows, nats, factor)
-    if bool(judges.decided().any()):
+    if bool(floors.decided().any()):
         unit = "decided positions"
         yield Gate(name, dtype, "argmax", "G6", "tokens", "tokens that differ", unit, 0, rows, 1.0, BOUNDS["G6"].value)
 
@@ -181,23 +182,23 @@ def table_of(ev: Evidence, notices: list[str]) -> dict[str, Any]:
         "sequences": lengths,
         "dtypes": ev.case.dtypes,
         "training": hyper or None,
-        "checkpoint": {"parameters": count_parameters(ev.oracle.meta)},
+        "checkpoint": {"parameters": count_parameters(ev.oracle.meta["config"])},
         "references": list(ev.references),
         "environment": environment(ev.case.threads, ev.case.device),
         "errata": [e for trace in ev.references.values() for e in trace.meta.get("errata", [])],
         "notices": notices + ([short] if max(lengths) < LONG_TOKENS else []),
-        "noise_floor": noise_floor(ev),
+        "noise_floor": [floor.as_json() for floor in noise_floor(ev)],
         "decided_fraction": decided_fraction(ev),
-        "float32_share": float32_share(Judges(ev, ev.case.dtypes[0])),
+        "float32_share": float32_share(Floors(ev, ev.case.dtypes[0])),
     }
 
 
-def float32_share(judges: Judges) -> tuple[float, str]:
+def float32_share(floors: Floors) -> tuple[float, str]:
     """What rounding the oracle's numbers to float32 would cost: the largest share of a tap's noise, and that tap."""
-    oracle, found = judges.ev.oracle, list[tuple[float, str]]()
+    oracle, found = floors.ev.oracle, list[tuple[float, str]]()
     for tap in tap_names(oracle.n_layers)[1:]:  # the first one, the embedding, is float32 numbers
-        exact = torch.cat([oracle.get(judges.dtype, i, tap).flatten() for i in range(len(oracle.sequences))])
+        exact = torch.cat([oracle.get(floors.dtype, i, tap).flatten() for i in range(len(oracle.sequences))])
         error = float((exact.float().double() - exact).square().mean().sqrt())
-        floor = judges.smallest(lambda m, t=tap: noise(m.taps[t], judges.dtype))  # type: ignore[misc]
+        floor = floors.smallest(lambda m, t=tap: noise_rms(m.taps[t], floors.dtype))  # type: ignore[misc]
         found.append((error / floor, tap))
     return max(found)

@@ -15,16 +15,15 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parity.check import REFERENCES, TRAINED_PARAMETERS, choose_within, comma_list, require_installed
 from parity.cli import Parser
-from parity.contract import DTYPES, Case, UsageError
+from parity.contract import UsageError
 from parity.run.process import Crash
-from parity.run.training import training_case
+from parity.run.request import Request, choose_within, require_installed, split_dtypes
 from parity.synth.shapes import Shape
 
 if TYPE_CHECKING:
@@ -33,8 +32,10 @@ if TYPE_CHECKING:
     from parity.candidates.nano.checkpoint import Description
     from parity.kit.arrays import Kit
     from parity.measure.evidence import Evidence
+    from parity.report.model import Report
 
 DEFAULT_DTYPES = "fp32,bf16"
+CHECKS = ("weights", "rope", "taps", "logits", "kl", "argmax", "training")  # that a kit has arrays for
 SEEDED = "seeded, Llama 3.1-shaped"
 # Llama 3.1's features, small: heads in groups, scaled RoPE, an untied head, an eps that is no code's default.
 SHAPE = Shape(64, 2, 4, 2, 192, vocab_size=512, norm_eps=2e-5, rope_factor=8.0, multiple_of=32, context=131_072)
@@ -84,18 +85,13 @@ def refuse(args: argparse.Namespace, flags: tuple[str, ...], mode: str) -> None:
 
 def write_kit(args: argparse.Namespace) -> int:
     refuse(args, ("port", "candidate", "json"), "--out")
-    dtypes = comma_list("--dtype", args.dtype or DEFAULT_DTYPES, tuple(DTYPES))
-    for flag in ("ckpt", "tokenizer", "prompts"):
-        path = getattr(args, flag)
-        if path is not None and flag != "ckpt" and not Path(path).is_file():
-            raise UsageError(f"--{flag} {path}: no such file")
-    require_installed(REFERENCES)
+    request = request_of(args)
     from parity.machine import workspace
     from parity.synth.checkpoint import new_folder
 
     try:
         with new_folder(args.out) as out, workspace() as folder:
-            source = gather(args, dtypes, folder)
+            source = gather(request, folder)
             table = fill(source, out)
     except OSError as error:
         raise UsageError(f"--out {args.out}: cannot be written ({error})") from None
@@ -106,7 +102,26 @@ def write_kit(args: argparse.Namespace) -> int:
     return 0
 
 
-@dataclass
+def request_of(args: argparse.Namespace) -> Request:
+    """The flags as a request for the references alone. Raises UsageError."""
+    request = Request(
+        ckpt=args.ckpt,
+        tokenizer=args.tokenizer,
+        dtypes=split_dtypes(args.dtype or DEFAULT_DTYPES),
+        checks=CHECKS,
+        prompts=args.prompts,
+        max_new_tokens=0,
+        texts=False,
+    )
+    for flag in ("tokenizer", "prompts"):
+        path = getattr(request, flag)
+        if path is not None and not Path(path).is_file():
+            raise UsageError(f"--{flag} {path}: no such file")
+    require_installed(request.references)
+    return request
+
+
+@dataclass(frozen=True)
 class Source:
     """What a kit is made from."""
 
@@ -116,39 +131,29 @@ class Source:
     notices: list[str]
 
 
-def gather(args: argparse.Namespace, dtypes: list[str], folder: Path) -> Source:
+def gather(request: Request, folder: Path) -> Source:
     """Run the references and the oracle; their traces are left in `folder`."""
     import torch
 
-    from parity.candidates.nano.checkpoint import describe, reference_files
-    from parity.machine import SMALL_BYTES, threads_for
-    from parity.run.runner import ROPE_POSITIONS, Runner
+    from parity.candidates.nano.checkpoint import describe
+    from parity.machine import SMALL_BYTES
+    from parity.run.request import plan
+    from parity.run.runner import Runner
     from parity.synth.checkpoint import synthesise
 
-    if args.ckpt is None:
+    ckpt = request.ckpt
+    if ckpt is None:
         synthesise(SHAPE, folder / "checkpoint")
-    checkpoint = describe(args.ckpt or str(folder / "checkpoint"), args.tokenizer)
+    checkpoint = describe(ckpt or str(folder / "checkpoint"), request.tokenizer)
     if checkpoint.stored_bytes > SMALL_BYTES:
-        raise UsageError(f"--ckpt {args.ckpt}: a kit of it would be too large to pass on; use python -m parity.check")
-    prompts, _ = choose_within(args.prompts, checkpoint, checkpoint.context, 0)
-    opened = reference_files(checkpoint, folder / "converted", REFERENCES, prompts.texts)
-    trained = "fp32" in dtypes and checkpoint.parameters <= TRAINED_PARAMETERS
-    case = Case(
-        **opened.as_case(),
-        dtypes=dtypes,
-        texts=prompts.texts,
-        prompts=prompts.tokens,
-        threads=threads_for(checkpoint.stored_bytes),
-        rope_positions=list(ROPE_POSITIONS),
-        weights=True,
-        training=training_case(checkpoint.config["vocab_size"]) if trained else None,
-    )
-    torch.set_num_threads(case.threads)  # sums, and so the bounds' last digits, are split alike in every run
-    runner = Runner(case, list(REFERENCES), "", folder, sys.stderr.isatty(), ops=False, first=opened.first)
+        raise UsageError(f"--ckpt {ckpt}: a kit of it would be too large to pass on; use python -m parity.check")
+    prompts, _ = choose_within(request.prompts, checkpoint, checkpoint.context, request.max_new_tokens)
+    made = plan(request, checkpoint, folder, prompts=replace(prompts, notices=[]))  # a kit's reader sees the ids
+    torch.set_num_threads(made.case.threads)  # sums, and so the bounds' last digits, are split alike in every run
+    runner = Runner(made, folder, sys.stderr.isatty())
     ev = runner.run_references()
-    ev.candidates = {None: ev.oracle}
-    name = Path(args.ckpt).name if args.ckpt and Path(args.ckpt).exists() else args.ckpt  # a kit is passed on
-    return Source(name or SEEDED, checkpoint, ev, [*checkpoint.notices, *opened.notices, *runner.notices])
+    name = Path(ckpt).name if ckpt and Path(ckpt).exists() else ckpt  # a kit is passed on
+    return Source(name or SEEDED, checkpoint, ev.of_candidates({None: ev.oracle}), runner.log.notices)
 
 
 def fill(source: Source, out: Path) -> dict[str, Any]:
@@ -173,6 +178,7 @@ def fill(source: Source, out: Path) -> dict[str, Any]:
 
 
 def describe_kit(table: dict[str, Any], out: Path) -> list[str]:
+    from parity.report.model import NoiseFloor
     from parity.report.terminal import noise_lines, number
 
     size, environment = sum(path.stat().st_size for path in out.iterdir()), table["environment"]
@@ -185,7 +191,7 @@ def describe_kit(table: dict[str, Any], out: Path) -> list[str]:
         f"references   Meta's llama_models, transformers (torch {environment['torch']}, transformers "
         f"{environment['transformers']})",
         f"tokens       {sum(lengths)} in {len(lengths)} sequences, longest {max(lengths)}; decided: {decided}",
-        *noise_lines(table["noise_floor"]),
+        *noise_lines([NoiseFloor.of_json(entry) for entry in table["noise_floor"]]),
         f"float64      rounded to float32, {tap} would be off by {number(share)} of its noise in {dtype}",
         *(f"erratum      {text}" for text in table["errata"]),
         *(f"note         {text}" for text in table["notices"]),
@@ -197,16 +203,17 @@ def describe_kit(table: dict[str, Any], out: Path) -> list[str]:
 
 def judge_port(args: argparse.Namespace) -> int:
     refuse(args, ("ckpt", "tokenizer", "prompts"), "--check")
-    dtypes = comma_list("--dtype", args.dtype or "fp32", tuple(DTYPES))
+    dtypes = split_dtypes(args.dtype or "fp32")
     if len(dtypes) > 1:
         raise UsageError(f"--dtype {args.dtype}: with --check one, that in which the port computed")
     if args.port is not None and not args.port.is_dir():
         raise UsageError(f"--port {args.port}: give the folder that holds the port's NAME.f32 files")
     if args.json is not None and not os.access(args.json.resolve().parent, os.W_OK):
         raise UsageError(f"--json {args.json}: its folder does not exist or cannot be written")
+    from parity.checks.verdict import EXIT_CODES
     from parity.kit.arrays import Kit
     from parity.kit.check import report
-    from parity.report import summary, terminal
+    from parity.report import terminal
 
     kit = Kit(args.check)
     if args.candidate is None:
@@ -215,11 +222,11 @@ def judge_port(args: argparse.Namespace) -> int:
         found = judge_candidate(kit, args.candidate, dtypes[0])
     print(terminal.render(found))
     if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
-    return summary.EXIT_CODES[found["verdict"]]
+        args.json.write_text(json.dumps(found.as_json(), indent=1) + "\n")
+    return EXIT_CODES[found.verdict]
 
 
-def judge_candidate(kit: "Kit", name: str, dtype: str) -> dict[str, Any]:
+def judge_candidate(kit: "Kit", name: str, dtype: str) -> "Report":
     """The report of a candidate, which is asked for what a port would have written."""
     from parity.kit.candidate import Answers
     from parity.kit.check import report

@@ -1,10 +1,9 @@
-"""Evidence: the traces of one run and what was measured on them, each measured once however many checks ask."""
+"""Evidence: the traces of one run, and what is measured on them: noise floors and errors, each once."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,21 +11,23 @@ from torch import Tensor
 from parity.candidates.conditions import Conditions
 from parity.contract import Case
 from parity.explain.explained import Explained
+from parity.measure import noise
 from parity.measure.listed import Listed, Listing
 from parity.measure.metrics import (
-    LogitRows,
     Measured,
     OracleRows,
     TapError,
     compare,
     measure,
-    noise,
+    noise_rms,
     oracle_rows,
     own_noise,
     relative,
 )
-from parity.measure.tolerances import AGREE, DECIDED_MARGIN, FEW_POSITIONS, LONG_SEQUENCE_TOKENS
+from parity.measure.tolerances import DECIDED_MARGIN, FEW_POSITIONS, LONG_SEQUENCE_TOKENS
 from parity.trace import Trace
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,31 +43,44 @@ class Pair:
         return {"reference": self.reference, "dtype": self.dtype, "path": self.path}
 
 
-@dataclass
+class Kept:
+    """Measurements by what they are of: each is made once, however many checks ask."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Any, ...], Any] = {}
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        if key not in self._found:
+            self._found[key] = make()
+        found: T = self._found[key]
+        return found
+
+
+@dataclass(frozen=True, eq=False)
 class Evidence:
+    """The traces of one run. A value: the runner makes it, and what is measured on it is kept apart, in `floors` (of
+    the references, which other candidates share) and `errors` (of the candidate)."""
+
     case: Case
     oracle: Trace
     references: dict[str, Trace]
     candidates: dict[str | None, Trace]  # by path; {None: trace} for a candidate with one path
-    witnesses: list[Trace] = field(default_factory=list)  # token ids alone, by references that do not judge
+    witnesses: tuple[Trace, ...] = ()  # token ids alone, by references that no gate asks
     forced: dict[str, Trace] = field(default_factory=dict)  # the references, cut short: inputs of the op gates
     rounded: dict[str, Trace] = field(default_factory=dict)  # by conditions: the oracle that rounds so
     ops: dict[str, Trace] = field(default_factory=dict)  # the oracle's operations on these inputs, see checks/ops.py
-    op_errors: dict[Any, Any] = field(default_factory=dict)  # kept by checks/ops.py
-    op_noise: dict[Any, Any] = field(default_factory=dict)  # kept by checks/ops.py: of the references
     coarse: Trace | None = None  # the oracle with its RoPE frequencies TABLE_ULP off
     lenient: bool = False  # whether what a table so coarse makes counts as rounding, see parity/measure/rope_table.py
     explained: Explained | None = None  # what the table of mistakes says about the first divergence
     untrained: str = "training is checked on small checkpoints in fp32"  # why the case trains nothing
-    _measured: dict[tuple[int, str], Measured] = field(default_factory=dict)
-    _oracle_rows: dict[str, list[OracleRows]] = field(default_factory=dict)
-    _pairwise: dict[tuple[Pair, str], TapError] = field(default_factory=dict)
-    _strict: dict[tuple[str, str], Measured] = field(default_factory=dict)
-    _noise: dict[tuple[str, str], Measured] = field(default_factory=dict)
-    _extra: dict[tuple[str | None, str, str, int], TapError] = field(default_factory=dict)
-    _listed: dict[Pair, Listed | None] = field(default_factory=dict)
+    floors: Kept = field(default_factory=Kept, repr=False)
+    errors: Kept = field(default_factory=Kept, repr=False)
 
-    def prepare(self, workers: int, dtypes: list[str]) -> None:
+    def of_candidates(self, candidates: dict[str | None, Trace]) -> "Evidence":
+        """The same references, asked about others: what was measured on the references is kept."""
+        return replace(self, candidates=candidates, errors=Kept())
+
+    def measure_all(self, workers: int, dtypes: list[str]) -> None:
         """Measure everything that the gates ask for at these dtypes, in threads: torch leaves the interpreter lock.
 
         Single-threaded kernels side by side keep their speed on a busy machine, where threads inside one do not.
@@ -77,8 +91,8 @@ class Evidence:
             with ThreadPoolExecutor(workers) as pool:
                 list(pool.map(self.oracle_rows, dict.fromkeys(dtypes)))
                 runs = [(trace, dtype) for dtype, _, trace in self.per_dtype() if dtype in dtypes]
-                judges = (*self.references.values(), *self.rounded.values(), *([self.coarse] if self.coarse else ()))
-                runs += [(trace, dtype) for trace in judges for dtype in dtypes if dtype in trace.meta["dtypes"]]
+                known = (*self.references.values(), *self.rounded.values(), *([self.coarse] if self.coarse else ()))
+                runs += [(trace, dtype) for trace in known for dtype in dtypes if dtype in trace.meta["dtypes"]]
                 list(pool.map(lambda run: self.measured(*run), runs))
                 pairs = [pair for pair in self.pairs() if pair.dtype in dtypes]
                 list(pool.map(lambda job: self.pairwise(*job), [(p, t) for p in pairs for t in self.shared(p)]))
@@ -87,26 +101,15 @@ class Evidence:
         finally:
             torch.set_num_threads(before)
 
-    def shared(self, pair: Pair) -> list[str]:
-        """Taps that the candidate and the reference both have, in order of computation."""
-        theirs = self.reference(pair).taps
-        return [tap for tap in self.candidate(pair).taps if tap in theirs]
-
-    def pairwise(self, pair: Pair, tap: str) -> TapError:
-        """One tap of the candidate against the reference's."""
-        if (pair, tap) not in self._pairwise:
-            judge = self.judges(pair.path)[pair.reference]
-            difference = compare(self.candidates[pair.path], judge, pair.dtype, tap)
-            self._pairwise[pair, tap] = difference
-        return self._pairwise[pair, tap]
+    # --- Parties -----------------------------------------------------------------------------------------------------
 
     def pairs(self) -> Iterator[Pair]:
         for path, trace in self.candidates.items():
             for dtype in self.case.dtypes:
                 if dtype in trace.meta["dtypes"]:
-                    yield from (Pair(judge, dtype, path) for judge in self.judges(path))
+                    yield from (Pair(name, dtype, path) for name in self.yardsticks(path))
 
-    def judges(self, path: str | None) -> dict[str, Trace]:
+    def yardsticks(self, path: str | None) -> dict[str, Trace]:
         """Whose error a path of the candidate is measured by: the references', or under declared conditions, the error
         that such rounding makes in the oracle itself."""
         said = Conditions.of(self.candidates[path].meta)
@@ -117,63 +120,76 @@ class Evidence:
         for path, trace in self.candidates.items():
             yield from ((dtype, path, trace) for dtype in self.case.dtypes if dtype in trace.meta["dtypes"])
 
-    def measured(self, trace: Trace, dtype: str) -> Measured:
-        key = (id(trace), dtype)
-        if key not in self._measured:
-            self._measured[key] = measure(trace, self.oracle, dtype, self.oracle_rows(dtype))
-        return self._measured[key]
+    def shared(self, pair: Pair) -> list[str]:
+        """Taps that the candidate and the reference both have, in order of computation."""
+        theirs = self.noise_floor(pair).taps
+        return [tap for tap in self.candidate(pair).taps if tap in theirs]
 
-    def oracle_rows(self, dtype: str) -> list[OracleRows]:
-        """The oracle's own choices, per sequence; dtypes that round the weights alike share them."""
-        folder = self.oracle.meta["dtypes"][dtype]
-        if folder not in self._oracle_rows:
-            logits = (self.oracle.get(dtype, i, "logits") for i in range(len(self.oracle.sequences)))
-            self._oracle_rows[folder] = [oracle_rows(x) for x in logits]
-        return self._oracle_rows[folder]
+    # --- Noise floors ------------------------------------------------------------------------------------------------
 
-    def reference(self, pair: Pair) -> Measured:
-        """What counts as rounding: at each position, the largest error that any reference makes there.
+    def noise_floor(self, pair: Pair) -> Measured:
+        """What counts as rounding: at each position, the largest error that any reference makes there (noise.py)."""
+        # Of large checkpoints, dtypes run one after the other, and not every one was in doubt.
+        if not self.lenient or self.coarse is None or pair.dtype not in self.coarse.meta["dtypes"]:
+            return self.strict_noise_floor(pair)
+        strict, coarse = self.strict_noise_floor(pair), self.measured(self.coarse, pair.dtype)
+        key = ("lenient", self.yardsticks(pair.path)[pair.reference], pair.dtype, self.coarse)
+        return self.floors.once(key, lambda: noise.add_drift(strict, coarse))
 
-        At an ill-conditioned position an error's size is a matter of luck; each reference is one more throw. A
-        reference that strays from the pair's own by more than the gates allow has no say.
-        """
-        key = (pair.reference, pair.dtype)
-        if key not in self._noise:
-            found = self.strict(pair)
-            # Of large checkpoints, dtypes run one after the other, and not every one was in doubt.
-            if self.lenient and self.coarse is not None and pair.dtype in self.coarse.meta["dtypes"]:
-                found = with_drift(found, self.measured(self.coarse, pair.dtype))
-            self._noise[key] = found
-        return self._noise[key]
-
-    def strict(self, pair: Pair) -> Measured:
+    def strict_noise_floor(self, pair: Pair) -> Measured:
         """The same without an allowance for coarse RoPE tables."""
-        key = (pair.reference, pair.dtype)
-        if key not in self._strict:
-            own = self.measured(self.judges(pair.path)[pair.reference], pair.dtype)
-            others = [self.measured(t, pair.dtype) for n, t in self.references.items() if n != pair.reference]
-            # The oracle that rounds as declared computes in float64: a reference's rounding comes on top.
-            if rounded := pair.reference not in self.references:
-                others = sorted(others, key=lambda o: o.taps["logits"].rms() if "logits" in o.taps else math.inf)[:1]
-            taps = {t: envelope(e, [o.taps[t] for o in others if t in o.taps], rounded) for t, e in own.taps.items()}
-            peers = [o for o in others if "logits" in o.taps]
-            peers = [o for o in peers if rounded or agree(own.taps["logits"], o.taps["logits"])]
-            self._strict[key] = replace(own, taps=taps, rows=largest_kl(own.rows, [o.rows for o in peers]))
-        return self._strict[key]
+        yardstick = self.yardsticks(pair.path)[pair.reference]
+        others = [trace for name, trace in self.references.items() if name != pair.reference]
+
+        def join() -> Measured:
+            own, *rest = (self.measured(trace, pair.dtype) for trace in (yardstick, *others))
+            return noise.join_floors(own, rest, declared=pair.reference not in self.references)
+
+        return self.floors.once(("strict", yardstick, *others, pair.dtype), join)
 
     def be_lenient(self) -> "Evidence":
         """The same evidence, where a coarse RoPE table counts as rounding."""
-        return replace(self, lenient=True, op_errors={}, _noise={}, _listed={})
+        return replace(self, lenient=True)
+
+    def noise_at(self, pair: Pair, places: dict[int, list[int]]) -> float:
+        """The noise of the logits over these positions, by sequence."""
+        return noise_rms(self.floor_at(pair, places), pair.dtype)
+
+    def floor_at(self, pair: Pair, places: dict[int, list[int]]) -> TapError:
+        """The noise floor of the logits at these positions, by sequence, alone."""
+        return noise.pick_positions(self.noise_floor(pair).taps["logits"], places)
+
+    # --- Errors ------------------------------------------------------------------------------------------------------
+
+    def measured(self, trace: Trace, dtype: str) -> Measured:
+        """One trace against the oracle."""
+        kept = self.errors if any(trace is mine for mine in self.candidates.values()) else self.floors
+        key = ("measured", trace, dtype)
+        return kept.once(key, lambda: measure(trace, self.oracle, dtype, self.oracle_rows(dtype)))
+
+    def oracle_rows(self, dtype: str) -> list[OracleRows]:
+        """The oracle's own choices, per sequence; dtypes that round the weights alike share them."""
+
+        def rows() -> list[OracleRows]:
+            return [oracle_rows(self.oracle.get(dtype, i, "logits")) for i in range(len(self.oracle.sequences))]
+
+        return self.floors.once(("oracle rows", self.oracle.meta["dtypes"][dtype]), rows)
+
+    def pairwise(self, pair: Pair, tap: str) -> TapError:
+        """One tap of the candidate against the reference's."""
+        mine, theirs = self.candidates[pair.path], self.yardsticks(pair.path)[pair.reference]
+        key = ("pairwise", mine, theirs, pair.dtype, tap)
+        return self.errors.once(key, lambda: compare(mine, theirs, pair.dtype, tap))
 
     def candidate(self, pair: Pair) -> Measured:
         return self.measured(self.candidates[pair.path], pair.dtype)
 
     def listed(self, pair: Pair) -> Listed | None:
         """The log-probabilities that a candidate lists in place of logits, measured; None where it lists none."""
-        if pair not in self._listed:
-            rows = self.candidates[pair.path].meta.get("log_probs", {}).get(pair.dtype) or []
-            self._listed[pair] = self._measure_listed(pair, rows) if any(rows) else None
-        return self._listed[pair]
+        trace = self.candidates[pair.path]
+        rows = trace.meta.get("log_probs", {}).get(pair.dtype) or []
+        key = ("listed", trace, pair, self.lenient, self.coarse)
+        return self.errors.once(key, lambda: self._measure_listed(pair, rows) if any(rows) else None)
 
     def _measure_listed(self, pair: Pair, rows: list[dict[str, dict[str, float]]]) -> Listed:
         """Noise as everywhere: at each position, the largest error of any reference that agrees with the pair's own."""
@@ -181,36 +197,36 @@ class Evidence:
         oracle = listing.read(self.oracle, pair.dtype)
         own, *others = (
             listing.measure(listing.read(trace, pair.dtype), oracle)
-            for name, trace in sorted(self.judges(pair.path).items(), key=lambda item: item[0] != pair.reference)
+            for name, trace in sorted(self.yardsticks(pair.path).items(), key=lambda item: item[0] != pair.reference)
         )
         error, kl = listing.measure(listing.values, oracle)
-        noise = envelope(own[0], [o[0] for o in others])
-        kl_noise = torch.stack([own[1], *(o[1] for o in others if agree(own[0], o[0]))]).amax(0)
+        floor = noise.raise_to(own[0], [o[0] for o in others])
+        kl_floor = torch.stack([own[1], *(o[1] for o in others if noise.agree(own[0], o[0]))]).amax(0)
         if self.lenient and self.coarse is not None and pair.dtype in self.coarse.meta["dtypes"]:
             drift, kl_drift = listing.measure(listing.read(self.coarse, pair.dtype), oracle)
-            noise, kl_noise = replace(noise, drift=drift.error), kl_noise + kl_drift
-        return Listed(error, noise, kl, kl_noise, listing.worst(oracle), len(listing.tokens), len(listing.places))
+            floor, kl_floor = replace(floor, drift=drift.error), kl_floor + kl_drift
+        return Listed(error, floor, kl, kl_floor, listing.worst(oracle), len(listing.tokens), len(listing.places))
 
     def rho(self, pair: Pair, tap: str) -> tuple[float, int | None]:
         """The worst error ratio at a tap, over all sequences together and over each long one alone, and which."""
-        candidate, reference = self.candidate(pair).taps[tap], self.reference(pair).taps[tap]
-        return worst_ratio(candidate, reference, pair.dtype)
+        return worst_ratio(self.candidate(pair).taps[tap], self.noise_floor(pair).taps[tap], pair.dtype)
 
     def decided(self, pair: Pair, sequence: int) -> Tensor:
-        """True (T,) where the oracle's margin exceeds what the reference's rounding could overturn."""
-        largest = self.reference(pair).taps["logits"].worst[sequence]
+        """True (T,) where the oracle's margin exceeds what rounding could overturn."""
+        largest = self.noise_floor(pair).taps["logits"].worst[sequence]
         return self.oracle_rows(pair.dtype)[sequence].margin > DECIDED_MARGIN * largest
 
     def error_at(self, path: str | None, dtype: str, kind: str, sequence: int) -> TapError:
         """Extra logits of a candidate ("cached", "batch", ...) against the oracle's rows at their positions."""
-        key = (path, dtype, kind, sequence)
-        if key not in self._extra:
-            trace, error = self.candidates[path], TapError()
-            positions = trace.meta["extra"][dtype][kind][str(sequence)]
+        trace = self.candidates[path]
+
+        def compare_rows() -> TapError:
+            error, positions = TapError(), trace.meta["extra"][dtype][kind][str(sequence)]
             expected = self.oracle.get(dtype, sequence, "logits")[positions]
             error.add(sequence, trace.get(dtype, sequence, f"logits@{kind}"), expected)
-            self._extra[key] = error
-        return self._extra[key]
+            return error
+
+        return self.errors.once(("extra", trace, dtype, kind, sequence), compare_rows)
 
     def _extras(self) -> Iterator[tuple[str | None, str, str, int]]:
         for dtype, path, trace in self.per_dtype():
@@ -225,7 +241,7 @@ class Evidence:
         def rho(group: dict[int, list[int]]) -> float:
             errors = [self.error_at(pair.path, pair.dtype, kind, sequence) for sequence in group]
             together = TapError([e.error[0] for e in errors], width=errors[0].width)
-            return relative(together, self.reference_at(pair, group), pair.dtype)
+            return relative(together, self.floor_at(pair, group), pair.dtype)
 
         alone = {sequence: rho({sequence: positions}) for sequence, positions in at.items()}
         if not alone:
@@ -234,59 +250,14 @@ class Evidence:
         found = [(rho(at), largest)] + [(alone[i], i) for i, p in at.items() if len(p) >= FEW_POSITIONS]
         return max(found, key=lambda f: float("inf") if f[0] != f[0] else f[0])
 
-    def noise_at(self, pair: Pair, places: dict[int, list[int]]) -> float:
-        """The reference's error over these positions, by sequence, of its logits."""
-        return noise(self.reference_at(pair, places), pair.dtype)
-
-    def reference_at(self, pair: Pair, places: dict[int, list[int]]) -> TapError:
-        """The reference's logits at these positions, by sequence, alone."""
-        whole = self.reference(pair).taps["logits"]
-        kinds = (whole.error, whole.expected, whole.drift)
-        error, expected, drift = ([sums[i][p] for i, p in places.items()] if sums else [] for sums in kinds)
-        return TapError(error, expected, width=whole.width, drift=drift)
-
-
-def envelope(own: TapError, others: list[TapError], all_count: bool = False) -> TapError:
-    """The errors of `own`, raised at each position to the largest of those that agree with it, or of all."""
-    for other in others:
-        if all_count or agree(own, other):
-            error = [torch.maximum(a, b) for a, b in zip(own.error, other.error, strict=True)]
-            worst = [torch.maximum(a, b) for a, b in zip(own.worst, other.worst, strict=True)]
-            own = replace(own, error=error, worst=worst)
-    return own
-
-
-def with_drift(own: Measured, coarse: Measured) -> Measured:
-    """A reference's errors, and what a coarse RoPE table adds to them at each position; nothing at taps before RoPE."""
-    taps = {}
-    for tap, error in own.taps.items():
-        drift = coarse.taps[tap]
-        worst = [torch.hypot(a, b) for a, b in zip(error.worst, drift.worst, strict=True)]
-        taps[tap] = replace(error, drift=drift.error, worst=worst)
-    pairs = zip(own.rows, coarse.rows, strict=True)
-    return replace(own, taps=taps, rows=[replace(a, kl=a.kl + b.kl) for a, b in pairs])
-
-
-def agree(own: TapError, other: TapError) -> bool:
-    """Whether two references' errors are of one size."""
-    close = other.rms() <= AGREE * own.rms() and own.rms() <= AGREE * other.rms()
-    return close and len(other.error) == len(own.error)
-
-
-def largest_kl(own: list[LogitRows], others: list[list[LogitRows]]) -> list[LogitRows]:
-    """The KL of `own`, raised at each position to the largest of `others`."""
-    for rows in others:
-        own = [replace(a, kl=torch.maximum(a.kl, b.kl)) for a, b in zip(own, rows, strict=True)]
-    return own
-
 
 def worst_ratio(error: TapError, reference: TapError, dtype: str) -> tuple[float, int | None]:
     """Largest error ratio over all sequences together (None) and over each long sequence alone (its number)."""
-    found = [(relative(error, reference, dtype, i), i) for i in judged(error)]
+    found = [(relative(error, reference, dtype, i), i) for i in groups_of(error)]
     return max(found, key=lambda pair: float("inf") if pair[0] != pair[0] else pair[0])
 
 
-def judged(error: TapError) -> list[int | None]:
+def groups_of(error: TapError) -> list[int | None]:
     """What a ratio is taken over: all sequences together (None), and each long one alone (its number)."""
     lengths = [positions.numel() for positions in error.error]
     return [None, *(i for i, n in enumerate(lengths) if n >= LONG_SEQUENCE_TOKENS and len(lengths) > 1)]

@@ -104,7 +104,7 @@ class TapError:
         return float((chosen.sum() / max(1, chosen.numel() * self.width)).sqrt())
 
 
-def noise(reference: TapError, dtype: str, sequence: int | None = None) -> float:
+def noise_rms(reference: TapError, dtype: str, sequence: int | None = None) -> float:
     """The error that counts as rounding: the reference's own, at least half a rounding of the oracle's values."""
     own = own_noise(reference, dtype, sequence)
     return math.hypot(own, reference.rms_drift(sequence)) if reference.drift else own

@@ -9,7 +9,7 @@ precision.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -133,27 +133,52 @@ def angle_cause(found: Angles) -> str:
 # --- Grades ----------------------------------------------------------------------------------------------------------
 
 
-def grades(ev: Evidence, rescued: bool) -> list[dict[str, Any]]:
-    """Of each candidate whose table is worse than the references' by more than the bound: path, cause, ulp, theirs_ulp,
-    radians_at_8191, context_tokens, text. `rescued`: gates hold because a coarse table's error counts as rounding."""
+@dataclass(frozen=True)
+class TableGrade:
+    """What is worth saying of one table. `ulp`: the worst frequency's error, None where nothing shows the angles."""
+
+    path: str | None
+    cause: str
+    ulp: float | None
+    theirs_ulp: float | None  # the references'
+    radians_at_8191: float | None
+    context_tokens: int | None  # up to which every gate on logits holds without an allowance
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "text": str(self)}
+
+    def __str__(self) -> str:
+        text = f"RoPE table: {self.cause}"
+        if self.ulp is not None:
+            own = "" if self.theirs_ulp is None else f" (the references': {self.theirs_ulp:.2g})"
+            text += f"; frequencies up to {self.ulp:.2g} ulp off{own}, {self.radians_at_8191:.1e} rad at position {FAR}"
+        if self.context_tokens is not None:
+            held = f"up to about {self.context_tokens:,} tokens without an allowance for it"
+            text += f"; every gate on logits holds {held}"
+        return text
+
+
+def grades(ev: Evidence, rescued: bool) -> list[TableGrade]:
+    """Of each candidate whose table is worse than the references' by more than the bound.
+
+    `rescued`: gates hold because a coarse table's error counts as rounding.
+    """
     found = (grade(ev, path, rescued) for path in ev.candidates)
     return [one for one in found if one is not None]
 
 
-def grade(ev: Evidence, path: str | None, rescued: bool) -> dict[str, Any] | None:
+def grade(ev: Evidence, path: str | None, rescued: bool) -> TableGrade | None:
     angles = measured(ev, path)
     if not (rescued if angles is None else worse(ev, angles)):
         return None
-    ulp = None if angles is None else float(angles.ulp().abs().max())
-    one = {
-        "path": path,
-        "cause": named(ev, angles),
-        "ulp": ulp,
-        "theirs_ulp": max((float(a.ulp().abs().max()) for a in theirs(ev)), default=None),
-        "radians_at_8191": None if angles is None else angles.radians(),
-        "context_tokens": context(ev, path),
-    }
-    return one | {"text": text(one)}
+    return TableGrade(
+        path=path,
+        cause=named(ev, angles),
+        ulp=None if angles is None else float(angles.ulp().abs().max()),
+        theirs_ulp=max((float(a.ulp().abs().max()) for a in theirs(ev)), default=None),
+        radians_at_8191=None if angles is None else angles.radians(),
+        context_tokens=context(ev, path),
+    )
 
 
 def has_worse_table(ev: Evidence) -> bool:
@@ -210,7 +235,7 @@ def _context(ev: Evidence, pair: Pair) -> int:
     """
     longest = max(range(len(ev.oracle.sequences)), key=lambda i: len(ev.oracle.sequences[i]))
     mine = ev.candidate(pair).taps["logits"]
-    floor, bound = own_noise(ev.strict(pair).taps["logits"], pair.dtype, longest), BOUNDS["G3.logits"].value
+    floor, bound = own_noise(ev.strict_noise_floor(pair).taps["logits"], pair.dtype, longest), BOUNDS["G3.logits"].value
     squares = mine.error[longest] / mine.width
     length = torch.arange(1, len(squares) + 1)
     beyond = (~((squares.cumsum(0) / length).sqrt() <= bound * floor)).nonzero()
@@ -218,13 +243,3 @@ def _context(ev: Evidence, pair: Pair) -> int:
         return int(beyond[0])
     table = math.sqrt(max(float(squares.mean()) - floor**2, (floor / 4) ** 2))
     return int(len(squares) * math.sqrt(bound**2 - 1) * floor / table)
-
-
-def text(one: dict[str, Any]) -> str:
-    head = f"RoPE table: {one['cause']}"
-    if one["ulp"] is not None:
-        own = "" if one["theirs_ulp"] is None else f" (the references': {one['theirs_ulp']:.2g})"
-        head += f"; frequencies up to {one['ulp']:.2g} ulp off{own}, {one['radians_at_8191']:.1e} rad at position {FAR}"
-    if one["context_tokens"] is not None:
-        head += f"; every gate on logits holds up to about {one['context_tokens']:,} tokens without an allowance for it"
-    return head

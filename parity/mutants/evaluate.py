@@ -15,7 +15,7 @@ import pickle
 import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,15 @@ from parity.candidates.nano.checkpoint import describe as describe_checkpoint
 from parity.candidates.nano.twin import is_seeded
 from parity.candidates.nano.twin import write as write_twin
 from parity.checks import CHECKS
+from parity.checks.verdict import run_checks_fairly
 from parity.cli import Parser
 from parity.contract import Result, Status, UsageError
 from parity.explain.localise import first_divergence
-from parity.machine import Clock, cores, workspace
+from parity.machine import Clock, cores, environment, workspace
 from parity.measure.evidence import Evidence
 from parity.mutants import baselines, family
 from parity.mutants.edits import MUTANTS, VARIANTS, Mutant
 from parity.mutants.selftest import FAULTS, noticed, problems
-from parity.report import summary
 from parity.run.prompts import warn
 from parity.run.run_candidate import record, record_identity
 from parity.trace import Trace, TraceWriter
@@ -72,17 +72,7 @@ def evaluate(base: Evidence, load: Any, folder: Path) -> tuple[Evidence, list[Re
         writer.finish(meta | {"sequences": base.case.prompts, "dtypes": {}})
     else:
         record(load, base.case, writer, lambda stage, done: None, base.forced)
-    # What was measured on the references is kept, what belongs to this candidate is not.
-    ev = replace(
-        base,
-        candidates={None: Trace(folder)},
-        op_errors={},
-        _measured=dict(base._measured),
-        _pairwise={},
-        _extra={},
-        _listed={},
-    )
-    return summary.judge_fairly(ev, list(CHECKS))
+    return run_checks_fairly(base.of_candidates({None: Trace(folder)}), list(CHECKS))
 
 
 def measure_references(base: Evidence) -> None:
@@ -116,7 +106,7 @@ def row_of(ev: Evidence, results: list[Result]) -> Row:
         found = next(r.metric for r in bad if r.check == killed_by)
     elif bad:
         place = first_divergence(ev)
-        found, cause = (place["tap"], place["probable_cause"]) if place else (None, None)
+        found, cause = (place.tap, place.probable_cause) if place else (None, None)
     worst: dict[str, float] = {}
     for r in results:
         if r.value is not None and r.bound and r.dtype and r.gate != "style":
@@ -189,7 +179,7 @@ def run_all(
         "harness": faults,
         "self_test": own,
         "seconds": round(clock(), 1),
-        "environment": summary.environment(1, "cpu"),
+        "environment": environment(1, "cpu"),
         **totals(found, good, faults, own),
     }
 

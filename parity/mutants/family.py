@@ -14,16 +14,18 @@ from pathlib import Path
 
 import torch
 
-from parity.candidates.nano.checkpoint import describe, reference_files
+from parity.candidates.nano.checkpoint import describe
 from parity.contract import Case
 from parity.measure.evidence import Evidence
-from parity.run.prompts import BUILT_IN, CORPUS, DIALOGS, LONG, seeded
-from parity.run.runner import ROPE_POSITIONS, Runner
+from parity.run.prompts import BUILT_IN, CORPUS, DIALOGS, LONG, Prompts, seeded
+from parity.run.request import ROPE_POSITIONS, Plan, Request, plan
+from parity.run.runner import Runner
 from parity.run.training import training_case
 from parity.synth.checkpoint import llama3_tokenizer, write_hf, write_meta
 from parity.synth.shapes import Shape
 
 DTYPES = ("fp32", "bf16", "fp16")
+NEW_TOKENS = 8
 _GQA = Shape(128, 2, 8, 2, 352, vocab_size=512, norm_eps=2e-5, rope_factor=8.0, multiple_of=32, context=131_072)
 _TOY = replace(_GQA, dim=16, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=64)
 
@@ -88,9 +90,9 @@ def build(
     if member.query_scale != 1.0:
         scale_queries(checkpoint / "consolidated.00.pth", member.query_scale)
     case = _case(member, checkpoint, shape.vocab_size, dtypes)
-    chosen = list(references or member.references)
-    runner = Runner(case, chosen, "", folder / name, progress, ops=member.tokenizer is None)
-    return runner.run_references()
+    chosen = references or member.references
+    made = Plan(case, chosen, chosen[0], ops=member.tokenizer is None)
+    return Runner(made, folder / name, progress).run_references()
 
 
 def of_checkpoint(path: Path, folder: Path, progress: bool = False, seeded_prompts: bool = False) -> Evidence:
@@ -98,13 +100,12 @@ def of_checkpoint(path: Path, folder: Path, progress: bool = False, seeded_promp
     described = describe(str(path), None)
     if seeded_prompts:
         described = replace(described, tokenizer=None)
-    texts = [LONG] if described.tokenizer else None
-    files = reference_files(described, folder / "converted", texts=texts)
-    case = Case(**files.as_case(), dtypes=["fp32", "bf16"], rope_positions=list(ROPE_POSITIONS), max_new_tokens=8)
-    tokens = None if texts else (seeded(described.config["vocab_size"]).tokens or [])[-1:]
-    case = replace(case, texts=texts, prompts=tokens, weights=True)
+    tokens = (seeded(described.config["vocab_size"]).tokens or [])[-1:]
+    prompts = Prompts([LONG], None, []) if described.tokenizer else Prompts(None, tokens, [])
+    request = Request(checks=("ops", "weights"), max_new_tokens=NEW_TOKENS, texts=False)
+    made = plan(request, described, folder, prompts=prompts, large=False)
     folder.mkdir(exist_ok=True)
-    return Runner(case, ["meta", "hf"], "", folder, progress).run_references()
+    return Runner(replace(made, first="meta"), folder, progress).run_references()
 
 
 def scale_queries(path: Path, factor: float) -> None:
@@ -123,7 +124,9 @@ def _vocabulary(model: bytes, shape: Shape) -> int:
 
 
 def _case(member: Member, checkpoint: Path, vocab_size: int, dtypes: Sequence[str]) -> Case:
-    case = Case(str(checkpoint), list(dtypes), rope_positions=list(ROPE_POSITIONS), weights=True, max_new_tokens=8)
+    case = Case(
+        str(checkpoint), list(dtypes), rope_positions=list(ROPE_POSITIONS), weights=True, max_new_tokens=NEW_TOKENS
+    )
     case = replace(case, vocab_size=vocab_size)
     if member.tokenizer is not None:
         case = replace(case, dtypes=["fp32"], record="logits", max_new_tokens=0, corpus=list(CORPUS))

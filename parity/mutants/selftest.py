@@ -19,11 +19,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from parity.candidates.interface import Interface
-from parity.checks import decoding, forward, identity, ops
+from parity.checks import decoding, forward, identity, ops, verdict
 from parity.contract import Case, Result, Status, tap_names
 from parity.measure.evidence import Evidence
 from parity.measure.metrics import TapError
-from parity.report import summary
 from parity.run import recorder as recording
 from parity.trace import Trace, TraceWriter, by_part, part_of
 
@@ -69,10 +68,9 @@ def evidence(folder: Path, values: dict[str, Tensor], **meta: Any) -> Evidence:
     case = replace(case, rope_positions=[0, 1])
     oracle, reference = write(folder / "oracle", right), write(folder / "reference", rounded(right, 1))
     candidate = write(folder / "candidate", values, **meta)
-    ev = Evidence(case, oracle, {"meta": reference}, {None: candidate})
-    ev.forced, ev.ops = {"meta": reference}, {"meta": oracle}
     write(folder / "candidate" / "ops" / "meta", values)
-    return ev
+    references = {"meta": reference}
+    return Evidence(case, oracle, references, {None: candidate}, forced=references, ops={"meta": oracle})
 
 
 def altered(tap: str, by: float) -> dict[str, Tensor]:
@@ -145,11 +143,11 @@ def problems() -> list[str]:
         ev = evidence(folder / "right", without(rounded(truth(), 2), "layers.0.k"))
         found += [
             f"a right candidate fails {r.check}: {r.reason or r.where}"
-            for r in summary.judge_all(ev, JUDGES)
+            for r in verdict.run_checks(ev, JUDGES)
             if r.status in (Status.FAIL, Status.ERROR)
         ]
         for n, (check, values, meta) in enumerate(wrong_candidates()):
-            results = summary.judge_all(evidence(folder / str(n), values, **meta), [check])
+            results = verdict.run_checks(evidence(folder / str(n), values, **meta), [check])
             if not any(r.status is Status.FAIL for r in results):
                 found.append(f"{check} passes a candidate that is wrong (number {n})")
         found += [f"a rerun that differs by {step} is not seen" for step in (1.0, -1.0) if not rerun(folder, step) > 0]
@@ -186,9 +184,9 @@ def verdict_problems() -> list[str]:
         "everything passed": ([passed], 1, "pass"),
     }
     return [
-        f"{what}: the verdict is {summary.verdict(results, ['fp32'], n)[0]} and not {word}"
+        f"{what}: the verdict is {verdict.decide(results, ['fp32'], n)[0]} and not {word}"
         for what, (results, n, word) in cases.items()
-        if summary.verdict(results, ["fp32"], n)[0] != word
+        if verdict.decide(results, ["fp32"], n)[0] != word
     ]
 
 
@@ -241,5 +239,5 @@ FAULTS: tuple[Fault, ...] = (
     Fault("C1", "tensors compared by their order, not by name", lambda: patch.object(Trace, "get", by_order_in_file)),
     Fault("C2", "a comparison that is always true", lambda: in_every_check("judge", always_true)),
     Fault("C3", "a signed maximum", lambda: patch.object(recording, "largest", signed)),
-    Fault("C4", "a skipped check counted as passed", lambda: patch.object(summary, "verdict", skips_pass)),
+    Fault("C4", "a skipped check counted as passed", lambda: patch.object(verdict, "decide", skips_pass)),
 )

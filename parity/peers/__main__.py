@@ -75,7 +75,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def environment() -> str:
-    from parity.report.summary import environment as versions
+    from parity.machine import environment as versions
 
     found = versions(1, "cpu")
     return f"torch {found['torch']}, transformers {found['transformers']}, Python {found['python']}, CPU, one thread"

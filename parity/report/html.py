@@ -11,52 +11,53 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup
 
-from parity.contract import tap_names
+from parity.contract import Result, tap_names
 from parity.measure.tolerances import BOUNDS
+from parity.report.model import Report
 from parity.report.terminal import number
 
 WIDTH, HEIGHT = 1150, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 64  # of the plot, in pixels
 COLOURS = ("#2563eb", "#0d9488", "#9333ea", "#b45309", "#475569", "#db2777", "#4d7c0f", "#0e7490")
+SHOWN_FIRST = ("error", "fail", "pass", "skip")
 FLOOR, CEILING = 0.05, 1e9  # of the axis: rho beyond is drawn at the edge
 
 
-def render(report: dict[str, Any]) -> str:
+def render(report: Report) -> str:
     """The whole page."""
     folder = Path(__file__).parent
     env = Environment(loader=FileSystemLoader(folder), autoescape=select_autoescape(default=True), trim_blocks=True)
-    env.filters["number"] = number
-    results = [r | {"percent": percent(r)} for r in report["results"]]
-    dtypes = list(dict.fromkeys(key.split(" vs ")[0].split()[-1] for key in report["rho"]))
+    env.filters |= {"number": number, "percent": percent}
+    results, plotted = report.results, dict.fromkeys(curve.dtype for curve in report.curves or [])
     return env.get_template("report.html").render(
         r=report,
-        results=sorted(results, key=lambda x: ("error", "fail", "pass", "skip").index(x["status"])),
-        counts={s: sum(x["status"] == s for x in results) for s in ("pass", "fail", "error", "skip")},
-        plots=[(dtype, Markup(plot(curves_of(report, dtype), report))) for dtype in dtypes],
-        checks=list(dict.fromkeys(x["check"] for x in results)),
-        dtypes=list(dict.fromkeys(x["dtype"] for x in results if x["dtype"])),
+        results=sorted(results, key=lambda x: SHOWN_FIRST.index(x.status.value)),
+        counts={s: sum(x.status.value == s for x in results) for s in ("pass", "fail", "error", "skip")},
+        plots=[(dtype, Markup(plot(curves_of(report, dtype), report))) for dtype in plotted],
+        checks=list(dict.fromkeys(x.check for x in results)),
+        dtypes=list(dict.fromkeys(x.dtype for x in results if x.dtype)),
     )
 
 
-def percent(result: dict[str, Any]) -> float | None:
+def percent(result: Result) -> float | None:
     """The value in % of its bound, where that says something."""
-    value, bound = result["value"], result["bound"]
-    if value is None or not bound or result["gate"] == "style":
+    value, bound = result.value, result.bound
+    if value is None or not bound or result.gate == "style":
         return None
     return math.inf if math.isnan(value) else 100 * value / bound
 
 
-def curves_of(report: dict[str, Any], dtype: str) -> dict[str, dict[str, float]]:
+def curves_of(report: Report, dtype: str) -> dict[str, dict[str, float]]:
     """Label -> tap -> rho, of one dtype."""
-    return {key: curve for key, curve in report["rho"].items() if dtype in key.split(" vs ")[0].split() and curve}
+    return {c.label: c.ratios for c in report.curves or [] if c.dtype == dtype and c.ratios}
 
 
 # --- The plot, drawn by hand: a line a pair, taps in order of computation, rho on a logarithmic axis -----------------
 
 
-def plot(curves: dict[str, dict[str, float]], report: dict[str, Any]) -> str:
+def plot(curves: dict[str, dict[str, float]], report: Report) -> str:
     """An SVG element; a note where there is nothing to draw."""
-    order = [t for t in tap_names(report["checkpoint"]["config"]["n_layers"]) if any(t in c for c in curves.values())]
+    order = [t for t in tap_names(report.checkpoint.config["n_layers"]) if any(t in c for c in curves.values())]
     if not order:
         return "<p class='quiet'>No taps were compared.</p>"
     x_of = {tap: LEFT + (WIDTH - LEFT - RIGHT) * (i + 0.5) / len(order) for i, tap in enumerate(order)}

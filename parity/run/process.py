@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parity.contract import UsageError
+from parity.machine import anonymous_bytes
 from parity.outside import LIBRARIES, OURS
 
 POLL_S = 0.05
@@ -86,16 +87,6 @@ def _fatal_frame(lines: list[str]) -> str:
     frames = [m.groups() for line in lines if (m := re.match(r'\s*File "(.+)", line (\d+)', line))]
     mine = [f"{Path(file).name}:{line}" for file, line in frames if not file.startswith((OURS, *LIBRARIES))]
     return f" at {mine[0]}" if mine else ""
-
-
-def anonymous_bytes(pid: int) -> int:
-    """Resident anonymous memory of a process now (Linux; 0 elsewhere and for a process that has ended)."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    kib = next((line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:")), "0")
-    return int(kib) * 1024
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanollama.model import ModelConfig
+from parity.candidates.nano.opening import ModelConfig
 from parity.contract import UsageError
 from parity.outside import kind_of
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanollama.model import ModelConfig
 from parity.candidates.module.matching import FUSED, Choice, Layout
+from parity.candidates.nano.opening import ModelConfig
 
 OUTPUTS = {"attention.wq": "q", "attention.wk": "k", "attention.wv": "v", "attention.wo": "attn_out"}
 OUTPUTS |= {"feed_forward.w1": "gate", "feed_forward.w3": "up", "feed_forward.w2": "ffn_out"}

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanollama.checkpoint import CheckpointError, open_checkpoint
-from nanollama.model import ModelConfig, Transformer
 from parity import outside
 from parity.candidates.module import matching
 from parity.candidates.module.calling import Caller
 from parity.candidates.module.fields import constructed, default_dtype, positions
 from parity.candidates.module.hooked import Hooks
 from parity.candidates.nano.model import taps_of
+from parity.candidates.nano.opening import ModelConfig, build_model, open_checkpoint
 from parity.contract import UsageError
 
 PROBE = (1, 5, 2, 7, 3, 11, 4, 6)  # tokens by which readings are told apart
@@ -55,7 +54,7 @@ class Module:
         self.caller = Caller(self.module, self.cfg.vocab_size, self.max_positions)
         tokens = torch.tensor([PROBE], device=device) % self.cfg.vocab_size
         with torch.no_grad():
-            truth = Transformer.from_weights(self.cfg, opened.weights, dtype=dtype, device=device).eval()
+            truth = build_model(opened, dtype, device)
             self.choice, off = self._chosen(opened.weights, tokens, truth(tokens))
             self.hooks = Hooks(self.module, self.layout, self.choice, self.cfg)
             self.unlike = self._unlike(tokens, taps_of(truth, tokens)) if off < NEAR else set[str]()
@@ -142,7 +141,7 @@ class Folder:
         try:
             cfg = open_checkpoint(checkpoint).config
             self.hooks = _hooks(model, cfg)
-        except (UsageError, CheckpointError) as error:
+        except UsageError as error:
             self.notices = [f"hf: no taps: {error}"]
 
     def __call__(self, tokens: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nanollama.model import ModelConfig
+from parity.candidates.nano.opening import ModelConfig
 from parity.contract import UsageError
 
 MOST = 400  # choices that are tried

@@ -1,1 +1,1 @@
-"""nanollama as a candidate, and its reading of checkpoints: the one place of `candidates` that imports it."""
+"""nanollama as a candidate, and its reading of checkpoints: beside mutants, the one place of parity that imports it."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,16 +15,22 @@ from finetune.loss import LossModel
 from finetune.optim import make_optimizer, select_trained_, trained
 from finetune.parallelize import World
 from finetune.train import accumulate_
-from nanollama.model import Transformer
+from nanollama.checkpoint import Checkpoint
+from nanollama.model import ModelConfig, Transformer
 from parity.run.training import Document, Grads
-
-if TYPE_CHECKING:
-    from parity.candidates.nano.model import Nano
 
 CPU = World(torch.device("cpu"))
 FP32 = torch.autocast("cpu", enabled=False)
 ADAPTER_RANK, ADAPTER_ALPHA = 4, 12.0
 ADAPTER_TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+
+
+class Loaded(Protocol):
+    """What training starts from: a candidate's checkpoint, and how it computes."""
+
+    opened: Checkpoint
+    cfg: ModelConfig
+    attention: str
 
 
 class Listed:
@@ -41,7 +47,7 @@ class Listed:
         return self.documents[document][start:stop]
 
 
-def trainable(nano: "Nano") -> Transformer:
+def trainable(nano: Loaded) -> Transformer:
     """A model of the candidate's config and attention in memory of its own, fp32."""
     weights = nano.opened.weights
     owned = {name: weights[name].to(torch.float32, copy=True) for name in weights}
@@ -50,7 +56,7 @@ def trainable(nano: "Nano") -> Transformer:
     return model
 
 
-def loss_and_grads(nano: "Nano", tokens: Tensor, targets: Tensor) -> tuple[Tensor, Grads]:
+def loss_and_grads(nano: Loaded, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Grads]:
     """Mean loss of a batch (B, T) and its gradients, by the loop's own accumulation."""
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     batch = Batch(tokens, targets, positions, None, int((targets != -100).sum()))
@@ -67,7 +73,7 @@ def run(model: Transformer, batches: list[Batch]) -> tuple[Tensor, Grads]:
 class NanoTrainer:
     """All that interface.TRAINER lists; mutants replace one method."""
 
-    def __init__(self, nano: "Nano") -> None:
+    def __init__(self, nano: Loaded) -> None:
         self.nano = nano
 
     def batch(self, documents: list[Document]) -> Batch:

@@ -17,8 +17,8 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 import torch
 
-from nanollama.checkpoint import open_checkpoint
 from parity.candidates.crash import Unasked
+from parity.candidates.nano.opening import open_checkpoint
 from parity.candidates.server import completions
 from parity.candidates.server.completions import Listing
 from parity.candidates.server.spelling import Spelling
