@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nanollama.cli import read_prompts, run
+from nanollama.cli import run
+from nanollama.gate import read_prompts
 from nanollama.options import Drawing, ModelOptions, say
 
 # Of --dtype: floats, and what the gguf package quantizes to.
@@ -126,7 +127,7 @@ def convert(
 
 
 def _read_prompts(texts: list[str] | None, file: Path | None) -> list[str | list[int]]:
-    """The prompts of both flags; with neither, one that is empty: BOS alone. Raises UsageError."""
+    """The prompts of both flags; with neither, one that is empty: BOS alone. Raises ValueError."""
     found: list[str | list[int]] = list(texts or [])
     if file:
         found += [prompt for _, prompt in read_prompts(file)]

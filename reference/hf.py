@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
-from reference.command import engine_main, run_command
+from reference.command import engine_main
 from reference.driver import Recorder, Stream, Text, replaced, use_copies
 from reference.files import Checkpoint, Config
 from reference.files.hf import hf_name, meta_name
@@ -282,9 +282,9 @@ def hook(module: nn.Module, name: str, recorder: Recorder, is_input: bool = Fals
     module.register_forward_hook(record)
 
 
-def main(arguments: list[str]) -> None:
-    engine_main("reference.hf", "What transformers' Llama computes.", HfEngine, arguments)
+def main(arguments: list[str] | None = None) -> int:
+    return engine_main("reference.hf", "What transformers' Llama computes.", HfEngine, arguments)
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main))
+    raise SystemExit(main())

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from nanollama.cli import UsageError, read_prompts
+from nanollama.gate import read_prompts
+from parity.contract import UsageError
 
 LONG = (
     "A parity harness answers one question: does this program compute what that program computes? It sounds "
@@ -111,8 +112,11 @@ def cut(text: str, room_tokens: int, encode: Callable[[str], list[int]]) -> str:
 
 
 def from_file(path: Path) -> Prompts:
-    """All texts, or all token ids; cli.read_prompts has the format. Raises UsageError."""
-    found = read_prompts(path)
+    """All texts, or all token ids; the format is read_prompts'. Raises UsageError."""
+    try:
+        found = read_prompts(path)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     for i, prompt in found:
         if not prompt or not (isinstance(prompt, str) or min(prompt) >= 0):
             raise UsageError(f"--prompts {path}, line {i}: expected a text, or token ids from 0, and not none")
