@@ -1,4 +1,5 @@
 # make check | test | lint | interop | real: each sets itself up from nothing but Python >= 3.10, git and make.
+# make gpu installs nothing: it takes a Python whose torch sees a CUDA device, as the machine has it.
 #   make check TORCH_INDEX=URL   takes torch from that package index (say, a CPU-only one)
 #   make check PYTHON=python3.12 uses that Python for the virtual environment
 
@@ -12,7 +13,11 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell sed -n 's/^ *"\(torch[><=][^"]*\)".*/\1/p' pyproject.toml)
 PYTHON_FILES := nanollama reference parity finetune benchmarks tests
 
-.PHONY: check test lint interop real setup clean
+# .venv's Python where its torch sees a CUDA device, else the machine's own.
+SEES_CUDA := import sys, torch; sys.exit(not torch.cuda.is_available())
+GPU_PYTHON ?= $(or $(shell $(BIN)/python -c '$(SEES_CUDA)' 2>/dev/null && echo $(BIN)/python),python3)
+
+.PHONY: check test lint interop real gpu setup clean
 .DELETE_ON_ERROR:
 
 check: setup
@@ -34,6 +39,10 @@ interop: setup
 # A trained model through every command. Its JSON is kept in benchmarks/results/.
 real: .venv/.real
 	$(BIN)/python -m benchmarks.real --json benchmarks/results/real.json $(ARGS)
+
+# GPU tests, then decoding, training and parity beside their limits: 8 minutes. JSON in $OUT or benchmarks/results/.
+gpu:
+	@$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 setup: .venv/.installed
 

@@ -136,7 +136,7 @@ def engine(name: str, cell: str) -> tuple[Callable[[], None], int, list[float]]:
 def weights_of(shape: str) -> tuple[Any, dict[str, Any]]:
     import torch
 
-    from finetune.start import fresh_weights
+    from finetune.build import fresh_weights
     from nanollama.model import ModelConfig
 
     dim, layers, heads, hidden, words, tied, *_ = SHAPES[shape]
@@ -150,8 +150,8 @@ def weights_of(shape: str) -> tuple[Any, dict[str, Any]]:
 def ours(shape: str, batch: Any, compiled: bool) -> tuple[Any, Callable[[], Any]]:
     import torch
 
+    from finetune.build import compile_blocks_
     from finetune.loss import LossModel
-    from finetune.wrap import compile_blocks_
     from nanollama.model import Transformer
 
     config, weights = weights_of(shape)

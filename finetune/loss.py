@@ -5,7 +5,7 @@ torchtune#1875).
 The logits of all tokens never exist together: chunk by chunk they become the loss and, while they are at hand, its
 gradients (as in Cut Cross-Entropy, arXiv 2411.09009, and Liger, arXiv 2410.10989), so nothing is computed twice.
 
-    python -c "from finetune.loss import IGNORE; print(IGNORE)"      # -100, torch's own convention
+    loss = LossModel(model)(tokens, labels, positions, doc_ids) / number_of_labels
 """
 
 from collections.abc import Callable, Iterator
@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from finetune.data.documents import IGNORE
 from nanollama.model import Transformer
 
-IGNORE = -100  # label of a token whose successor is not to be predicted
 CHUNK_LOGITS = 2**24  # numbers at a time: 128 tokens of a Llama 3 vocabulary, 64 MB in fp32
+CHUNK_LOGITS_GPU = 2**28  # a GPU is busy only with larger products, and sums the head's gradient once a chunk: 1 GB
 BLOCK_NUMBERS = 2**19  # that elementwise passes on CPU go over at a time: 2 MB in fp32, a core's cache
 MIN_CHUNK_TOKENS = 64  # matrix products of fewer rows are slow
 
@@ -55,7 +56,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         # Chunks are summed in fp32: in bf16 every sum would round, 64 of them to 6 times the plain loss's error.
         grad_head = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, exact)) if need_head else None
         total = torch.zeros((), dtype=exact, device=hidden.device)
-        step = max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // head.shape[0])
+        step = chunk_tokens(head)
         for start in range(0, len(labels), step):
             part = slice(start, start + step)
             total += _chunk(rows[part], weight, labels[part], part, grad_rows, grad_head)
@@ -76,6 +77,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         hidden, head = (None if made is None else made.mul_(grad) for made in ctx.made)  # no second copy of the head's
         ctx.made = None
         return hidden, head, None
+
+
+def chunk_tokens(head: Tensor) -> int:
+    """Tokens whose logits exist at a time, for a head (V, C)."""
+    return max(MIN_CHUNK_TOKENS, (CHUNK_LOGITS_GPU if head.is_cuda else CHUNK_LOGITS) // head.shape[0])
 
 
 def _chunk(

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.config import TrainConfig
-from finetune.loss import CHUNK_LOGITS, MIN_CHUNK_TOKENS
-from finetune.moments import moments_bytes
-from finetune.optim import trained
-from finetune.rounding import BLOCK_NUMBERS
+from finetune.loss import chunk_tokens
+from finetune.optim import block_numbers, moments_bytes, trained
 from nanollama.model import Transformer
 
 ROUNDING_BLOCKS = 6  # of fp32 numbers that an update in pieces holds
@@ -50,7 +48,7 @@ def plan_memory(model: Transformer, config: TrainConfig, device: torch.device) -
     parameters = list(trained(model).values())
     sizes = [p.numel() * p.element_size() for p in parameters]
     eight_bit = config.optimizer == "adamw8bit"
-    rounding = ROUNDING_BLOCKS * 4 * min(BLOCK_NUMBERS, max(p.numel() for p in parameters))
+    rounding = ROUNDING_BLOCKS * 4 * min(block_numbers(device), max(p.numel() for p in parameters))
     return Plan(
         now=resident_bytes(device) + AT_WORK_BYTES,
         gradients=(max(sizes) if config.optimizer_in_backward else sum(sizes)) + _second_gradient(model),
@@ -114,8 +112,8 @@ def _saved(model: Transformer, config: TrainConfig, device: torch.device, rows: 
 def _loss(model: Transformer, config: TrainConfig) -> int:
     """A chunk of logits, on a GPU beside its copy in fp32, and the head in the computation's dtype."""
     words, dim = model.config.vocab_size, model.config.dim
-    tokens = min(config.batch_size * config.seq_len, max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // words))
     compute, head = _compute(config), model.head()
+    tokens = min(config.batch_size * config.seq_len, chunk_tokens(head))
     copied = compute != torch.float32 and head.device.type != "cpu"
     copy = words * dim * compute.itemsize if head.dtype != compute else 0
     return tokens * words * (compute.itemsize + 4 * copied) + copy + _head_sums(model, config)

@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 
 from finetune.config import TrainConfig, to_json
+from finetune.data.files import write_atomically
 from finetune.parallelize import World
-from finetune.prepare.download import write_atomically
 from nanollama.model import ModelConfig
 
 # Dense peak of the tensor cores in FLOP/s by the names that CUDA gives (vendors' data sheets): bf16, fp32 without TF32.

@@ -132,6 +132,12 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
 
 def fast_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """The same through torch's fused scaled-dot-product attention; arguments as in `exact_attention`."""
+    n_rep = q.shape[2] // k.shape[2]
+    if q.is_cuda and n_rep > 1 and (mask is not None or q.dtype == torch.float32):
+        # CUDA's kernel for masks and for fp32 shares no heads: torch would hold all scores instead.
+        if q.shape[1] == 1:
+            return one_query_attention(q, k, v, mask)
+        k, v = repeat_kv(k, n_rep), repeat_kv(v, n_rep)  # (B, S, H, D)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -141,6 +147,17 @@ def fast_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tens
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)  # (B, T, H, D)
+
+
+def one_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`fast_attention` of T = 1 without a copy of k and v: the query heads that share a head are its queries."""
+    out = F.scaled_dot_product_attention(
+        q.squeeze(1).unflatten(1, (k.shape[2], -1)),  # (B, K, H/K, D)
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=None if mask is None else mask.unsqueeze(1),
+    )
+    return out.flatten(1, 2).unsqueeze(1)  # (B, 1, H, D)
 
 
 ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {

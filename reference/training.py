@@ -35,15 +35,20 @@ class Trainable:
     to_meta: Callable[[str, Tensor], Tensor]  # (name, gradient) -> in Meta's layout
     batched: bool = True
 
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
 
 def label_nats(trainable: Trainable, batch: list[Document]) -> Tensor:
     """-log p of every label of a batch that is not ignored, (N,)."""
-    parts = []
-    for tokens, labels in batch:
-        logits = trainable.logits(torch.tensor([tokens]))[0]  # (T, V)
-        nats = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), torch.tensor(labels),
-                               ignore_index=IGNORED, reduction="none")  # fmt: skip
-        parts.append(nats[torch.tensor(labels) != IGNORED])
+    parts, device = [], trainable.device
+    for tokens, next_tokens in batch:
+        labels = torch.tensor(next_tokens, device=device)
+        logits = trainable.logits(torch.tensor([tokens], device=device))[0]  # (T, V)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        nats = F.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="none")
+        parts.append(nats[labels != IGNORED])
     return torch.cat(parts)
 
 
@@ -55,7 +60,7 @@ def padded(batch: list[Document]) -> list[Document]:
 
 def padded_nats(trainable: Trainable, batch: list[Document]) -> Tensor:
     """`label_nats` in one pass over a padded batch: other sums, so another throw of the rounding."""
-    tokens, labels = (torch.tensor(part) for part in zip(*padded(batch), strict=True))
+    tokens, labels = (torch.tensor(part, device=trainable.device) for part in zip(*padded(batch), strict=True))
     logits = trainable.logits(tokens).flatten(0, 1)  # (B*T, V)
     nats = F.cross_entropy(logits.float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
     return nats[labels.flatten() != IGNORED]

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from finetune.data import Documents
+from finetune.data.documents import Documents
+from finetune.data.files import Say, silent, write_atomically
 from finetune.prepare import corpus, download
 from finetune.prepare.corpus import Format, Source
-from finetune.prepare.download import Offline, write_atomically
-from finetune.prepare.files import Say, silent
+from finetune.prepare.download import Offline
 from finetune.prepare.shards import VERSION, TokenStore, Vocabulary, write_shards
 from finetune.prepare.stories import GRAMMAR, stories
 from finetune.prepare.tokenizer import train_tokenizer

@@ -27,7 +27,7 @@ from nanollama.model import KVCache, ModelConfig, Transformer
 from nanollama.speed.compiled import CompileError, Step, compile_step, worth_compiling
 from nanollama.speed.pages import settle_
 from nanollama.speed.quantize import apply_head, load_quantized
-from nanollama.speed.static import static_step
+from nanollama.speed.static import StaticStep
 from nanollama.tokenizer import Tokenizer, open_tokenizer
 from nanollama.tokenizer.stream import ByteStream, PieceStream
 from nanollama.vocabulary.write import fitting
@@ -35,6 +35,7 @@ from nanollama.vocabulary.write import fitting
 if TYPE_CHECKING:
     from nanollama.generation.speculative import Drafter
 
+GRAPH_TOKENS = 32  # capturing a CUDA graph takes as long as these tokens win by it
 SETTLE_TOKENS = 100  # copying the weights into large pages takes as long as these tokens win by it
 PREFILL_CHUNK_TOKENS = 512  # bounds the memory of the attention mask and the activations, whatever the prompt
 
@@ -82,8 +83,9 @@ class Event:
 class Llama:
     """A model with its tokenizer; `tokenizer` may be None where prompts are token ids.
 
-    compile: whether decoding runs compiled (CPU): "off", "on" (ValueError where it cannot), or "auto", where it is
-    compiled already or the tokens asked for win back the time. say: gets a line when that takes time or goes wrong.
+    compile: whether decoding runs compiled: "off", "on" (ValueError where it cannot), or "auto", where it is compiled
+    already or the tokens asked for win back the time. On CUDA "auto" replays the model's own kernels as a graph.
+    say: gets a line when compiling takes time or goes wrong.
     drafter: guesses tokens that the model then checks, see nanollama.generation.speculative.
     """
 
@@ -178,7 +180,7 @@ class Llama:
         if self.compile == "off" or not tokens:
             return eager_step(self.model)
         if self.model.tok_embeddings.weight.device.type == "cuda":
-            return self._steps.setdefault(0, static_step(self.model))
+            return self._graph_step(tokens)
         if B not in self._steps and self.compile == "auto" and not worth_compiling(self.model, B, tokens):
             return eager_step(self.model)
         if tokens >= SETTLE_TOKENS and not self._settled:
@@ -188,6 +190,14 @@ class Llama:
         if B not in self._steps:
             self._steps[B] = self._compiled_step(B)
         return self._steps[B]
+
+    def _graph_step(self, tokens: int) -> Step:
+        """On CUDA: a graph of the model's own kernels, or, with compile="on", of compiled ones. It serves any rows."""
+        if self.compile == "auto" and tokens < GRAPH_TOKENS:
+            return eager_step(self.model)
+        if 0 not in self._steps:
+            self._steps[0] = StaticStep(self.model, compile=self.compile == "on")
+        return self._steps[0]
 
     def _compiled_step(self, B: int) -> Step:
         try:

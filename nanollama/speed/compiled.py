@@ -73,7 +73,7 @@ def dot(x: Tensor, numbers: Tensor, scales: Tensor | None = None) -> Tensor:
 def in_words(numbers: Tensor) -> bool:
     """Whether two bf16 or four int8 weights are read as one number of 32 bits."""
     size = {torch.bfloat16: 2, torch.int8: 4}.get(numbers.dtype, 0)
-    return WORDS and size > 0 and numbers.shape[1] % size == 0
+    return WORDS and numbers.device.type == "cpu" and size > 0 and numbers.shape[1] % size == 0
 
 
 def arranged(x: Tensor, numbers: Tensor) -> Tensor:
@@ -95,9 +95,9 @@ def matvec(x: Tensor, operands: Sequence[Tensor]) -> Tensor:
 
     Written row by row and in two halves of the outputs: the compiler fuses them into one pass over the weights with
     independent sums, which keeps the adders busy (one running sum alone waits four cycles for each addition). int4 has
-    independent sums of its own.
+    independent sums of its own, and a GPU has sums enough.
     """
-    halves = 1 if operands[0].dtype == torch.uint8 else 2
+    halves = 2 if operands[0].device.type == "cpu" and operands[0].dtype != torch.uint8 else 1
     parts = list(zip(*(tensor.chunk(halves) for tensor in operands), strict=True))
     # Beside integers, a vector of bf16 would take the compiler's slow conversions for both: fp32 is loaded instead.
     plain = len(operands) == 1 and not in_words(operands[0])

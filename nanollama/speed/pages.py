@@ -68,7 +68,7 @@ def _up(n: int, multiple: int) -> int:
 
 def _advise(tensor: Tensor, advice: int, page_bytes: int) -> bool:
     """madvise on the whole pages inside of a tensor; whether the system took it."""
-    if not sys.platform.startswith("linux") or os.sysconf("SC_PAGE_SIZE") != SMALL_PAGE:
+    if tensor.device.type != "cpu" or not sys.platform.startswith("linux") or os.sysconf("SC_PAGE_SIZE") != SMALL_PAGE:
         return False
     start = _up(tensor.data_ptr(), page_bytes)
     stop = (tensor.data_ptr() + tensor.nbytes) // page_bytes * page_bytes

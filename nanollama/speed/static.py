@@ -1,57 +1,121 @@
 """The decode step with fixed shapes and without a word to the host, so that a GPU replays it as a CUDA graph.
 
 The model itself asks for the largest position each step, which makes the host wait for the GPU, and its shapes grow
-with the answer. Here the cache is read up to a power of two of slots and a mask hides those not yet written: the graph
+with the answer. Here the cache is read up to a round number of slots and a mask hides those not yet written: the graph
 changes a few times in an answer, and between these times one launch replays hundreds of kernels.
 
-    step = static_step(model)                    # on CUDA compiled with mode="reduce-overhead", elsewhere as it is
+    step = StaticStep(model)                     # on CUDA a graph of the model's own kernels, elsewhere as it is
+    step = StaticStep(model, compile=True)       # one row through the compiled blocks of nanollama.speed.compiled
     logits = step(ids, positions, cache)         # (B,), (B,) -> (B, V) float32
 
 Nothing here needs CUDA to be right: the tests run it on CPU.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanollama.model import Context, KVCache, Transformer
+from nanollama.speed.compiled import LINEARS, BlockStep, CompileError, HeadStep, head_arguments, layer_arguments
 from nanollama.speed.quantize import apply_head
 
-SMALLEST_SLOTS = 256
+SMALLEST_SLOTS, LARGE_SLOTS = 256, 1024  # a power of two between them, beyond the second its multiples
+WARM_UP_STEPS = 2  # before a capture: libraries take their workspaces, the compiler compiles
+SHAPES_COMPILED = 64  # of one block in one process; torch gives up after 8
+Forward = Callable[[Tensor, Tensor, KVCache, int], Tensor]  # ids (B,), positions (B,), cache, slots -> logits (B, V)
 
 
-def static_step(model: Transformer) -> Callable[[Tensor, Tensor, KVCache], Tensor]:
-    """A step as in `nanollama.speed.compiled`, by the model's own modules."""
-    forward: Callable[..., Tensor] = _forward
-    on_gpu = model.tok_embeddings.weight.device.type == "cuda"
-    if on_gpu:
-        forward = torch.compile(_forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
-    known: list[Tensor] = []  # the first layer's keys: other memory means another cache
+class StaticStep:
+    """A step as in `nanollama.speed.compiled`. compile: raises CompileError for a layer of an unknown kind."""
 
-    def step(ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        if on_gpu and not (known and known[0] is cache.k[0]):
-            known[:] = [cache.k[0]]
-            for buffer in (*cache.k, *cache.v):
-                # Or the compiler would copy the caches into the graph's own memory before each replay.
-                torch._dynamo.mark_static_address(buffer)
+    def __init__(self, model: Transformer, *, compile: bool = False) -> None:
+        self.model, self.rows_forward = model, partial(forward_rows, model)
+        self.row_forward: Forward = compiled_row(model) if compile else self.rows_forward
+        self.graphs: dict[int, Graph] = {}  # by slots
+        self.memory: tuple[int, ...] = ()  # that the graphs read and write
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         # The newest slot is known on the host: each step without a prompt adds one.
         cache.length = min(cache.length + 1, cache.max_len)
-        slots = min(1 << (max(cache.length, SMALLEST_SLOTS) - 1).bit_length(), cache.max_len)
-        cos, sin = model._rope_rows(max(model.config.max_seq_len, cache.max_len), ids.device)
-        # A copy: the graph's next replay writes into the same output.
-        return forward(model, ids, positions, cache, cos, sin, slots).clone()
+        slots = min(round_slots(cache.length), cache.max_len)
+        forward = self.row_forward if len(ids) == 1 else self.rows_forward
+        table = self.model._rope_rows(max(self.model.config.max_seq_len, cache.max_len), ids.device)
+        if not ids.is_cuda:
+            return forward(ids, positions, cache, slots)
+        memory = addresses([*table, self.model.tok_embeddings.weight, cache.rows, *cache.k, *cache.v]) + (len(ids),)
+        if memory != self.memory:
+            self.graphs, self.memory = {}, memory
+        if slots not in self.graphs:
+            self.graphs[slots] = Graph(lambda i, p: forward(i, p, cache, slots), ids, positions)
+        return self.graphs[slots](ids, positions)
 
-    return step
+
+def round_slots(n: int) -> int:
+    """The slots that are read when n are in use."""
+    if n > LARGE_SLOTS:
+        return -(-n // LARGE_SLOTS) * LARGE_SLOTS
+    return 1 << (max(n, SMALLEST_SLOTS) - 1).bit_length()
 
 
-def _forward(
-    model: Transformer, ids: Tensor, positions: Tensor, cache: KVCache, cos: Tensor, sin: Tensor, slots: int
-) -> Tensor:
+def addresses(tensors: list[Tensor]) -> tuple[int, ...]:
+    return tuple(tensor.data_ptr() for tensor in tensors)
+
+
+class Graph:
+    """A captured forward pass. The passes before the capture write the same numbers to the same slots as its replay."""
+
+    def __init__(self, forward: Callable[[Tensor, Tensor], Tensor], ids: Tensor, positions: Tensor) -> None:
+        self.ids, self.positions = ids.clone(), positions.clone()
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(ids.device)
+        stream.wait_stream(torch.cuda.current_stream(ids.device))
+        with torch.cuda.stream(stream), torch._dynamo.config.patch(recompile_limit=SHAPES_COMPILED):
+            for _ in range(WARM_UP_STEPS):
+                forward(self.ids, self.positions)
+        torch.cuda.current_stream(ids.device).wait_stream(stream)
+        with torch.cuda.graph(self.graph):
+            self.logits = forward(self.ids, self.positions)
+
+    def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
+        self.ids.copy_(ids)
+        self.positions.copy_(positions)
+        self.graph.replay()
+        return self.logits.clone()  # the next replay writes into the same output
+
+
+def forward_rows(model: Transformer, ids: Tensor, positions: Tensor, cache: KVCache, slots: int) -> Tensor:
+    """Any number of rows by the model's own modules."""
     places = positions.unsqueeze(1)  # (B, 1)
     mask = torch.arange(slots, device=ids.device) <= places.unsqueeze(2)  # (B, 1, S)
+    cos, sin = model._rope_rows(1, ids.device)
     ctx = Context(cos[places], sin[places], mask, places, cache, slots)
     h = model.tok_embeddings(ids.unsqueeze(1))  # (B, 1, C)
     for layer in model.layers:
         h = layer(h, ctx)
     return apply_head(model, model.norm(h)[:, -1])
+
+
+def compiled_row(model: Transformer) -> Forward:
+    """One row by the blocks of `nanollama.speed.compiled`: each matrix is read once, as it is stored."""
+    layers, head_weights = [layer_arguments(layer) for layer in model.layers], head_arguments(model)
+    block: nn.Module = BlockStep(model.config, 1, (len(layers[0]) - 2) // len(LINEARS))
+    head: nn.Module = HeadStep(model.config)
+    if model.tok_embeddings.weight.is_cuda:
+        block.compile(fullgraph=True)
+        head.compile(fullgraph=True)
+
+    def forward(ids: Tensor, positions: Tensor, cache: KVCache, slots: int) -> Tensor:
+        cos, sin = model._rope_rows(1, ids.device)
+        shared = (positions, cos[positions], sin[positions])
+        x = model.tok_embeddings(ids)  # (1, C)
+        try:
+            for keys, values, weights in zip(cache.k, cache.v, layers, strict=True):
+                x = block(x, *shared, keys[0, :slots], values[0, :slots], *weights)
+            return head(x, *head_weights).float()
+        except torch._dynamo.exc.TorchDynamoException as error:  # of a compiler that is not there, too
+            reason = str(error).strip().partition("\n")[0][:200]
+            raise CompileError(f"the decode step cannot be compiled here ({reason}): use --compile off") from error
+
+    return forward

@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
         case = Case.read(Path(case_file))
         torch.set_num_threads(case.threads)
         torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         given = {Path(folder).name: Trace(Path(folder)) for folder in forced}

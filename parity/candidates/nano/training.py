@@ -6,10 +6,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.config import TrainConfig
-from finetune.data import Batch, Ints, Packer
+from finetune.data.documents import Ints
+from finetune.data.packing import Batch, Packer
 from finetune.lora import add_lora_, lora_parameters, merge_
 from finetune.loss import LossModel
 from finetune.optim import make_optimizer, select_trained_, trained
@@ -19,8 +20,6 @@ from nanollama.checkpoint import Checkpoint
 from nanollama.model import ModelConfig, Transformer
 from parity.run.training import Document, Grads
 
-CPU = World(torch.device("cpu"))
-FP32 = torch.autocast("cpu", enabled=False)
 ADAPTER_RANK, ADAPTER_ALPHA = 4, 12.0
 ADAPTER_TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
@@ -31,6 +30,7 @@ class Loaded(Protocol):
     opened: Checkpoint
     cfg: ModelConfig
     attention: str
+    device: str
 
 
 class Listed:
@@ -48,10 +48,10 @@ class Listed:
 
 
 def trainable(nano: Loaded) -> Transformer:
-    """A model of the candidate's config and attention in memory of its own, fp32."""
-    weights = nano.opened.weights
-    owned = {name: weights[name].to(torch.float32, copy=True) for name in weights}
-    model = Transformer.from_weights(nano.cfg, owned, dtype=torch.float32, attention=nano.attention)
+    """A model of the candidate's config and attention, on its device, in memory of its own, fp32."""
+    weights, device = nano.opened.weights, nano.device
+    owned = {name: weights[name].to(device, torch.float32, copy=True) for name in weights}
+    model = Transformer.from_weights(nano.cfg, owned, dtype=torch.float32, device=device, attention=nano.attention)
     select_trained_(model, "full")
     return model
 
@@ -64,8 +64,9 @@ def loss_and_grads(nano: Loaded, tokens: Tensor, targets: Tensor) -> tuple[Tenso
 
 
 def run(model: Transformer, batches: list[Batch]) -> tuple[Tensor, Grads]:
-    count = sum(batch.valid for batch in batches)
-    nats = accumulate_(LossModel(model).train(), batches, count, FP32, CPU)
+    count, device = sum(batch.valid for batch in batches), model.tok_embeddings.weight.device
+    fp32 = torch.autocast(device.type, enabled=False)
+    nats = accumulate_(LossModel(model).train(), batches, count, fp32, World(device))
     grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trained(model).items()}
     return nats / count, grads
 
@@ -117,7 +118,8 @@ class NanoTrainer:
         add_lora_(model, ADAPTER_RANK, ADAPTER_ALPHA, ADAPTER_TARGETS, 0.0, generator)
         for name, parameter in lora_parameters(model).items():
             if name.endswith("lora_B"):
-                nn.init.normal_(parameter, std=0.01, generator=generator)
+                drawn = torch.empty(parameter.shape).normal_(std=0.01, generator=generator)
+                parameter.data.copy_(drawn)
 
     def merge(self, model: Transformer) -> Transformer:
         return merge_(model)
@@ -126,6 +128,7 @@ class NanoTrainer:
     def merged(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         model = trainable(self.nano).eval()
         self.adapter(model)
+        tokens = tokens.to(self.nano.device)
         beside = model(tokens)
         return beside, self.merge(model)(tokens)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.data import Batch
+from finetune.data.packing import Batch
 from finetune.lora import LoraLinear
 from finetune.optim import trained
 from nanollama.model import Transformer
