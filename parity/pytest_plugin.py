@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nanollama.cli import read
-from parity.contract import Result, Status
-from parity.report.terminal import number
 
 if TYPE_CHECKING:
+    from parity.contract import Result
     from parity.report.model import Report
 
 
@@ -63,6 +62,8 @@ class ParityItem(pytest.Item):
     flags: tuple[str, ...]
 
     def runtest(self) -> None:
+        from parity.contract import Status
+
         report = report_of(self.candidate, *self.flags)
         check = self.name.removeprefix("parity::")
         results = [r for r in report.results if r.check == check]
@@ -83,7 +84,9 @@ class ParityFailure(AssertionError):
     """A check that failed: its results, one a line, and where the candidate first departs."""
 
 
-def describe(r: Result) -> str:
+def describe(r: "Result") -> str:
+    from parity.report.terminal import number  # which imports torch: not where no check is asked for
+
     twin = "twin" if r.checkpoint == "twin" else None
     party = ", ".join(part for part in (twin, r.dtype, r.path, r.reference) if part)
     beyond = f"{number(r.value)} beyond {number(r.bound)}" if r.value is not None else r.status.value

@@ -134,8 +134,8 @@ def run_case(case: Case, engine: Engine, out: Path) -> None:
         sequences, generated_by = run.generate(prompts)
         run.case = case = replace(case, positions=chosen_positions(case, sequences))
         check_positions(case.positions, sequences)
-        for i, dtype in enumerate(case.dtypes):
-            run.forward(dtype, sequences, (i + 1) / (len(case.dtypes) + 1))
+        for dtype in case.dtypes:
+            run.forward(dtype, sequences)
         write_rope(out, *engine.rope(list(case.rope_positions)))
     training = None
     if case.training is not None:
@@ -219,7 +219,7 @@ class Run:
             self.seconds += time.perf_counter() - started
         return sequences, whole[0]
 
-    def forward(self, name: str, sequences: list[list[int]], done: float) -> None:
+    def forward(self, name: str, sequences: list[list[int]]) -> None:
         """Every sequence through the model at one dtype, recorded."""
         dtype = DTYPES[name]
         self.streamed[name] = not fits_whole(self.case, self.engine.checkpoint, dtype)

@@ -83,7 +83,7 @@ class Command:
     def __init__(self, words: list[str], opened: Checkpoint, environment: dict[str, str] | None = None) -> None:
         self.words, self.opened = words, opened
         self.folder = Path(tempfile.mkdtemp(prefix="parity-cmd-"))
-        self.process, self.answers = started(words, self.folder / "stderr", environment)
+        self.process, self.answers = start_program(words, self.folder / "stderr", environment)
         weakref.finalize(self, end, self.process, self.answers, self.folder)
         self.able = self.ask("can").split()
         if not {"logits", "next_tokens"} & set(self.able):
@@ -259,7 +259,7 @@ def _shown(shape: tuple[int, ...] | list[int]) -> str:
     return f"({', '.join('n' if n == -1 else str(n) for n in shape)})"
 
 
-def started(
+def start_program(
     words: list[str], stderr: Path, environment: dict[str, str] | None
 ) -> "tuple[subprocess.Popen[str], IO[str]]":
     """A program, and the stream of its answers: its standard output, or what it writes to {answers}."""

@@ -1,7 +1,8 @@
 """The candidate interface as one table: what a candidate may have, what it returns, and which check it feeds.
 
 The harness asks through `Interface`, which looks the table up; docs/parity.md's tables are printed from it, and what a
-report says about a missing method stands in it. To add a method, add a row, and ask for it in parity/run/recorder.py.
+report says about a missing method stands in it. To add a method, add a row, and ask for it in the driver that runs
+such a candidate: parity/run/whole.py, streamed.py or tokens.py.
 
     python -m parity.candidates.interface        # prints: | method | check | returns | ...
 """
@@ -102,6 +103,29 @@ TRAINER: tuple[Method, ...] = tuple(
         ("merged", ("tokens",), "adapter merge", "logits with a LoRA beside the weights, and merged into them"),
     )
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Way:
+    """Another way to the logits of a sequence, of a candidate that is run whole, and the methods that it takes."""
+
+    kind: str
+    check: str
+    needs: tuple[str, ...] = ()
+    bitwise: bool = False  # compared with the candidate's own logits alone
+
+
+WAYS: tuple[Way, ...] = (
+    Way("rerun", "metamorphic", bitwise=True),
+    Way("batch", "metamorphic"),
+    Way("cached", "cache", ("prefill", "decode")),
+    Way("chunked", "cache", ("prefill", "decode")),
+    Way("packed", "metamorphic", ("packed",)),
+    Way("compiled", "metamorphic", ("compiled",)),
+)
+Driver = Literal["whole", "streamed", "tokens"]
+# What each driver cannot do without; `load_candidate` refuses a candidate that lacks it.
+DRIVEN_BY: dict[Driver, str] = {"whole": "__call__", "streamed": "stream", "tokens": "next_tokens"}
 
 
 def _are_dtypes(value: Any) -> bool:
@@ -214,6 +238,17 @@ class Interface:
         of = "candidate" if self.methods is METHODS else "trainer"
         return [f"the {of}'s {name} is ignored: {why}" for name, why in self.ignored.items()]
 
+    @property
+    def driver(self) -> Driver:
+        """How it is run: one that has tokens has no logits to give; one that says so is run layer by layer."""
+        if "next_tokens" in self.has:
+            return "tokens"
+        return "streamed" if self.declared("streamed") else "whole"
+
+    def lacks_any(self, names: tuple[str, ...]) -> str | None:
+        """Why the first of these that is missing is not asked; None where all are there."""
+        return next((self.lacks(name) for name in names if name not in self.has), None)
+
     def lacks(self, name: str) -> str:
         """Why a method is not asked; that one of its name is ignored is a notice of its own."""
         return self.row(name).why_missing
@@ -261,7 +296,7 @@ def asking(signature: str, file: str | None) -> Iterator[None]:
         raise Crashed.of(error, signature, file) from error
 
 
-def loaded(
+def load_candidate(
     load: Callable[..., Any], checkpoint: str, dtype: str, device: str, note: Callable[[str], None] = lambda asked: None
 ) -> Interface:
     """The candidate at one dtype. Raises NotImplementedError where it has none, UsageError, and Crashed."""
@@ -270,8 +305,9 @@ def loaded(
     with asking(signature, file):
         target = load(checkpoint, DTYPES[dtype], device)
     found = Interface(target, METHODS, file, note)
-    if not {"__call__", "next_tokens", "stream"} & found.has:
-        raise Crashed(f"{signature} returned {kind_of(target)}, which cannot be called", None)
+    if (need := DRIVEN_BY[found.driver]) not in found.has:
+        cannot = "cannot be called" if need == "__call__" else f"has no {found.row(need).signature}"
+        raise Crashed(f"{signature} returned {kind_of(target)}, which {cannot}", None)
     return found
 
 

@@ -18,10 +18,10 @@ import torch
 
 from parity.candidates import answers
 from parity.candidates.crash import Crashed, Failure, Unasked, Wrong, failure
-from parity.candidates.interface import Interface, declared, declared_dtypes, loaded, refuse_undeclared
+from parity.candidates.interface import Interface, declared, declared_dtypes, load_candidate, refuse_undeclared
 from parity.contract import Case, UsageError
 from parity.machine import threads_for, too_large
-from parity.run.process import Crash, started, wait_any
+from parity.run.process import Crash, start_process, wait_any
 
 if TYPE_CHECKING:
     from parity.candidates.nano.checkpoint import Description
@@ -53,7 +53,7 @@ def probe(load: Any, case: Case) -> Probed:
             continue
         try:
             refuse_undeclared(load, dtype)
-            candidate = loaded(load, case.checkpoint, dtype, case.device)
+            candidate = load_candidate(load, case.checkpoint, dtype, case.device)
             refuse_undeclared(candidate.target, dtype)
             found.notices = [*candidate.declared("notices"), *candidate.notices]
             found.max_positions = candidate.declared("max_positions") or found.max_positions
@@ -110,7 +110,7 @@ def probe_in_process(
     out, silent = folder / "probe", lambda label, stage, done: None
     file = case.write(folder / "probe-case.json")
     arguments = [name, str(file), str(out)]
-    with started("candidate", "parity.candidates.probe", arguments, folder / "probe.log", silent) as process:
+    with start_process("candidate", "parity.candidates.probe", arguments, folder / "probe.log", silent) as process:
         try:
             wait_any([process]).finish()
         except Crash as crash:

@@ -13,8 +13,8 @@ from parity.measure.metrics import TapError, own_noise, percentile
 from parity.measure.tolerances import BOUNDS, KL_FLOOR_NATS, KL_POSITIONS
 
 
-def broken_or_missing(ev: Evidence, pair: Pair, check: str, gate: str, taps: list[str]) -> Iterator[Result]:
-    """Failures for taps of the wrong shape; an error where the candidate gave nothing to compare."""
+def fail_broken(ev: Evidence, pair: Pair, check: str, gate: str, taps: list[str]) -> Iterator[Result]:
+    """Those of the taps that have another shape than the oracle's."""
     candidate = ev.candidate(pair)
     for tap in taps:
         if tap in candidate.broken:
@@ -24,7 +24,7 @@ def broken_or_missing(ev: Evidence, pair: Pair, check: str, gate: str, taps: lis
 def taps(ev: Evidence) -> Iterator[Result]:
     """G3 at every tap but the logits: the worst ratio, and the pairwise G4 at its worst."""
     for pair in ev.pairs():
-        yield from broken_or_missing(ev, pair, "taps", "G3", [t for t in ev.candidate(pair).broken if t != "logits"])
+        yield from fail_broken(ev, pair, "taps", "G3", [t for t in ev.candidate(pair).broken if t != "logits"])
         shared = [t for t in ev.shared(pair) if t != "logits"]
         if not shared:
             reason = f"not covered: {lacking(ev.candidates[pair.path].meta, 'taps')}"
@@ -43,7 +43,7 @@ def logits(ev: Evidence) -> Iterator[Result]:
             if dtype not in trace.meta["dtypes"]:
                 yield from unrun(trace.meta, path, dtype)
     for pair in ev.pairs():
-        yield from broken_or_missing(ev, pair, "logits", "G3", ["logits"])
+        yield from fail_broken(ev, pair, "logits", "G3", ["logits"])
         if "logits" in ev.candidate(pair).taps:
             ratios = {"logits": ev.rho(pair, "logits")[0]}
             yield _worst(ev, pair, "logits", "G3", ratios, BOUNDS["G3.logits"].value)

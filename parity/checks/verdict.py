@@ -74,7 +74,7 @@ def compared_tensors(ev: Evidence) -> int:
     )  # fmt: skip
 
 
-def judged_dtypes(ev: Evidence) -> list[str]:
+def common_dtypes(ev: Evidence) -> list[str]:
     """The dtypes at which every path of the candidate was run."""
     return [d for d in ev.case.dtypes if all(d in trace.meta["dtypes"] for trace in ev.candidates.values())]
 

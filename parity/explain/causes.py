@@ -26,7 +26,7 @@ class View:
 
     candidate: Readable
     oracle: Readable
-    given: Readable  # whose taps the operation read: the candidate's own, or the reference's when teacher-forced
+    inputs: Readable  # whose taps the operation read: the candidate's own, or the reference's when teacher-forced
     dtype: str
     sequence: int
     positions: list[int] | None  # of the rows, None: 0, 1, 2, ...
@@ -39,14 +39,14 @@ class View:
             self._cache[key] = trace.get(self.dtype, self.sequence, tap).double() if held else None
         return self._cache[key]
 
-    def c(self, tap: str) -> Tensor | None:
+    def mine(self, tap: str) -> Tensor | None:
         return self._get(self.candidate, tap)
 
-    def o(self, tap: str) -> Tensor | None:
+    def exact(self, tap: str) -> Tensor | None:
         return self._get(self.oracle, tap)
 
-    def i(self, tap: str) -> Tensor | None:
-        return self._get(self.given, tap)
+    def given(self, tap: str) -> Tensor | None:
+        return self._get(self.inputs, tap)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def probable_cause(view: View, tap: str) -> str | None:
 
 def signature(view: View, tap: str) -> str | None:
     """The mistake that explains the tap's error; None where none does."""
-    c, o = view.c(tap), view.o(tap)
+    c, o = view.mine(tap), view.exact(tap)
     if c is None or o is None or c.shape != o.shape:
         return None
     prefix, _, name = tap.rpartition(".")
@@ -97,7 +97,7 @@ def signature(view: View, tap: str) -> str | None:
 
 def guess(view: View, tap: str) -> str | None:
     """What the tap looks like; None where it looks like nothing known."""
-    c, o = view.c(tap), view.o(tap)
+    c, o = view.mine(tap), view.exact(tap)
     prefix, _, name = tap.rpartition(".")
     if c is None or o is None or c.shape != o.shape or name not in GUESSES:
         return None
@@ -158,12 +158,12 @@ def _eps(c: Tensor, o: Tensor, x: Tensor, eps: float) -> str | None:
 
 
 def _attn_norm(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
-    x, true_x = view.i(before(view, prefix)), view.o(before(view, prefix))
+    x, true_x = view.given(before(view, prefix)), view.exact(before(view, prefix))
     return None if x is None else _norm_mistakes(view, c, o, x, x if true_x is None else true_x)
 
 
 def _ffn_norm(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
-    x, attn_out, attn_norm = (view.i(t) for t in (before(view, prefix), prefix + "attn_out", prefix + "attn_norm"))
+    x, attn_out, attn_norm = (view.given(t) for t in (before(view, prefix), prefix + "attn_out", prefix + "attn_norm"))
     if x is None or attn_out is None:
         return None
     eps, mid = view.config["norm_eps"], x + attn_out
@@ -180,14 +180,14 @@ def _ffn_norm(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
 
 def _final_norm(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
     n, eps = view.config["n_layers"], view.config["norm_eps"]
-    last = view.o(f"layers.{n - 1}.out")
-    x = view.i(f"layers.{n - 1}.out")
+    last = view.exact(f"layers.{n - 1}.out")
+    x = view.given(f"layers.{n - 1}.out")
     if last is None:
         return None
     weight = (o / normed(last, eps)).nanmedian(0).values
     mistakes: dict[str, Tensor | None] = {}
     for i in range(n - 1):
-        out = view.i(f"layers.{i}.out")
+        out = view.given(f"layers.{i}.out")
         mistakes[f"the layers after {i} are skipped"] = None if out is None else normed(out, eps) * weight
     return best(c, o, mistakes) or _norm_mistakes(view, c, o, last if x is None else x, last)
 
@@ -198,7 +198,7 @@ def half_split(x: Tensor) -> Tensor:
 
 
 def _projection(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
-    other = {n: view.o(prefix + n) for n in ("q", "k", "v")}
+    other = {n: view.exact(prefix + n) for n in ("q", "k", "v")}
     mistakes: dict[str, Tensor | None] = {
         "its rows are in the half-split RoPE order: q/k rows of the Hugging Face file not un-permuted": half_split(o),
         "its rows were permuted twice": o.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2),
@@ -230,7 +230,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor, scale: float, in
 
 
 def _attn_mix(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
-    q, k, v = (view.i(prefix + t) for t in ("q_rope", "k_rope", "v"))
+    q, k, v = (view.given(prefix + t) for t in ("q_rope", "k_rope", "v"))
     if q is None or k is None or v is None or view.positions is not None:
         return None
     T, D = q.shape[0], q.shape[-1]
@@ -258,7 +258,7 @@ def _attn_mix(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
 
 
 def _softmax(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
-    q, k, v = (view.i(prefix + t) for t in ("q_rope", "k_rope", "v"))
+    q, k, v = (view.given(prefix + t) for t in ("q_rope", "k_rope", "v"))
     if q is None or k is None or v is None or view.positions is not None:
         return None
     causal = torch.ones(len(q), len(q), dtype=torch.bool).tril()
@@ -276,15 +276,15 @@ def _softmax(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
 
 
 def _gate(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
-    return best(c, o, {"it holds what up should hold: gate and up swapped": view.o(prefix + "up")})
+    return best(c, o, {"it holds what up should hold: gate and up swapped": view.exact(prefix + "up")})
 
 
 def _up(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
-    return best(c, o, {"it holds what gate should hold: gate and up swapped": view.o(prefix + "gate")})
+    return best(c, o, {"it holds what gate should hold: gate and up swapped": view.exact(prefix + "gate")})
 
 
 def _ffn_mix(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
-    gate, up = view.i(prefix + "gate"), view.i(prefix + "up")
+    gate, up = view.given(prefix + "gate"), view.given(prefix + "up")
     if gate is None or up is None:
         return None
     mistakes = {
@@ -301,7 +301,7 @@ def _ffn_mix(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
 
 def _out(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
     names = (before(view, prefix), *(prefix + t for t in ("attn_out", "ffn_out", "ffn_norm", "attn_norm")))
-    x, attn_out, ffn_out, ffn_norm, attn_norm = (view.i(t) for t in names)
+    x, attn_out, ffn_out, ffn_norm, attn_norm = (view.given(t) for t in names)
     if x is None or attn_out is None or ffn_out is None:
         return None
     mistakes = {
@@ -317,7 +317,7 @@ def _out(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
 
 
 def _logits(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
-    embed, hidden, tokens = view.i("embed"), view.i("final_norm"), view.oracle.sequences[view.sequence]
+    embed, hidden, tokens = view.given("embed"), view.given("final_norm"), view.oracle.sequences[view.sequence]
     if embed is not None and hidden is not None and view.positions is None:
         seen = torch.tensor(tokens)
         tied = hidden @ embed.T  # (T, T): the logit of each token of the sequence, were its embedding its head
@@ -344,8 +344,8 @@ SIGNATURES: dict[str, Callable[[View, str, Tensor, Tensor], str | None]] = {
     "q": _projection,
     "k": _projection,
     "v": _projection,
-    "q_rope": lambda view, prefix, c, o: rope_cause(view.i(prefix + "q"), c, view.config, view.positions),
-    "k_rope": lambda view, prefix, c, o: rope_cause(view.i(prefix + "k"), c, view.config, view.positions),
+    "q_rope": lambda view, prefix, c, o: rope_cause(view.given(prefix + "q"), c, view.config, view.positions),
+    "k_rope": lambda view, prefix, c, o: rope_cause(view.given(prefix + "k"), c, view.config, view.positions),
     "attn_mix": _attn_mix,
     "attn_out": NONE,
     "ffn_norm": _ffn_norm,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parity.candidates import answers, resolve
 from parity.candidates.crash import Crashed, Wrong, failure, results_of
-from parity.candidates.interface import Interface, loaded, refuse_undeclared
+from parity.candidates.interface import Interface, load_candidate, refuse_undeclared
 from parity.candidates.nano.folder import write_folders
 from parity.contract import Result, Status, UsageError
 from parity.kit.arrays import Kit
@@ -44,9 +44,9 @@ class Answers:
     def _loaded(self, load: Any, folders: list[Path]) -> Interface:
         refuse_undeclared(load, self.dtype)
         try:
-            candidate = loaded(load, str(folders[0]), self.dtype, "cpu")
+            candidate = load_candidate(load, str(folders[0]), self.dtype, "cpu")
         except UsageError:
-            candidate = loaded(load, str(folders[-1]), self.dtype, "cpu")
+            candidate = load_candidate(load, str(folders[-1]), self.dtype, "cpu")
         refuse_undeclared(candidate.target, self.dtype)
         self.notices += [*candidate.declared("notices"), *candidate.notices]
         if "__call__" not in candidate.has or candidate.conditions:

@@ -105,7 +105,7 @@ def report(
     """The whole judgement. `said`, `notices`: of a candidate that wrote the files, what went wrong while it did and
     what it remarks."""
     clock, port, table = Clock(), Port(kit, folder, dtype), kit.table
-    results, compared = judge_all(port)
+    results, compared = apply_gates(port)
     results = [*said, *results]
     word, why = decide(results, [dtype], compared)
     lengths = table["sequences"]
@@ -127,7 +127,7 @@ def report(
     )
 
 
-def judge_all(port: Port) -> tuple[list[Result], int]:
+def apply_gates(port: Port) -> tuple[list[Result], int]:
     """Results, and how many arrays were compared."""
     results, absent, compared = list[Result](), dict[str, list[str]](), 0
     for name, gates in port.gates.items():
@@ -139,7 +139,7 @@ def judge_all(port: Port) -> tuple[list[Result], int]:
         else:
             compared += 1
             mine, exact = port.get(name), port.kit.get(name)
-            results += [worst([judged(port, gate, mine, exact) for gate in gates if gate.metric == metric])
+            results += [worst([apply_gate(port, gate, mine, exact) for gate in gates if gate.metric == metric])
                         for metric in dict.fromkeys(gate.metric for gate in gates)]  # fmt: skip
     return [*results, *uncovered(port, absent)], compared
 
@@ -162,7 +162,7 @@ def worst(results: list[Result]) -> Result:
     return max(results, key=lambda r: inf if r.value is None or r.value != r.value else r.value)
 
 
-def judged(port: Port, gate: Gate, mine: Tensor, exact: Tensor) -> Result:
+def apply_gate(port: Port, gate: Gate, mine: Tensor, exact: Tensor) -> Result:
     rows = slice(gate.first, gate.first + gate.rows)
     value = METRICS[gate.metric](port, mine[rows], exact[rows], rows)
     where = str(place(port, gate, mine, exact)) if gate.metric == "rms" and gate.check != "training" else gate.array
@@ -210,11 +210,11 @@ def place(port: Port, gate: Gate, mine: Tensor, exact: Tensor) -> str:
     rows = slice(gate.first, gate.first + gate.rows)
     found = error_of(mine[rows], exact[rows]).place
     assert found is not None
-    sequence, position = located(port.kit, gate.first + found.index[0])
+    sequence, position = locate(port.kit, gate.first + found.index[0])
     return f"{gate.array}, {replace(found, sequence=sequence, index=(position, *found.index[1:]))}"
 
 
-def located(kit: Kit, row: int) -> tuple[int, int]:
+def locate(kit: Kit, row: int) -> tuple[int, int]:
     """(sequence, position) of a row."""
     sequence = max(i for i, start in enumerate(kit.starts[:-1]) if start <= row)
     return sequence, row - kit.starts[sequence]
@@ -233,7 +233,7 @@ def first_divergence(port: Port) -> Divergence | None:
             return Divergence(tap, THE_KIT, port.dtype, why)
         mine, exact = port.get(name), port.kit.get(name)
         for gate in (gate for gate in port.gates[name] if gate.metric == "rms"):
-            if judged(port, gate, mine, exact).status is Status.FAIL:
+            if apply_gate(port, gate, mine, exact).status is Status.FAIL:
                 return describe(port, tap, gate, mine, exact)
     return None
 
@@ -245,7 +245,7 @@ def describe(port: Port, tap: str, gate: Gate, mine: Tensor, exact: Tensor) -> D
     assert error.place is not None
     beyond = (~((error.error[0] / error.width).sqrt() <= gate.bound)).nonzero()
     row = int(beyond[0]) if len(beyond) else error.place.index[0]
-    sequence, position = located(port.kit, gate.first + row)
+    sequence, position = locate(port.kit, gate.first + row)
     why = probable_cause(view(port, sequence), tap) or ABOUT[tap.split(".")[-1]]
     values = {"value": error.place.value, "expected": error.place.expected}
     rho = ratio(error.rms(), gate.noise)

@@ -64,7 +64,7 @@ def run(flags: Flags) -> int:
         raise UsageError("give either --out DIR, to write a kit, or --check DIR --port DIR, to judge a port by one")
     if flags.check is not None and (flags.port is None) == (flags.candidate is None):
         raise UsageError("--check: give either --port DIR, files that a port wrote, or --candidate file.py:load")
-    return judge_port(flags) if flags.out is None else write_kit(flags)
+    return check_port(flags) if flags.out is None else write_kit(flags)
 
 
 def refuse(flags: Flags, names: tuple[str, ...], mode: str) -> None:
@@ -194,7 +194,7 @@ def describe_kit(table: dict[str, Any], out: Path) -> list[str]:
 # --- Judging ---------------------------------------------------------------------------------------------------------
 
 
-def judge_port(flags: Flags) -> int:
+def check_port(flags: Flags) -> int:
     refuse(flags, ("ckpt", "tokenizer", "prompts"), "--check")
     dtypes = split_dtypes(flags.dtype or "fp32")
     if len(dtypes) > 1:
@@ -212,14 +212,14 @@ def judge_port(flags: Flags) -> int:
     if flags.candidate is None:
         found = report(kit, flags.port, dtypes[0])
     else:
-        found = judge_candidate(kit, flags.candidate, dtypes[0])
+        found = check_candidate(kit, flags.candidate, dtypes[0])
     print(terminal.render(found))
     if flags.json is not None:
         flags.json.write_text(json.dumps(found.as_json(), indent=1) + "\n")
     return EXIT_CODES[found.verdict]
 
 
-def judge_candidate(kit: "Kit", name: str, dtype: str) -> "Report":
+def check_candidate(kit: "Kit", name: str, dtype: str) -> "Report":
     """The report of a candidate, which is asked for what a port would have written."""
     from parity.kit.candidate import Answers
     from parity.kit.check import report

@@ -21,7 +21,7 @@ GREEDY = "greedy text equal"
 NAMES = (GREEDY, *CRITERIA)
 
 
-def judge(ev: Evidence) -> dict[str, dict[str, bool]]:
+def apply_criteria(ev: Evidence) -> dict[str, dict[str, bool]]:
     """By dtype: criterion -> whether it passes the candidate. Empty where nothing ran forward."""
     verdicts: dict[str, dict[str, bool]] = {}
     reference = next(iter(ev.references.values()))

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from nanollama.cli import execute
-from parity.candidates.interface import loaded
+from parity.candidates.interface import load_candidate
 from parity.candidates.nano.checkpoint import describe as describe_checkpoint
 from parity.candidates.nano.twin import is_seeded
 from parity.candidates.nano.twin import write as write_twin
@@ -67,7 +67,7 @@ def evaluate(base: Evidence, load: Any, folder: Path) -> tuple[Evidence, list[Re
     shutil.rmtree(folder, ignore_errors=True)
     writer = TraceWriter(folder)
     if base.case.record == "logits":  # a tokenizer's member: no forward pass
-        meta = record_identity(loaded(load, base.case.checkpoint, "fp32", "cpu"), base.case, writer)
+        meta = record_identity(load_candidate(load, base.case.checkpoint, "fp32", "cpu"), base.case, writer)
         writer.finish(meta | {"sequences": base.case.prompts, "dtypes": {}})
     else:
         record(load, base.case, writer, lambda stage, done: None, base.forced)
@@ -111,7 +111,7 @@ def row_of(ev: Evidence, results: list[Result]) -> Row:
         if r.value is not None and r.bound and r.dtype and r.gate != "style":
             worst[r.dtype] = max(worst.get(r.dtype, 0.0), 100 * r.value / r.bound)
     by_logits = {d: any(r.check in BARE and r.dtype == d for r in bad) for d in ev.case.dtypes}
-    return Row(gates, killed_by, found, cause, baselines.judge(ev), worst, by_logits)
+    return Row(gates, killed_by, found, cause, baselines.apply_criteria(ev), worst, by_logits)
 
 
 # --- Workers: a process a core, since candidates patch the modules that they run in ----------------------------------

@@ -23,7 +23,7 @@ from parity.checks import decoding, forward, identity, ops, verdict
 from parity.contract import Case, Result, Status, tap_names
 from parity.measure.evidence import Evidence
 from parity.measure.metrics import TapError
-from parity.run import recorder as recording
+from parity.run import whole
 from parity.trace import Trace, TraceWriter, by_part, part_of
 
 T, WIDTH, VOCAB = 131, 8, 11
@@ -119,7 +119,7 @@ def wrong_candidates() -> Iterator[tuple[str, dict[str, Tensor], dict[str, Any]]
     yield "metamorphic", right, {"self": {"fp32": {"rerun": 1e-9}}}
 
 
-JUDGES = (
+CHECKED = (
     "tokens",
     "chat",
     "config",
@@ -143,7 +143,7 @@ def problems() -> list[str]:
         ev = evidence(folder / "right", without(rounded(truth(), 2), "layers.0.k"))
         found += [
             f"a right candidate fails {r.check}: {r.reason or r.where}"
-            for r in verdict.run_checks(ev, JUDGES)
+            for r in verdict.run_checks(ev, CHECKED)
             if r.status in (Status.FAIL, Status.ERROR)
         ]
         for n, (check, values, meta) in enumerate(wrong_candidates()):
@@ -157,9 +157,9 @@ def problems() -> list[str]:
 def rerun(folder: Path, step: float) -> float:
     case = Case("-", ["fp32"], prompts=[[1, 2, 3]], prompt_lengths=[3])
     writer, flickers = TraceWriter(folder / "rerun"), Interface(Flickers(step))
-    recorder = recording.Recorder(flickers, case, "fp32", writer, lambda stage, done: None)
-    recorder._rerun([0])
-    return recorder.out.same["rerun"]
+    run = whole.WholeRun(flickers, case, "fp32", writer, lambda stage, done: None)
+    run._rerun([0])
+    return run.out.same["rerun"]
 
 
 def maximum_problems() -> list[str]:
@@ -238,6 +238,6 @@ def skips_pass(results: Any, dtypes: Any, compared: int) -> tuple[str, str]:
 FAULTS: tuple[Fault, ...] = (
     Fault("C1", "tensors compared by their order, not by name", lambda: patch.object(Trace, "get", by_order_in_file)),
     Fault("C2", "a comparison that is always true", lambda: in_every_check("judge", always_true)),
-    Fault("C3", "a signed maximum", lambda: patch.object(recording, "largest", signed)),
+    Fault("C3", "a signed maximum", lambda: patch.object(whole, "largest", signed)),
     Fault("C4", "a skipped check counted as passed", lambda: patch.object(verdict, "decide", skips_pass)),
 )

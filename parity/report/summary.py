@@ -8,7 +8,7 @@ import torch
 from parity.candidates.conditions import Conditions
 from parity.checks.identity import disagreements
 from parity.checks.training import gradient_noise
-from parity.checks.verdict import compared_tensors, decide, fails_behind_rope, judged_dtypes, under_conditions
+from parity.checks.verdict import common_dtypes, compared_tensors, decide, fails_behind_rope, under_conditions
 from parity.contract import Result
 from parity.explain.localise import first_divergence
 from parity.machine import environment
@@ -58,7 +58,7 @@ def summarise(
 ) -> Report:
     """Everything a report shows. `entry`: the checkpoint, whose config is then as the first reference read it."""
     config = next(iter(ev.references.values())).meta["config"]
-    word, why = decide(results, judged_dtypes(ev), compared_tensors(ev))
+    word, why = decide(results, common_dtypes(ev), compared_tensors(ev))
     word, why = under_conditions(ev, word, why)
     errata = [e for trace in ev.references.values() for e in trace.meta.get("errata", [])] + disagreements(ev)
     lengths, tables = [len(s) for s in ev.oracle.sequences], grades(ev, ev.lenient and not fails_behind_rope(results))

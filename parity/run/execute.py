@@ -13,7 +13,7 @@ from parity.contract import UsageError
 from parity.machine import cores
 from parity.run.cache import TraceCache
 from parity.run.jobs import Job, case_file
-from parity.run.process import Crash, Process, started, wait_any
+from parity.run.process import Crash, Process, start_process, wait_any
 from parity.run.progress import Bar
 from parity.run.run_candidate import last_asked
 from parity.trace import Trace
@@ -148,7 +148,7 @@ class Executor:
 
     def _start(self, stack: ExitStack, job: Job) -> Process:
         log = self.folder / f"{job.label.replace(' ', '-')}.log"
-        return stack.enter_context(started(job.label, job.module, list(job.arguments), log, self.bar, job.waits))
+        return stack.enter_context(start_process(job.label, job.module, list(job.arguments), log, self.bar, job.waits))
 
 
 def while_asked(out: Path) -> str:

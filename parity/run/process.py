@@ -90,7 +90,7 @@ def _fatal_frame(lines: list[str]) -> str:
 
 
 @contextmanager
-def started(
+def start_process(
     label: str,
     module: str,
     arguments: list[str],

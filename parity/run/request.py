@@ -199,11 +199,11 @@ def choose_within(
     file: Path | None, checkpoint: "Description", context: int, max_new_tokens: int
 ) -> tuple[Prompts, int]:
     """Prompts, and how many tokens follow each, that together stay within `context`. Raises UsageError."""
-    from parity.candidates.nano.model import opened_tokenizer
+    from parity.candidates.nano.model import load_tokenizer
 
     prompts = choose_prompts(file, checkpoint)
     new = min(max_new_tokens, context // 2)
-    tokenizer = opened_tokenizer(checkpoint.tokenizer) if checkpoint.tokenizer else None
+    tokenizer = load_tokenizer(checkpoint.tokenizer) if checkpoint.tokenizer else None
     encode = (lambda text: tokenizer.encode(text, bos=True)) if tokenizer else None
     cut = within(prompts, context - new, encode, file)
     if cut is prompts and new == max_new_tokens:

@@ -3,27 +3,29 @@
 What each dtype found is on disk before the next one begins, so that nothing finished is lost with a process that dies.
 """
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from parity.candidates import answers
 from parity.candidates.conditions import Conditions
-from parity.candidates.crash import Crashed, Failure, Unasked, Wrong, failure
-from parity.candidates.interface import Interface, asking, loaded, refuse_undeclared
+from parity.candidates.crash import Crashed, Failure, Wrong, failure
+from parity.candidates.interface import Driver, Interface, load_candidate, refuse_undeclared
 from parity.contract import Case
 from parity.run import training
-from parity.run.recorder import EXTRA_ROWS, WAYS, Progress, Recorder, Recording, first_line
+from parity.run.recording import Progress, Recording, first_line
+from parity.run.streamed import run_streamed
 from parity.run.teacher_forcing import finish_ops, record_ops
+from parity.run.tokens import run_tokens
+from parity.run.whole import run_whole
 from parity.trace import Trace, TraceWriter
 
 Load = Callable[[str, torch.dtype, str], Any]
+Drive = Callable[[Interface, Case, str, TraceWriter, Progress], Recording]
+DRIVERS: dict[Driver, Drive] = {"whole": run_whole, "streamed": run_streamed, "tokens": run_tokens}
 ASKED = "asked"  # in a trace's folder: the dtype and the method that a candidate is just asked for
 
 
@@ -89,9 +91,8 @@ def record(
     `forced`: by reference, the cut traces whose inputs its operations are given (see parity/run/teacher_forcing.py).
 
     A candidate that declares what it rounds (candidates/conditions.py) is judged by the error that such rounding makes
-    in the oracle; one that has `next_tokens` has no logits to give; one that says `streamed` is run layer by layer, and
-    only its forward pass is judged. Dtypes at which the model does not fit into memory are asked only of a `load`
-    whose attribute `streams` is True.
+    in the oracle. How it is run is told by what it has (DRIVERS). Dtypes at which the model does not fit into memory
+    are asked only of a `load` whose attribute `streams` is True.
     """
     assert case.prompts is not None
     lengths = case.prompt_lengths or [len(p) for p in case.prompts]
@@ -140,7 +141,7 @@ class Run:
             (self.writer.folder / ASKED).write_text(f"{asked} at {dtype}")
 
         refuse_undeclared(self.load, dtype)
-        candidate = loaded(self.load, self.case.checkpoint, dtype, self.case.device, note)
+        candidate = load_candidate(self.load, self.case.checkpoint, dtype, self.case.device, note)
         refuse_undeclared(candidate.target, dtype)
         return candidate
 
@@ -153,12 +154,7 @@ class Run:
             meta |= found
         meta |= asdict(candidate.conditions)
         meta["streamed"][dtype] = candidate.declared("streamed")
-        if "next_tokens" in candidate.has:
-            out = record_answers(candidate, case, dtype, self.progress)
-        elif meta["streamed"][dtype]:
-            out = record_streamed(candidate, case, dtype, self.writer, self.progress)
-        else:
-            out = Recorder(candidate, case, dtype, self.writer, self.progress).run()
+        out = DRIVERS[candidate.driver](candidate, case, dtype, self.writer, self.progress)
         # A server's remarks are about how it could be asked, which is known now.
         meta["notices"] = list(dict.fromkeys([*meta["notices"], *candidate.declared("notices"), *candidate.notices]))
         self._keep(out)
@@ -204,104 +200,6 @@ class Run:
         with out.step("training", "training", "G8"):
             self.meta["training"] = found = training.record_training(candidate, self.case, self.writer.folder, out)
             self.meta["seconds_forward"] += found["seconds"]
-
-
-@contextmanager
-def counted(out: Recording) -> Iterator[None]:
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        out.seconds += time.perf_counter() - started
-
-
-def record_answers(candidate: Interface, case: Case, dtype: str, progress: Progress) -> Recording:
-    """Of a candidate that has tokens alone: the next token at some positions of each sequence, and greedy text; and the
-    log-probabilities that it lists.
-
-    Greedy text is not enough: a model without RoPE scaling writes what the right one writes until the text is long.
-    """
-    out = Recording(dtype)
-    out.uncovered = dict.fromkeys(WAYS, "the candidate gives tokens and no logits")
-    with counted(out), out.step("logits", "argmax", "G6"):
-        out.answers = [_next_tokens(candidate, ids, case) for ids in case.prompts or []]
-        out.done = True
-        progress(f"{dtype} answers", 0.4)
-    if out.done and "log_probs" in candidate.has:
-        with counted(out), out.step("log_probs", "logits", "G3"):
-            out.log_probs = [_log_probs(candidate, ids, case) for ids in case.prompts or []]
-            if not any(out.log_probs):
-                raise NotImplementedError("the candidate lists no log-probabilities")
-            progress(f"{dtype} log-probabilities", 0.7)
-    with counted(out), out.step("greedy", "greedy", "G6"):
-        if out.done:
-            out.generated = list(_texts(candidate, case))
-    progress(f"{dtype} answers", 1.0)
-    return out
-
-
-def _next_tokens(candidate: Interface, ids: list[int], case: Case) -> dict[str, Any]:
-    """Position -> the token after it, at some positions of one sequence: those that can be asked."""
-    found = {}
-    for p in _some_positions(ids):
-        with suppress(Unasked):
-            found[str(p)] = _ask_tokens(candidate, ids[: p + 1], 1, case)[0]
-    return found
-
-
-def _some_positions(ids: list[int]) -> list[int]:
-    return torch.linspace(0, len(ids) - 1, min(EXTRA_ROWS, len(ids))).int().tolist()
-
-
-def _log_probs(candidate: Interface, ids: list[int], case: Case) -> dict[str, dict[str, float]]:
-    """Position -> id -> its log-probability there, of one sequence."""
-    found = candidate.ask("log_probs", ids, _some_positions(ids))
-    return answers.log_probs(found, candidate.row("log_probs").signature, len(ids), case.vocab_size)
-
-
-def _texts(candidate: Interface, case: Case) -> Iterator[list[int]]:
-    """The greedy text after each prompt; shorter where the candidate stops."""
-    assert case.prompts is not None
-    lengths = case.prompt_lengths or [len(p) for p in case.prompts]
-    for ids, length in zip(case.prompts, lengths, strict=True):
-        n = len(ids) - length
-        try:
-            yield _ask_tokens(candidate, ids[:length], n, case)[:n] if n else []
-        except Unasked:
-            yield []
-
-
-def _ask_tokens(candidate: Interface, ids: list[int], n: int, case: Case) -> list[int]:
-    asked = f"next_tokens({len(ids)} ids, {n})"
-    found = answers.ids(candidate.ask("next_tokens", ids, n), asked, case.vocab_size)
-    if not found or len(found) > n:
-        raise Wrong(f"{asked} returned {len(found) or 'no'} token{'s' * (len(found) > 1)}")
-    return found
-
-
-def record_streamed(candidate: Interface, case: Case, dtype: str, writer: TraceWriter, progress: Progress) -> Recording:
-    """A forward pass layer by layer; everything that needs the whole model at once is not covered."""
-    out = Recording(dtype)
-    out.uncovered = dict.fromkeys(WAYS, f"{dtype} of this checkpoint is run layer by layer")
-    with counted(out), out.step("logits", "logits", "G3"), torch.no_grad():
-        n_parts = 2 + (candidate.ask("config")["n_layers"] if "config" in candidate.has else 100)
-        for n, (part, tensors) in enumerate(_parts(candidate, case)):
-            keep = tensors if case.record == "taps" else {k: t for k, t in tensors.items() if k.endswith("/logits")}
-            writer.part(dtype, part, keep)
-            progress(f"{dtype} {part}", (n + 1) / n_parts)
-        out.done = True
-    return out
-
-
-def _parts(candidate: Interface, case: Case) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """What stream() yields; what it raises on the way is a crash of it."""
-    made = candidate.ask("stream", case.prompts, case.positions)
-    while True:
-        with asking(candidate.row("stream").signature, candidate.file):
-            found = next(made, None)  # of anything but an iterator, a TypeError
-        if found is None:
-            return
-        yield answers.part(found)
 
 
 def last_asked(folder: Path) -> str | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from parity.candidates import answers
 from parity.candidates.interface import TRAINER, Interface
 from parity.contract import Case
-from parity.run.recorder import Recording
+from parity.run.recording import Recording
 
 IGNORED = -100
 DTYPE = "fp32"  # in which training is judged: ten losses to five digits have no meaning in bf16

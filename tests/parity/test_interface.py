@@ -16,7 +16,7 @@ from parity.candidates.interface import (
     Interface,
     attribute_table,
     declared_dtypes,
-    loaded,
+    load_candidate,
     method_table,
 )
 from parity.candidates.nano.model import Nano
@@ -163,7 +163,7 @@ def test_a_file_with_annotations_and_a_dataclass_is_imported(name: str, tmp_path
     (tmp_path / f"{name}.py").write_text(DATACLASS)
     load = load_attribute(f"{tmp_path / name}.py:load")
     with pytest.raises(Crashed) as caught:
-        loaded(load, "-", "fp32", "cpu").ask("__call__", torch.zeros(1, 3))
+        load_candidate(load, "-", "fp32", "cpu").ask("__call__", torch.zeros(1, 3))
     assert caught.value.reason == "model(tokens) raised ValueError: no kernel"
     assert caught.value.where == f"{name}.py:17"
 
@@ -192,4 +192,18 @@ def test_what_cannot_be_called_is_no_candidate(tmp_path: Path) -> None:
     (tmp_path / "seven_port.py").write_text(DATACLASS)
     load = load_attribute(f"{tmp_path / 'seven_port.py'}:nothing")
     with pytest.raises(Crashed, match="returned an int, which cannot be called"):
-        loaded(load, "-", "fp32", "cpu")
+        load_candidate(load, "-", "fp32", "cpu")
+
+
+class Layered:
+    """Says that it is run layer by layer, and has nothing to be run so by."""
+
+    streamed = True
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(*tokens.shape, 3)
+
+
+def test_what_says_streamed_and_has_no_stream_is_refused_when_it_is_loaded() -> None:
+    with pytest.raises(Crashed, match=r"returned a Layered, which has no stream\(sequences, positions\)"):
+        load_candidate(lambda checkpoint, dtype, device: Layered(), "-", "fp32", "cpu")

@@ -15,7 +15,7 @@ from kit_cases import Arrays, Made, check
 from parity.checks.training import gradient_floor
 from parity.kit import make as command
 from parity.kit.arrays import Gate, Kit, KitWriter
-from parity.kit.check import METRICS, Port, judged
+from parity.kit.check import METRICS, Port, apply_gate
 from parity.kit.gates import Floors, write_training
 from parity.measure.evidence import Kept, Pair, groups_of
 from parity.measure.metrics import noise_rms, ratio
@@ -88,7 +88,7 @@ def test_the_ratios_are_those_of_parity_check(made: Made, tmp_path: Path) -> Non
         wanted = max(ratio(error.rms(i), noise_rms(judge, dtype, i)) for judge in judges for i in groups_of(error))
         gates = [g for g in port.gates[tap] if g.metric == "rms"]
         assert len(gates) == 2  # all sequences, and the long one alone
-        found = [judged(port, g, arrays[tap], kit.get(tap)).value for g in gates]
+        found = [apply_gate(port, g, arrays[tap], kit.get(tap)).value for g in gates]
         assert max(x for x in found if x is not None) == pytest.approx(wanted, rel=1e-9)
 
 
@@ -161,7 +161,7 @@ def test_every_gate_passes_below_its_bound_and_fails_above(made: Made, dtype: st
     for gate in (g for gates in port.gates.values() for g in gates if not g.metric.startswith("kl_")):
         exact = kit.get(gate.array)
         undecided = gate.metric != "tokens" or bool((kit.get(f"decided.{dtype}") == 0).any())
-        verdicts = [judged(port, gate, off(gate, exact, kit, size), exact).status.value for size in (0.98, 1.02) if
+        verdicts = [apply_gate(port, gate, off(gate, exact, kit, size), exact).status.value for size in (0.98, 1.02) if
                     size > 1 or undecided]  # fmt: skip
         assert verdicts == ["pass", "fail"][-len(verdicts) :], gate
         seen.add((gate.check, gate.metric))
@@ -177,7 +177,7 @@ def test_kl_in_nats_is_held_against_its_bound(made: Made, metric: str, tmp_path:
     noise = torch.randn(exact.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     steps = [exact + 10.0**-n * noise for n in range(-2, 5)]
     values = [METRICS[metric](port, mine, exact, slice(None)) for mine in steps]
-    verdicts = [judged(port, gate, mine, exact).status.value for mine in steps]
+    verdicts = [apply_gate(port, gate, mine, exact).status.value for mine in steps]
     assert verdicts == ["fail" if value > gate.bound else "pass" for value in values]
     assert set(verdicts) == {"pass", "fail"}
 

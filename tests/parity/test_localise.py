@@ -89,7 +89,7 @@ def test_planted_mistake_is_found_and_named(edit: Edit, tap: str, words: str) ->
     assert found is not None
     assert found.tap == tap
     assert words in found.probable_cause
-    assert {"layer", "position", "sequence", "rho", "value", "expected"} <= found.keys()
+    assert {"layer", "position", "sequence", "rho", "value", "expected"} <= found.as_json().keys()
 
 
 def test_right_candidate_has_no_divergence() -> None:

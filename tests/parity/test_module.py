@@ -10,7 +10,7 @@ from mutant_evidence import judge
 from nanollama.checkpoint import open_checkpoint
 from nanollama.model import Transformer
 from parity.candidates import resolve
-from parity.candidates.nano.model import taps_of
+from parity.candidates.nano.taps import taps_of
 from parity.contract import UsageError
 from parity.mutants import evaluate as mutants
 from parity.synth.checkpoint import synthesise

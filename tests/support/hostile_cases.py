@@ -176,7 +176,7 @@ def judge(load: Any, folder: Path, dtypes: tuple[str, ...] = ("fp32",)) -> tuple
     ev = Evidence(case, oracle, forced, candidates, forced=forced, ops={"meta": oracle})
     ev.measure_all(1, list(dtypes))
     results = verdict.run_checks(ev, list(CHECKS))
-    return results, verdict.decide(results, verdict.judged_dtypes(ev), verdict.compared_tensors(ev))[0]
+    return results, verdict.decide(results, verdict.common_dtypes(ev), verdict.compared_tensors(ev))[0]
 
 
 # --- Hostile answers -------------------------------------------------------------------------------------------------

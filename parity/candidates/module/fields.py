@@ -1,6 +1,6 @@
 """A model's constructor, filled from a checkpoint's config by the names that this field gives its numbers.
 
-    model = constructed(Transformer, config, torch.float32, "cpu")
+    model = construct(Transformer, config, torch.float32, "cpu")
 
 The one argument of a constructor may be a config object (a class of the same file, or the annotation's), a dict, or the
 numbers themselves may be keyword arguments. What has a default and a name that is not known here keeps its default.
@@ -100,7 +100,7 @@ class Settings(dict):
         return dict.get(self, name, default)
 
 
-def constructed(kind: type[nn.Module], config: ModelConfig, dtype: torch.dtype, device: str) -> nn.Module:
+def construct(kind: type[nn.Module], config: ModelConfig, dtype: torch.dtype, device: str) -> nn.Module:
     """An instance of `kind`, parameters as it makes them. Raises UsageError for what cannot be filled in."""
     known = values(config, dtype, device)
     arguments = _arguments(kind, known)

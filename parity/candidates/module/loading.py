@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from parity import outside
 from parity.candidates.module import matching
 from parity.candidates.module.calling import Caller
-from parity.candidates.module.fields import constructed, default_dtype, positions
+from parity.candidates.module.fields import construct, default_dtype, positions
 from parity.candidates.module.hooked import Hooks
-from parity.candidates.nano.model import taps_of
 from parity.candidates.nano.opening import ModelConfig, build_model, open_checkpoint
+from parity.candidates.nano.taps import taps_of
 from parity.contract import UsageError
 
 PROBE = (1, 5, 2, 7, 3, 11, 4, 6)  # tokens by which readings are told apart
@@ -48,7 +48,7 @@ class Module:
         opened = open_checkpoint(checkpoint)
         self.cfg, self.dtype, self.device = opened.config, dtype, device
         self.max_positions = positions(self.cfg)
-        self.module = constructed(kind, self.cfg, dtype, device).eval()
+        self.module = construct(kind, self.cfg, dtype, device).eval()
         self.layout = matching.layout(self.module, self.cfg)
         self.module.to(device)  # tables keep their dtype
         self.caller = Caller(self.module, self.cfg.vocab_size, self.max_positions)
@@ -77,7 +77,7 @@ class Module:
         return best[2], off
 
     def _fill(self, choice: matching.Choice, weights: Any) -> None:
-        for name, value in matching.filled(choice, self.layout, weights, self.cfg):
+        for name, value in matching.fill(choice, self.layout, weights, self.cfg):
             matching.put_(self.module, name, value, self.dtype, self.device)
 
     def _unlike(self, tokens: Tensor, theirs: dict[str, Tensor]) -> set[str]:

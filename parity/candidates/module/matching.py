@@ -187,7 +187,7 @@ def half_split(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
 
 
-def filled(
+def fill(
     choice: Choice, found: Layout, weights: Mapping[str, Tensor], config: ModelConfig
 ) -> Iterator[tuple[str, Tensor]]:
     """Each parameter of the module and what belongs there."""

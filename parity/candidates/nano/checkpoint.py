@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanollama.checkpoint import CheckpointError, open_checkpoint, verify, write_hf
 from nanollama.tokenizer import TokenizerError
-from parity.candidates.nano.model import checksum, config_echo, opened_tokenizer
+from parity.candidates.nano.model import checksum, config_echo, load_tokenizer
 from parity.contract import DTYPES, UsageError
 
 
@@ -51,7 +51,7 @@ def describe(path: str, tokenizer: str | None) -> Description:
 
 def _unlike_sizes(tokenizer: Path | None, rows: int) -> list[str]:
     """Rows without a token are padding, tokens without a row matter when a text holds one."""
-    tokens = rows if tokenizer is None else opened_tokenizer(tokenizer).vocab_size
+    tokens = rows if tokenizer is None else load_tokenizer(tokenizer).vocab_size
     if tokens == rows:
         return []
     what = "the rows behind them are padding" if tokens < rows else "the tokens behind them have no row"
@@ -99,7 +99,7 @@ def reference_files(
     can = [name for name in references if has_tokenizer(name, tokenizer, checkpoint)]
     spare = None
     if texts is not None and described.tokenizer is not None:
-        spare = [opened_tokenizer(described.tokenizer).encode(text, bos=True) for text in texts]
+        spare = [load_tokenizer(described.tokenizer).encode(text, bos=True) for text in texts]
     return ReferenceFiles(checkpoint, tokenizer, (can or list(references))[0], notices, spare)
 
 

@@ -4,12 +4,10 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +18,7 @@ import nanollama.model as model_module
 from nanollama.checkpoint import Checkpoint, open_checkpoint
 from nanollama.model import KVCache, ModelConfig, Transformer, TransformerBlock
 from parity.candidates.nano import training
+from parity.candidates.nano.taps import at_taps, keep_in, put_from, taps_of
 
 SMALL_BYTES = 2 * 2**30
 HEAD_BLOCK_ROWS = 8192
@@ -40,104 +39,6 @@ def config_echo(config: ModelConfig) -> dict[str, Any]:
     )
     scaling = asdict(config.rope_scaling) if config.rope_scaling else None
     return {name: getattr(config, name) for name in names} | {"rope_scaling": scaling, "tied": config.tied}
-
-
-class Taps:
-    """Records the canonical taps of nanollama's modules by forward hooks; (B, T, ...) each."""
-
-    def __init__(self, head_dim: int) -> None:
-        self.head_dim = head_dim
-        self.found: dict[str, Tensor] = {}
-
-    def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
-
-    @contextmanager
-    def block(self, block: Any, prefix: str) -> Iterator[None]:
-        """Record one TransformerBlock while it runs; `apply_rope` returns q_rope, then k_rope."""
-        attention, ffn, found, rotated = block.attention, block.feed_forward, self.found, ["k_rope", "q_rope"]
-        original = model_module.apply_rope
-
-        def apply_rope(*args: Tensor) -> Tensor:
-            out = original(*args)
-            found[prefix + rotated.pop()] = out
-            return out
-
-        def keep(name: str, view: Any = lambda x: x) -> Any:
-            return lambda _module, _args, out: found.__setitem__(prefix + name, view(out))
-
-        def keep_input(name: str) -> Any:
-            return lambda _module, args: found.__setitem__(prefix + name, args[0])
-
-        hooks = [
-            block.attention_norm.register_forward_hook(keep("attn_norm")),
-            attention.wq.register_forward_hook(keep("q", self.heads)),
-            attention.wk.register_forward_hook(keep("k", self.heads)),
-            attention.wv.register_forward_hook(keep("v", self.heads)),
-            attention.wo.register_forward_pre_hook(keep_input("attn_mix")),
-            attention.wo.register_forward_hook(keep("attn_out")),
-            block.ffn_norm.register_forward_hook(keep("ffn_norm")),
-            ffn.w1.register_forward_hook(keep("gate")),
-            ffn.w3.register_forward_hook(keep("up")),
-            ffn.w2.register_forward_pre_hook(keep_input("ffn_mix")),
-            ffn.w2.register_forward_hook(keep("ffn_out")),
-            block.register_forward_hook(keep("out")),
-        ]
-        try:
-            with patch.object(model_module, "apply_rope", apply_rope):
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-def taps_of(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
-    """Every tap but the logits of tokens (B, T); linear layers may be of any kind."""
-    recorder, ctx = Taps(model.config.head_dim), model.context(tokens)
-    h = recorder.found["embed"] = model.tok_embeddings(tokens)
-    for i, layer in enumerate(model.layers):
-        with recorder.block(layer, f"layers.{i}."):
-            h = layer(h, ctx)
-    recorder.found["final_norm"] = model.norm(h)
-    return recorder.found
-
-
-class Forced:
-    """Runs one TransformerBlock with the outputs of some operations given: only what follows from them is its own.
-
-    The block's real code runs, so a slip in how it wires its operations is seen where it is.
-    """
-
-    def __init__(self, inputs: dict[str, Tensor]) -> None:
-        self.given = {name.rsplit(".", 1)[-1]: x for name, x in inputs.items()}
-
-    @contextmanager
-    def block(self, block: TransformerBlock) -> Iterator[None]:
-        attention, ffn, given, rotated = block.attention, block.feed_forward, self.given, ["k_rope", "q_rope"]
-        original = model_module.apply_rope
-
-        def apply_rope(*args: Tensor) -> Tensor:
-            out = original(*args)
-            return given.get(rotated.pop(), out)
-
-        def put(name: str) -> Any:
-            return lambda _module, _args, out: given[name].reshape(out.shape) if name in given else None
-
-        def put_input(name: str) -> Any:
-            return lambda _module, args: (given[name],) if name in given else None
-
-        outputs = {"attn_norm": block.attention_norm, "q": attention.wq, "k": attention.wk, "v": attention.wv}
-        outputs |= {"attn_out": attention.wo, "ffn_norm": block.ffn_norm, "gate": ffn.w1, "up": ffn.w3}
-        outputs |= {"ffn_out": ffn.w2}
-        hooks = [module.register_forward_hook(put(name)) for name, module in outputs.items()]
-        inputs = (("attn_mix", attention.wo), ("ffn_mix", ffn.w2))
-        hooks += [module.register_forward_pre_hook(put_input(name)) for name, module in inputs]
-        try:
-            with patch.object(model_module, "apply_rope", apply_rope):
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 class Nano:
@@ -207,12 +108,12 @@ class Nano:
         before = [n for n in inputs if n == "embed" or n.endswith(".out")]
         B, T = next(iter(inputs.values())).shape[:2]
         x = inputs[before[0]] if before else torch.zeros(B, T, self.cfg.dim, dtype=self.dtype, device=self.device)
-        block, recorder = self.model.layers[layer], Taps(self.cfg.head_dim)
+        block, found = self.model.layers[layer], dict[str, Tensor]()
         ctx = self.model.context(torch.zeros(B, T, dtype=torch.long, device=self.device))
-        forced = Forced({n: x for n, x in inputs.items() if n not in before})
-        with forced.block(block), recorder.block(block, f"layers.{layer}."):
+        put = put_from({n: x for n, x in inputs.items() if n not in before})
+        with at_taps(block, put), at_taps(block, keep_in(found, f"layers.{layer}.", self.cfg.head_dim)):
             block(x, ctx)
-        return recorder.found[name]
+        return found[name]
 
     def compiled(self, tokens: Tensor) -> Tensor:
         """The same blocks under torch.compile. Raises NotImplementedError where there is no compiler."""
@@ -250,10 +151,10 @@ class Nano:
             block = self._block(n)
             found: dict[str, Tensor] = {}
             for i, h in enumerate(hidden):
-                recorder = Taps(cfg.head_dim)
-                with recorder.block(block, f"layers.{n}."):
+                taps: dict[str, Tensor] = {}
+                with at_taps(block, keep_in(taps, f"layers.{n}.", cfg.head_dim)):
                     hidden[i] = block(h, contexts[i])
-                found |= {f"{i}/{name}": x[0][rows[i]].clone() for name, x in recorder.found.items()}
+                found |= {f"{i}/{name}": x[0][rows[i]].clone() for name, x in taps.items()}
             del block
             yield f"layers.{n}", found
         yield "head", self._head(hidden, rows)
@@ -308,11 +209,11 @@ class Nano:
 
     def _tokenizer(self) -> Any:
         assert self.tokenizer is not None
-        return opened_tokenizer(self.tokenizer)
+        return load_tokenizer(self.tokenizer)
 
 
 @cache
-def opened_tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path) -> Any:
     from nanollama.tokenizer import open_tokenizer
 
     return open_tokenizer(path)

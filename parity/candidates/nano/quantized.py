@@ -8,7 +8,8 @@ from torch import Tensor
 from nanollama.checkpoint import open_checkpoint
 from nanollama.model import KVCache
 from nanollama.speed.quantize import GROUP_INPUTS, apply_head, load_quantized, weight_bytes
-from parity.candidates.nano.model import config_echo, taps_of
+from parity.candidates.nano.model import config_echo
+from parity.candidates.nano.taps import taps_of
 
 
 class Quantized:

@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from parity.candidates.nano.model import opened_tokenizer
+from parity.candidates.nano.model import load_tokenizer
 
 
 class Spelling:
     """The texts of one tokenizer's tokens."""
 
     def __init__(self, file: Path, rows: int) -> None:
-        self.tokenizer = opened_tokenizer(file)
+        self.tokenizer = load_tokenizer(file)
         self.rows = rows
         self._tokens: dict[str, int] | None = None  # by text
 

@@ -1,67 +1,30 @@
-"""Run one candidate at one dtype on a case through whatever interface it has.
-
-Besides the teacher-forced forward pass: greedy text, prefill + decode, chunked prefill, a rerun, rows in a batch,
-packed documents. What the interface cannot do is left as `uncovered`, what goes wrong as `failures`, and neither ends
-the run: each step is taken for itself, and what the others found is kept.
+"""The driver of a candidate that is run whole: the teacher-forced forward pass, its taps, and the other ways to the
+same logits that its methods make possible (WAYS of candidates/interface.py); then greedy text.
 """
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from parity.candidates import answers
-from parity.candidates.crash import Crashed, Failure, Wrong, failure
-from parity.candidates.interface import Interface
+from parity.candidates.crash import Wrong
+from parity.candidates.interface import WAYS, Interface
 from parity.contract import Case
+from parity.run.recording import EXTRA_ROWS, Progress, Recording
 from parity.trace import TraceWriter, by_part
 
-Progress = Callable[[str, float], None]
 CHUNKS = 8  # of a chunked prefill; their size is made odd, so that they never line up with a block size
 DOCUMENTS = 3
-EXTRA_ROWS, EXTRA_LOGITS = 64, 1 << 22  # of each other way to run a sequence, at most: positions, numbers
-WAYS = ("batch", "cached", "chunked", "packed", "compiled")  # other ways to the same logits
-CACHE_WAYS = ("cached", "chunked")
+EXTRA_LOGITS = 1 << 22  # of each other way to run a sequence, at most: numbers
 
 
-@dataclass
-class Recording:
-    """What one dtype's run leaves in trace.json besides the tensors."""
-
-    dtype: str
-    generated: list[list[int]] = field(default_factory=list)
-    same: dict[str, float] = field(default_factory=dict)  # bitwise relations: largest |difference|
-    extra: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # kind -> sequence -> positions
-    answers: list[dict[str, int]] = field(default_factory=list)  # where there are no logits: position -> next token
-    log_probs: list[dict[str, dict[str, float]]] = field(default_factory=list)  # position -> id -> log-probability
-    uncovered: dict[str, str] = field(default_factory=dict)
-    failures: list[Failure] = field(default_factory=list)
-    done: bool = False  # the forward pass, without which nothing is compared
-    seconds: float = 0.0
-
-    @contextmanager
-    def step(self, kind: str, check: str, gate: str, metric: str | None = None) -> Iterator[None]:
-        """One thing asked of the candidate: what it cannot do and what goes wrong in it is written down."""
-        try:
-            yield
-        except NotImplementedError as error:
-            self.extra.pop(kind, None)
-            self.uncovered[kind] = first_line(error) or "the candidate says that it cannot do this"
-        except (Crashed, Wrong) as error:
-            self.extra.pop(kind, None)
-            self.failures.append(failure(error, check, gate, self.dtype, metric))
-            self.uncovered[kind] = "it ended in a failure"
+def run_whole(candidate: Interface, case: Case, dtype: str, writer: TraceWriter, progress: Progress) -> Recording:
+    return WholeRun(candidate, case, dtype, writer, progress).record()
 
 
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
-
-
-class Recorder:
+class WholeRun:
     """One candidate at one dtype on one case. `sequences` are the teacher-forced token ids, prompts included."""
 
     def __init__(self, candidate: Interface, case: Case, dtype: str, writer: TraceWriter, progress: Progress) -> None:
@@ -74,7 +37,7 @@ class Recorder:
         self.last_only = self.candidate.declared("last_only")
         self.out = Recording(dtype)
 
-    def run(self) -> Recording:
+    def record(self) -> Recording:
         tensors: dict[str, Tensor] = {}
         with torch.no_grad():
             with self.out.step("logits", "logits", "G3"):
@@ -93,11 +56,8 @@ class Recorder:
 
     def _ask(self, method: str, *args: Any) -> Any:
         """A call of the candidate, counted as time in its forward passes."""
-        started = time.perf_counter()
-        try:
+        with self.out.count_seconds():
             return self.candidate.ask(method, *args)
-        finally:
-            self.out.seconds += time.perf_counter() - started
 
     def _logits(self, method: str, *args: Any, last: bool = False) -> Tensor:
         """Logits (B, T, V) of a method that is given tokens (B, T) first; with `last` (B, 1, V) will do."""
@@ -139,11 +99,13 @@ class Recorder:
         found: dict[str, Tensor] = {}
         steps = {"rerun": self._rerun, "batch": self._batch, "cached": self._cached, "chunked": self._chunked}
         steps |= {"packed": self._documents, "compiled": self._compiled}
-        for kind, step in steps.items():
-            self.progress(f"{self.dtype} {kind}", 1.0)
-            check = "cache" if kind in CACHE_WAYS else "metamorphic"
-            with self.out.step(kind, check, "G7", kind):
-                found |= step(chosen)
+        for way in WAYS:
+            self.progress(f"{self.dtype} {way.kind}", 1.0)
+            if why := self.candidate.lacks_any(way.needs):
+                self.out.uncovered[way.kind] = why
+                continue
+            with self.out.step(way.kind, way.check, "G7", way.kind):
+                found |= steps[way.kind](chosen)
         with self.out.step("greedy", "greedy", "G6"):
             self._greedy(chosen)
         return found
@@ -155,13 +117,6 @@ class Recorder:
         positions, logits = [positions[row] for row in rows], logits[rows]
         self.out.extra.setdefault(kind, {})[str(sequence)] = positions
         return {f"{sequence}/logits@{kind}": logits.cpu()}
-
-    def _lacks(self, kind: str, *methods: str) -> bool:
-        """Whether the candidate lacks one of these; the first is said."""
-        absent = [method for method in methods if method not in self.candidate.has]
-        if absent:
-            self.out.uncovered[kind] = self.candidate.lacks(absent[0])
-        return bool(absent)
 
     def _rerun(self, chosen: list[int]) -> dict[str, Tensor]:
         tokens = self._tokens(self.sequences[chosen[0]])
@@ -195,8 +150,6 @@ class Recorder:
     def _through_cache(
         self, kind: str, chosen: list[int], first: Callable[[int], int], chunk: Callable[[int], int]
     ) -> dict[str, Tensor]:
-        if self._lacks(kind, "prefill", "decode"):
-            return {}
         found: dict[str, Tensor] = {}
         for i in chosen:
             ids = self.sequences[i]
@@ -218,8 +171,6 @@ class Recorder:
 
     def _documents(self, chosen: list[int]) -> dict[str, Tensor]:
         """Sequences packed in one row: each as if alone, and untouched, bit for bit, by a change of the first."""
-        if self._lacks("packed", "packed"):
-            return {}
         documents = self._that_fit(sorted(range(len(self.sequences)), key=lambda i: len(self.sequences[i]))[:DOCUMENTS])
         if self.large or len(documents) < 2:
             self.out.uncovered["packed"] = "packing is checked on small checkpoints with several sequences"
@@ -249,8 +200,6 @@ class Recorder:
         return kept
 
     def _compiled(self, chosen: list[int]) -> dict[str, Tensor]:
-        if self._lacks("compiled", "compiled"):
-            return {}
         ids = self.sequences[chosen[0]]
         return self._keep("compiled", chosen[0], list(range(len(ids))), self._logits("compiled", self._tokens(ids))[0])
 
