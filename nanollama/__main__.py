@@ -28,7 +28,7 @@ def generate(
     ckpt: str,  # Meta folder, Hugging Face folder or hub id, .gguf or .bin
     *,
     prompt: list[str] | None = None,  # text to continue, several are decoded together; default: none, from BOS
-    prompts: Path | None = None,  # a file of prompts, one a line (\n for a line end); .jsonl: {"prompt": ...} or ids
+    prompts: Path | None = None,  # a file of prompts, one a line (\n, \t, \\ escapes); .jsonl: {"prompt": ...} or ids
     drawing: Drawing = Drawing(),
     n: int = 1,  # answers per prompt
     stop: list[str] | None = None,  # text that ends an answer; may be given several times
@@ -103,7 +103,7 @@ def convert(
     dst: Path,  # folder to make, or .bin or .gguf file
     *,
     format: Literal["meta", "hf", "llama2c", "gguf"],  # of dst
-    dtype: DTypes | None = None,  # default: as stored; the quantized ones in gguf only
+    dtype: DTypes | None = None,  # of the weights; default: as stored; the quantized ones in gguf only
     shards: int = 1,  # model-parallel files of a Meta folder, 1 to 16
     version: int = 0,  # of llama2c: 0 and 1 are fp32, 2 is int8
     tokenizer: Path | None = None,  # a tokenizer file, where there is none beside src
