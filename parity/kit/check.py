@@ -122,7 +122,7 @@ def report(
         errata=table["errata"],
         notices=[*table["notices"], *notices],
         noise_floor=[NoiseFloor.of_json(n) for n in table["noise_floor"] if n["dtype"] == dtype],
-        seconds=clock(),
+        seconds=round(clock(), 3),
         peak_anonymous_bytes=own_anonymous_bytes(),
     )
 
@@ -247,9 +247,8 @@ def describe(port: Port, tap: str, gate: Gate, mine: Tensor, exact: Tensor) -> D
     row = int(beyond[0]) if len(beyond) else error.place.index[0]
     sequence, position = locate(port.kit, gate.first + row)
     why = probable_cause(view(port, sequence), tap) or ABOUT[tap.split(".")[-1]]
-    values = {"value": error.place.value, "expected": error.place.expected}
-    rho = ratio(error.rms(), gate.noise)
-    return Divergence(tap, THE_KIT, port.dtype, why, None, sequence, position, rho, **values)
+    rho, place = ratio(error.rms(), gate.noise), error.place
+    return Divergence(tap, THE_KIT, port.dtype, why, None, sequence, position, rho, place.value, place.expected)
 
 
 def view(port: Port, sequence: int) -> View:

@@ -28,7 +28,7 @@ def render(report: Report) -> str:
     folder = Path(__file__).parent
     env = Environment(loader=FileSystemLoader(folder), autoescape=select_autoescape(default=True), trim_blocks=True)
     env.filters |= {"number": number, "percent": percent}
-    results, plotted = report.results, dict.fromkeys(curve.dtype for curve in report.curves or [])
+    results, plotted = report.results, dict.fromkeys(curve.dtype for curve in (report.rho or {}).values())
     return env.get_template("report.html").render(
         r=report,
         results=sorted(results, key=lambda x: SHOWN_FIRST.index(x.status.value)),
@@ -49,7 +49,7 @@ def percent(result: Result) -> float | None:
 
 def curves_of(report: Report, dtype: str) -> dict[str, dict[str, float]]:
     """Label -> tap -> rho, of one dtype."""
-    return {c.label: c.ratios for c in report.curves or [] if c.dtype == dtype and c.ratios}
+    return {label: c.ratios for label, c in (report.rho or {}).items() if c.dtype == dtype and c.ratios}
 
 
 # --- The plot, drawn by hand: a line a pair, taps in order of computation, rho on a logarithmic axis -----------------

@@ -15,7 +15,7 @@ def junit(report: Report) -> str:
     results = report.results
     count = {status: str(sum(r.status is status for r in results)) for status in Status}
     totals = {"tests": str(len(results)), "failures": count[Status.FAIL]}
-    totals |= {"errors": count[Status.ERROR], "skipped": count[Status.SKIP], "time": str(round(report.seconds, 3))}
+    totals |= {"errors": count[Status.ERROR], "skipped": count[Status.SKIP], "time": str(report.seconds)}
     root = ET.Element("testsuites", {"name": "parity", **totals})
     suite = ET.SubElement(root, "testsuite", {"name": f"parity of {report.candidate}", **totals})
     properties = ET.SubElement(suite, "properties")

@@ -3,8 +3,7 @@
 What a run cannot have stays None and is no key of the JSON: a kit's report has no twin, no cache and no curves.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from parity.contract import Result
@@ -139,6 +138,9 @@ class Curve:
     def label(self) -> str:
         return " ".join(part for part in (self.path, self.dtype, "vs", self.reference) if part)
 
+    def as_json(self) -> dict[str, float]:
+        return self.ratios
+
 
 @dataclass(frozen=True)
 class Distance:
@@ -186,32 +188,32 @@ class Absent:
         return {"status": self.status, "why": self.why}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """One run. Printers: terminal.py, junit.py, html.py."""
 
     verdict: str
     why: str
     candidate: str
-    references: Sequence[str]
+    references: list[str]
     checkpoint: CheckpointEntry
     environment: dict[str, Any]
     results: list[Result]
-    tokens: Tokens
     first_divergence: Divergence | None = None
     errata: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
-    noise_floor: list[NoiseFloor] = field(default_factory=list)
-    training: dict[str, list[float]] = field(default_factory=dict)  # losses by implementation
-    quantized: list[Rounded] = field(default_factory=list)
     cached: list[str] | None = None  # jobs whose traces came from the cache
     rope_tables: list[TableGrade] | None = None
-    curves: list[Curve] | None = None
+    noise_floor: list[NoiseFloor] = field(default_factory=list)
+    rho: dict[str, Curve] | None = None  # by label
+    training: dict[str, list[float]] = field(default_factory=dict)  # losses by implementation
+    quantized: list[Rounded] = field(default_factory=list)
     streamed: dict[str, bool | None] | None = None  # by dtype: whether the candidate ran layer by layer
-    twin: "Report | Absent | None" = None
+    tokens: Tokens
     seconds: float = 0.0
     seconds_in_forward: float = 0.0
     peak_anonymous_bytes: int = 0
+    twin: "Report | Absent | None" = None
 
     @property
     def on_twin(self) -> "Report | None":
@@ -219,37 +221,16 @@ class Report:
         return self.twin if isinstance(self.twin, Report) else None
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "verdict": self.verdict,
-            "why": self.why,
-            "candidate": self.candidate,
-            "references": list(self.references),
-            "checkpoint": self.checkpoint.as_json(),
-            "environment": self.environment,
-            "results": [result.as_json() for result in self.results],
-            "first_divergence": self.first_divergence and self.first_divergence.as_json(),
-            "errata": self.errata,
-            "notices": self.notices,
-            **present(cached=self.cached),
-            **present(rope_tables=_each(self.rope_tables)),
-            "noise_floor": _each(self.noise_floor),
-            **present(rho=None if self.curves is None else {curve.label: curve.ratios for curve in self.curves}),
-            "training": self.training,
-            "quantized": _each(self.quantized),
-            **present(streamed=self.streamed),
-            "tokens": self.tokens.as_json(),
-            "seconds": round(self.seconds, 3),
-            "seconds_in_forward": round(self.seconds_in_forward, 3),
-            "peak_anonymous_bytes": self.peak_anonymous_bytes,
-            **present(twin=self._twin_as_json()),
-        }
-
-    def _twin_as_json(self) -> dict[str, Any] | None:
-        if not isinstance(self.twin, Report):
-            return self.twin and self.twin.as_json()
-        return {"status": "run", **{key: x for key, x in self.twin.as_json().items() if key not in OF_BOTH}}
+        entries = {f.name: to_json(getattr(self, f.name)) for f in fields(self)}
+        if self.on_twin:
+            entries["twin"] = {"status": "run"} | {k: x for k, x in entries["twin"].items() if k not in OF_BOTH}
+        held = {key: x for key, x in entries.items() if x is not None or key == "first_divergence"}
+        return {"schema": SCHEMA, **held}
 
 
-def _each(entries: Sequence[NoiseFloor | Rounded | TableGrade] | None) -> list[dict[str, Any]] | None:
-    return None if entries is None else [entry.as_json() for entry in entries]
+def to_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [to_json(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: to_json(entry) for key, entry in value.items()}
+    return value.as_json() if hasattr(value, "as_json") else value

@@ -80,10 +80,10 @@ def summarise(
         quantized=[rounded(ev, pair) for pair in ev.pairs() if conditions_of(ev, pair)],
         cached=log.cached,
         rope_tables=tables,
-        curves=[curve(ev, pair) for pair in ev.pairs()],
+        rho={found.label: found for found in (curve(ev, pair) for pair in ev.pairs())},
         streamed={dtype: trace.meta["streamed"].get(dtype) for dtype, _, trace in ev.per_dtype()},
-        seconds=seconds,
-        seconds_in_forward=log.seconds_in_forward,
+        seconds=round(seconds, 3),
+        seconds_in_forward=round(log.seconds_in_forward, 3),
         peak_anonymous_bytes=log.peak_bytes,
     )
 

@@ -46,7 +46,7 @@ def render(report: Report) -> str:
     lines += [f"erratum      {text}" for text in report.errata]
     lines += [f"note         {text}" for text in report.notices]
     lines += [f"problem      {text}" for text in _problems(report)]
-    first, second = report.first_divergence, report.on_twin and report.on_twin.first_divergence
+    first, second = report.first_divergence, report.on_twin.first_divergence if report.on_twin else None
     lines += _divergence(first) + (_divergence(second) if second != first else [])
     lines += [
         f"verdict      {report.verdict.upper()}: {report.why}",

@@ -88,8 +88,8 @@ def merge(report: Report, twin: Report | Absent) -> Report:
         results=[*report.results, *twin.results],
         first_divergence=report.first_divergence or twin.first_divergence,
         twin=twin,
-        seconds=round(report.seconds, 3) + round(twin.seconds, 3),
-        seconds_in_forward=round(report.seconds_in_forward, 3) + round(twin.seconds_in_forward, 3),
+        seconds=round(report.seconds + twin.seconds, 3),
+        seconds_in_forward=round(report.seconds_in_forward + twin.seconds_in_forward, 3),
         peak_anonymous_bytes=max(report.peak_anonymous_bytes, twin.peak_anonymous_bytes),
     )
 

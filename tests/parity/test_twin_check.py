@@ -81,7 +81,16 @@ def test_a_right_port_passes_on_both(trained: Path, tmp_path: Path) -> None:
 
 
 def bare(verdict: str) -> Report:
-    return Report(verdict, verdict, "port", [], CheckpointEntry("x", "meta", {}, 0), {}, [], Tokens(0, 0, 0, {}))
+    return Report(
+        verdict=verdict,
+        why=verdict,
+        candidate="port",
+        references=[],
+        checkpoint=CheckpointEntry("x", "meta", {}, 0),
+        environment={},
+        results=[],
+        tokens=Tokens(0, 0, 0, {}),
+    )
 
 
 STUBBORN = """

@@ -13,7 +13,7 @@ from unittest.mock import patch
 from torch import Tensor, nn
 
 import nanollama.model as model_module
-from nanollama.model import Transformer, TransformerBlock
+from nanollama.model import Transformer
 
 # Tap -> the module of the block whose output it is.
 OUTPUTS = {
@@ -35,7 +35,7 @@ See = Callable[[str, Tensor], Tensor | None]
 
 
 @contextmanager
-def at_taps(block: TransformerBlock, see: See) -> Iterator[None]:
+def at_taps(block: nn.Module, see: See) -> Iterator[None]:
     """`see(tap, value)` at each tap of the block; what it returns, if anything, is used in the value's place."""
     original, turns = model_module.apply_rope, iter(ROTATED)
 
