@@ -147,7 +147,7 @@ class End:
 @contextmanager
 def user_errors(errors: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[End]:
     """What the user can mend becomes one line and exit code 2; an interrupt and a reader that left are codes too."""
-    end = End()
+    end, kinds = End(), (UsageError, *errors)
     try:
         yield end
         sys.stdout.flush()
@@ -157,7 +157,7 @@ def user_errors(errors: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[E
         # The reader (`| head`) has gone. Point stdout elsewhere, or Python complains when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         end.code = 141
-    except (UsageError, *errors) as error:
+    except kinds as error:
         if os.environ.get("NANOLLAMA_DEBUG") == "1":
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)

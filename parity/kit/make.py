@@ -60,11 +60,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(flags: Flags) -> int:
-    if (flags.out is None) == (flags.check is None):
+    if flags.out is not None and flags.check is None:
+        return write_kit(flags, flags.out)
+    if flags.check is None or flags.out is not None:
         raise UsageError("give either --out DIR, to write a kit, or --check DIR --port DIR, to judge a port by one")
-    if flags.check is not None and (flags.port is None) == (flags.candidate is None):
+    if (flags.port is None) == (flags.candidate is None):
         raise UsageError("--check: give either --port DIR, files that a port wrote, or --candidate file.py:load")
-    return check_port(flags) if flags.out is None else write_kit(flags)
+    return check_port(flags, flags.check)
 
 
 def refuse(flags: Flags, names: tuple[str, ...], mode: str) -> None:
@@ -76,22 +78,22 @@ def refuse(flags: Flags, names: tuple[str, ...], mode: str) -> None:
 # --- Writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_kit(flags: Flags) -> int:
+def write_kit(flags: Flags, out: Path) -> int:
     refuse(flags, ("port", "candidate", "json"), "--out")
     request = request_of(flags)
     from parity.machine import workspace
     from parity.synth.checkpoint import new_folder
 
     try:
-        with new_folder(flags.out) as out, workspace() as folder:
+        with new_folder(out) as work, workspace() as folder:
             source = gather(request, folder)
-            table = fill(source, out)
+            table = fill(source, work)
     except OSError as error:
-        raise UsageError(f"--out {flags.out}: cannot be written ({error})") from None
+        raise UsageError(f"--out {out}: cannot be written ({error})") from None
     except Crash as crash:  # of a reference
         print(f"error: {crash} (NANOLLAMA_DEBUG=1 shows all of it)", file=sys.stderr)
         return 3
-    print("\n".join(describe_kit(table, flags.out)))
+    print("\n".join(describe_kit(table, out)))
     return 0
 
 
@@ -194,7 +196,7 @@ def describe_kit(table: dict[str, Any], out: Path) -> list[str]:
 # --- Judging ---------------------------------------------------------------------------------------------------------
 
 
-def check_port(flags: Flags) -> int:
+def check_port(flags: Flags, folder: Path) -> int:
     refuse(flags, ("ckpt", "tokenizer", "prompts"), "--check")
     dtypes = split_dtypes(flags.dtype or "fp32")
     if len(dtypes) > 1:
@@ -208,10 +210,11 @@ def check_port(flags: Flags) -> int:
     from parity.kit.check import report
     from parity.report import terminal
 
-    kit = Kit(flags.check)
-    if flags.candidate is None:
+    kit = Kit(folder)
+    if flags.port is not None:
         found = report(kit, flags.port, dtypes[0])
     else:
+        assert flags.candidate is not None
         found = check_candidate(kit, flags.candidate, dtypes[0])
     print(terminal.render(found))
     if flags.json is not None:

@@ -70,7 +70,8 @@ def answers(folder: Path) -> dict[str, list[str]]:
     for module in ("meta", "hf", "oracle"):
         ask = ["--ckpt", str(folder / "meta"), "--prompt", "the cat", "--max_new_tokens", "6", "--dtype", "fp32"]
         lines = [["--case", str(case), "--out", str(folder / module)], ask]
-        program = f"from reference.{module} import main; [main(line) for line in {lines!r}]"
+        where = {"oracle": "oracle.__main__"}.get(module, module)
+        program = f"from reference.{where} import main; [main(line) for line in {lines!r}]"
         processes[module] = subprocess.Popen(
             [sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
