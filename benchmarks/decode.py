@@ -9,10 +9,10 @@ memory, measured in the same rounds, bounds all of them. Quote the ratios: absol
 """
 
 import json as jsonlib
+import mmap
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -25,6 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from nanollama.cli import run
+from nanollama.machine import peak_memory_bytes
 
 SHAPES: dict[str, dict[str, Any]] = {  # llama2.c's two story models, with a tied head
     "tiny": dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=160),
@@ -86,7 +87,7 @@ def compare(names: list[str], shape: str, threads: int, tokens: int, rounds: int
             latest = ", ".join(f"{name} {found[-1]:.1f}" for name, found in speeds.items())
             line = f"round {i + 1} of {rounds}: memory {bandwidth[-1] / 1e9:.1f} GB/s; tok/s: {latest}"
             print(line, file=sys.stderr, flush=True)
-        peaks = {name: pools[name].submit(peak_bytes).result() for name in names}
+        peaks = {name: pools[name].submit(peak_memory_bytes).result() for name in names}
     finally:
         for pool in pools.values():
             pool.shutdown()
@@ -171,11 +172,10 @@ def read_bandwidth() -> float:
     """Bytes a second that a sum over 1 GiB reads, in large pages where the system has them: the best of five."""
     import torch
 
-    from nanollama.speed.pages import ask_for_large
-
-    data, best = torch.empty(2**28), 0.0
-    ask_for_large(data)
-    data.fill_(1)
+    memory, best = mmap.mmap(-1, 2**30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), 0.0
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    data = torch.frombuffer(memory, dtype=torch.float32).fill_(1)
     for _ in range(5):
         start = time.perf_counter()
         data.sum()
@@ -214,10 +214,6 @@ def decode_speed(name: str, shape: str, folder: str, tokens: int) -> float:
 
 def stamps(tokens: Iterable[object]) -> list[float]:
     return [time.perf_counter() for _ in tokens]
-
-
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @lru_cache

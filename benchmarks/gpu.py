@@ -30,16 +30,16 @@ from nanollama.cli import run
 
 RESULTS = Path(__file__).parent / "results"
 # Seconds. They add up to less than 8 minutes; what a section leaves goes to the next ones.
-BUDGETS = {"checks": 150, "decode": 120, "training": 120, "parity": 60}
+BUDGETS = {"checks": 150, "attention": 25, "decode": 110, "training": 110, "parity": 60}
 SPARE_S = 10.0  # that a section's process has to write its last result before it is ended
-TESTS = ("tests/test_gpu.py", "tests/test_gpu_runs.py")
+TESTS = ("test_gpu", "test_gpu_runs")
 TAIL_CHARACTERS = 8000  # of a log that goes into the JSON
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "llama_models", "fairscale", "numpy", "safetensors")
 
 
 def main(
     *,
-    sections: list[str] | None = None,  # of checks, decode, training, parity; default: all
+    sections: list[str] | None = None,  # of checks, attention, decode, training, parity; default: all
     rehearse: bool = False,  # tiny models on the CPU: tries the script, measures nothing
 ) -> int:
     """GPU tests, then decoding, training and parity figures, each beside its limit."""
@@ -110,7 +110,8 @@ def environment(torch: Any) -> dict[str, Any]:
             found["packages"][name] = None
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        found |= {"device": properties.name, "memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+        found |= {"device": properties.name, "memory_bytes": properties.total_memory}
+        found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     print(f"{found.get('device', 'no GPU')}, torch {torch.__version__}, Python {found['python']}", flush=True)
     return found
 
@@ -146,6 +147,8 @@ def begin(name: str, module: str, arguments: list[str], folder: Path) -> Running
     log = (Path(os.environ["OUT"]) if os.environ.get("OUT") else folder) / f"{name}.log"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    if module != "benchmarks.gpu_sections":  # several compile at once, and each would start a thread a core
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"
     print(f"--- {name}: python -m {module} {' '.join(arguments)}", flush=True)
     with log.open("w") as out:
         command = [sys.executable, "-m", module, *arguments]
@@ -159,14 +162,23 @@ def run_checks(report: Report, name: str) -> None:
     """The GPU tests beside the parity check: neither is timed, so they may share the machine."""
     with TemporaryDirectory() as place:
         folder, checks = Path(place), report.found.setdefault(name, {})
-        tests = begin("tests", "pytest", ["-m", "gpu", *TESTS, "-q", "--durations=10", "-rfs"], folder)
+        tests = [begin_tests(one, folder) for one in TESTS]
         check = begin_check(folder, "cpu" if report.rehearse else "cuda")
-        checks["tests"] = read_tests(tests.finish(report.left_s))
+        checks |= {running.name: read_tests(running.finish(report.left_s)) for running in tests}
         checks["parity"] = read_check(check.finish(report.left_s), folder) if check else skipped()
         for one, found in checks.items():
             print(f"checks    {one:24} {found['status']}", flush=True)
             if found["status"] == "fail":
                 print(found["log"], flush=True)
+
+
+def begin_tests(name: str, folder: Path) -> Running:
+    """One file of tests; those that start no processes share the cores where pytest-xdist is there."""
+    at_once = ["-n", "6"] if name == TESTS[0] and importlib.util.find_spec("xdist") else []
+    file = f"tests/{name}.py"
+    # The machine's own packages may warn of anything, and its plugins quarrel with xdist.
+    others = ["-W", "default", "-p", "no:benchmark", *at_once]
+    return begin(name, "pytest", ["-m", "gpu", file, "-q", "--durations=10", "-rfs", *others], folder)
 
 
 def read_tests(found: dict[str, Any]) -> dict[str, Any]:
@@ -263,6 +275,7 @@ LINE: dict[str, Callable[[Any], str]] = {
     "step_share_of_limit": lambda x: f"{x:6.3f} by the step alone",
     "peak_bytes": lambda x: f"{x / 1e9:5.1f} GB at the peak",
     "planned_bytes": lambda x: f"{x / 1e9:5.1f} GB planned",
+    "milliseconds": lambda x: ", ".join(f"{n} {t if isinstance(t, str) else f'{t:.3f} ms'}" for n, t in x.items()),
     "distance": lambda x: ", ".join(f"{name} {value:.2e}" for name, value in x.items()),
 }
 

@@ -28,7 +28,7 @@ def distances(bench: Bench, shape: str, length: int) -> dict[str, Any]:
     for dtype, of in DTYPES.items():
         for attention in ("fast", "exact"):
             model = Transformer.from_weights(config, weights, dtype=of, device=bench.device, attention=attention)
-            found[f"{attention} {dtype}"] = model.eval()(tokens).cpu()
+            found[f"{attention} {dtype}"] = model.eval()(tokens)
             del model
         for attention in ("sdpa", "eager"):
             found[f"transformers {attention} {dtype}"] = transformers_logits(config, weights, of, tokens, attention)
@@ -86,4 +86,4 @@ def transformers_logits(
     state = {hf_name(n): w.to(dtype) for n, w in rows.items()}
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     model.load_state_dict(state, strict=True, assign=True)
-    return model(tokens, use_cache=False).logits.float().cpu()
+    return model(tokens, use_cache=False).logits.float()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nanollama.machine import cache_folder as cache_folder
 from parity.contract import DTYPES
 
 SMALL_BYTES = 2 * 10**9  # of a checkpoint on disk: below, several implementations fit in memory side by side
@@ -75,12 +76,6 @@ def anonymous_bytes(pid: int) -> int:
 
 def own_anonymous_bytes() -> int:
     return anonymous_bytes(os.getpid())
-
-
-def cache_folder() -> Path:
-    """Where made checkpoints are kept: $NANOLLAMA_CACHE, else the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("NANOLLAMA_CACHE") or Path(base) / "nanollama")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nanollama import gate
 from nanollama.checkpoint import pth
-from nanollama.checkpoint.names import hf_name, is_rotary, to_hf_rows, to_meta_rows, weight_shapes
+from nanollama.checkpoint.names import EMBEDDING, HEAD, hf_name, is_rotary, to_hf_rows, to_meta_rows, weight_shapes
 from nanollama.checkpoint.peft_config import read_config
 from nanollama.checkpoint.staging import staged
 from nanollama.checkpoint.streams import write_safetensors
@@ -34,7 +34,7 @@ LINEARS = (*ATTENTION, "w1", "w2", "w3")
 TARGETS = (*LINEARS, "output")
 PREFIX = "base_model.model."
 ROWS_SUFFIX = "token_adapter.trainable_tokens_delta"  # PEFT's name; the tensor is the rows themselves
-EMBEDDING, HEAD = ROW_MATRICES = ("tok_embeddings.weight", "output.weight")
+ROW_MATRICES = (EMBEDDING, HEAD)
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nanollama.generation.llama import (
-    PREFILL_CHUNK_TOKENS,
-    Event,
-    Row,
-    Sampling,
-    last_logits,
-    prefill,
-    seen_tokens,
-)
-from nanollama.generation.sample import Filter, draw, keep_tokens, make_filter, penalize_repetition
+from nanollama.generation.decode import Event, Row, Sampling, prefill, read_tokens, scores_of, seen_tokens
+from nanollama.generation.sample import Filter, draw, make_filter
 from nanollama.model import KVCache, Transformer
-from nanollama.speed.quantize import apply_head
 from nanollama.tokenizer.base import common_length
 
 
@@ -103,21 +94,15 @@ class DraftModel:
             self.cache = KVCache(self.model.config, 1, max_len, dtype=weight.dtype, device=weight.device)
         # The newest token is always read again: its logits are wanted.
         same = min(common_length(self.read, ids), len(ids) - 1)
-        device = self.cache.rows.device
-        positions = torch.arange(same, len(ids), device=device).unsqueeze(0)  # (1, T)
-        tokens = torch.tensor([ids[same:]], device=device)  # (1, T)
-        parts = (tensor.split(PREFILL_CHUNK_TOKENS, dim=1) for tensor in (tokens, positions))
-        for chunk, places in zip(*parts, strict=True):
-            logits = last_logits(self.model, chunk, places, self.cache)
-        self.read = list(ids)
-        return logits
+        self.cache.length, self.read = same, list(ids)
+        return read_tokens(self.model, ids[same:], self.cache)
 
 
 @torch.inference_mode()
 def decode_speculative(
     model: Transformer, rows: list[Row], sampling: Sampling, drafter: Drafter, n: int = 5
 ) -> Iterator[Event]:
-    """As `generate.decode`, with up to n guesses a pass; the answers come one after the other."""
+    """As `decode`, with up to n guesses a pass; the answers come one after the other."""
     for row in rows:
         yield from _answer(model, row, sampling, drafter.start(), n)
 
@@ -138,14 +123,14 @@ def _answer(model: Transformer, row: Row, sampling: Sampling, drafter: Drafter, 
         # The newest token stands at row.position; slots of guesses that were refused are written again.
         tokens = torch.tensor([[ids[-1], *draft.tokens]], device=logits.device)  # (1, T)
         positions = row.position + torch.arange(tokens.shape[1], device=logits.device).unsqueeze(0)
-        logits = apply_head(model, model.hidden(tokens, positions, cache=cache)[0])  # (T, V)
+        logits = model.logits(model.hidden(tokens, positions, cache=cache)[0])  # (T, V)
 
 
 class Judge:
     """Decides tokens from the model's logits and the guesses: the heart of the method."""
 
     def __init__(self, row: Row, sampling: Sampling, seen: Tensor | None) -> None:
-        self.row, self.seen, self.penalty = row, seen, sampling.repetition_penalty
+        self.row, self.sampling, self.seen = row, sampling, seen
         # None when greedy.
         self.keep: Filter | None = None
         if sampling.temperature > 0:
@@ -156,9 +141,7 @@ class Judge:
     def decide(self, logits: Tensor, draft: Draft) -> Iterator[tuple[int, float]]:
         """(token, logprob) for each guess that stays, and for one token more; logits (1 + guesses, V)."""
         for i in range(len(draft.tokens) + 1):
-            scores = keep_tokens(logits[i : i + 1], self.row.n_tokens)  # (1, V)
-            if self.seen is not None:
-                scores = penalize_repetition(scores, self.seen, self.penalty)
+            scores = scores_of(logits[i : i + 1], self.seen, self.sampling, self.row.n_tokens)  # (1, V)
             guess = draft.tokens[i] if i < len(draft.tokens) else None
             token = self._choose(scores, guess, None if draft.probs is None or guess is None else draft.probs[i])
             if self.seen is not None:

@@ -11,6 +11,9 @@ A group is a stride of the inputs (0, n, 2n, ...), so the scales of neighbouring
 unit multiplies 16 groups at once. Scales as in llama.cpp's Q8_0 and Q4_0 (the largest number becomes -127 or -8).
 """
 
+import ctypes
+import os
+import sys
 from collections.abc import Mapping
 from typing import Literal, get_args
 
@@ -19,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanollama.model import ModelConfig, Transformer
-from nanollama.speed.pages import release
 
 Scheme = Literal["int8", "int4"]
 SCHEMES: tuple[str, ...] = get_args(Scheme)
 GROUP_INPUTS = 32  # aimed at; see `group_size`
 BLOCK_BYTES = 2**22  # of dequantised weights, as fp32, at a time: they stay in the processor's cache
 QUANTIZE_BYTES = 2**21  # of fp32 weights at a time: small enough that the allocator gives its memory back
+MADV_PAGEOUT = 21  # Linux's
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,6 +90,7 @@ def group_size(inputs: int) -> int:
 class QuantLinear(nn.Module):
     """A linear layer without bias whose weights are integers. `dtype` is that of its activations."""
 
+    is_quantized = True
     numbers: Tensor  # int8 (N, K), or uint8 (N, G/2, K/G)
     scales: Tensor  # fp32 (N,), or bf16 (N, K/G)
 
@@ -137,12 +141,6 @@ def dequantize(numbers: Tensor, scales: Tensor) -> Tensor:
     return (both * scales.float().unsqueeze(1)).flatten(1)
 
 
-def apply_head(model: Transformer, hidden: Tensor) -> Tensor:
-    """Logits (..., V) in float32 of hidden states (..., C). A quantised head is never dequantised whole."""
-    output: nn.Module | None = model.output
-    return (output(hidden) if isinstance(output, QuantLinear) else F.linear(hidden, model.head())).float()
-
-
 def load_quantized(
     config: ModelConfig, weights: Mapping[str, Tensor], scheme: str, *, dtype: torch.dtype | None = None
 ) -> Transformer:
@@ -177,3 +175,14 @@ def load_quantized(
 def weight_bytes(model: nn.Module) -> int:
     """Memory of the weights in the form in which they are kept."""
     return sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+
+
+def release(tensor: Tensor) -> None:
+    """Its pages are not needed now: those of a mapped file leave the resident memory (advice, on Linux)."""
+    if tensor.device.type != "cpu" or not sys.platform.startswith("linux"):
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    start = -(-tensor.data_ptr() // page) * page  # the whole pages inside of it
+    size = (tensor.data_ptr() + tensor.nbytes) // page * page - start
+    if size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_PAGEOUT)

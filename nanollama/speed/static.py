@@ -15,11 +15,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanollama.model import Context, KVCache, Transformer
-from nanollama.speed.compiled import LINEARS, BlockStep, CompileError, HeadStep, head_arguments, layer_arguments
-from nanollama.speed.quantize import apply_head
+from nanollama.speed.compiled import BlockArguments, BlockStep, CompileError, HeadStep, head_weights, layer_weights
 
 SMALLEST_SLOTS, LARGE_SLOTS = 256, 1024  # a power of two between them, beyond the second its multiples
 WARM_UP_STEPS = 2  # before a capture: libraries take their workspaces, the compiler compiles
@@ -71,7 +70,7 @@ class Graph:
         self.ids, self.positions = ids.clone(), positions.clone()
         self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(ids.device)
         stream.wait_stream(torch.cuda.current_stream(ids.device))
-        with torch.cuda.stream(stream), torch._dynamo.config.patch(recompile_limit=SHAPES_COMPILED):
+        with torch.cuda.stream(stream):
             for _ in range(WARM_UP_STEPS):
                 forward(self.ids, self.positions)
         torch.cuda.current_stream(ids.device).wait_stream(stream)
@@ -94,28 +93,39 @@ def forward_rows(model: Transformer, ids: Tensor, positions: Tensor, cache: KVCa
     h = model.tok_embeddings(ids.unsqueeze(1))  # (B, 1, C)
     for layer in model.layers:
         h = layer(h, ctx)
-    return apply_head(model, model.norm(h)[:, -1])
+    return model.logits(model.norm(h)[:, -1])
 
 
 def compiled_row(model: Transformer) -> Forward:
     """One row by the blocks of `nanollama.speed.compiled`: each matrix is read once, as it is stored."""
-    layers, head_weights = [layer_arguments(layer) for layer in model.layers], head_arguments(model)
-    block: nn.Module = BlockStep(model.config, 1, (len(layers[0]) - 2) // len(LINEARS))
-    head: nn.Module = HeadStep(model.config)
-    if model.tok_embeddings.weight.is_cuda:
-        block.compile(fullgraph=True)
-        head.compile(fullgraph=True)
+    layers, for_head = [layer_weights(layer) for layer in model.layers], head_weights(model)
+    block: Callable[..., Tensor] = BlockStep(model.config, 1)
+    head: Callable[..., Tensor] = HeadStep(model.config)
+    on_gpu = model.tok_embeddings.weight.is_cuda
+    if on_gpu:
+        block, head = torch.compile(block, fullgraph=True), torch.compile(head, fullgraph=True)
 
     def forward(ids: Tensor, positions: Tensor, cache: KVCache, slots: int) -> Tensor:
         cos, sin = model._rope_rows(1, ids.device)
-        shared = (positions, cos[positions], sin[positions])
+        shared = positions, cos[positions], sin[positions]
         x = model.tok_embeddings(ids)  # (1, C)
+        for keys, values, weights in zip(cache.k, cache.v, layers, strict=True):
+            caches = [keys[0, :slots]], [values[0, :slots]]
+            x = block(*BlockArguments(x, *shared, *caches, *weights).flatten())
+        return head(x, *for_head).float()
+
+    return compiling(forward) if on_gpu else forward
+
+
+def compiling(forward: Forward) -> Forward:
+    """What torch's compiler cannot do, or the lack of one that it needs, is a CompileError."""
+
+    def run(ids: Tensor, positions: Tensor, cache: KVCache, slots: int) -> Tensor:
         try:
-            for keys, values, weights in zip(cache.k, cache.v, layers, strict=True):
-                x = block(x, *shared, keys[0, :slots], values[0, :slots], *weights)
-            return head(x, *head_weights).float()
-        except torch._dynamo.exc.TorchDynamoException as error:  # of a compiler that is not there, too
+            with torch._dynamo.config.patch(recompile_limit=SHAPES_COMPILED):
+                return forward(ids, positions, cache, slots)
+        except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().partition("\n")[0][:200]
             raise CompileError(f"the decode step cannot be compiled here ({reason}): use --compile off") from error
 
-    return forward
+    return run

@@ -129,14 +129,14 @@ class Run:
         if dtype in self.case.too_large and not getattr(self.load, "streams", False):
             return
         try:
-            candidate = self._loaded(dtype)
+            candidate = self._load(dtype)
             self._run(candidate, dtype)
         except NotImplementedError as error:
             self.meta["undone"][dtype] = first_line(error) or f"the candidate says that it has no {dtype}"
         except (Crashed, Wrong) as error:
             self.meta["failures"].append(failure(error, "logits", "G3", dtype).as_json())
 
-    def _loaded(self, dtype: str) -> Interface:
+    def _load(self, dtype: str) -> Interface:
         def note(asked: str) -> None:
             (self.writer.folder / ASKED).write_text(f"{asked} at {dtype}")
 

@@ -14,7 +14,7 @@ from nanollama import __main__ as commands
 from nanollama.checkpoint import CheckpointError, convert, open_checkpoint
 from nanollama.checkpoint.adapter import Adapter, merged, write_adapter
 from nanollama.checkpoint.llama2c import quantize_groups
-from nanollama.checkpoint.names import hf_rows, meta_rows, to_hf_rows, to_meta_rows
+from nanollama.checkpoint.names import to_hf_rows, to_meta_rows
 from nanollama.model import ModelConfig, RopeScaling
 from nanollama.tokenizer import open_tokenizer
 
@@ -182,10 +182,13 @@ def test_real_llama2c_model_comes_back_byte_for_byte(tmp_path: Path, test_data) 
 @pytest.mark.parametrize("head_dim", [2, 6, 16])
 def test_row_orders_are_inverse(head_dim: int) -> None:
     weight = torch.arange(head_dim * 3 * 2.0).view(head_dim * 3, 2)
-    rows = torch.arange(head_dim * 3)
+    # Meta's rows (2i, 2i + 1) of a head are Hugging Face's (i, i + head_dim / 2).
+    places = [
+        head * head_dim + i + half * head_dim // 2 for head in range(3) for i in range(head_dim // 2) for half in (0, 1)
+    ]
+    assert torch.equal(to_hf_rows(weight, head_dim)[places], weight)
+    assert torch.equal(to_meta_rows(weight, head_dim), weight[places])
     assert torch.equal(to_meta_rows(to_hf_rows(weight, head_dim), head_dim), weight)
-    assert torch.equal(weight[meta_rows(rows, head_dim)], to_hf_rows(weight, head_dim))
-    assert torch.equal(weight[hf_rows(rows, head_dim)], to_meta_rows(weight, head_dim))
 
 
 @pytest.mark.parametrize("format", ["meta", "hf", "gguf"])

@@ -10,11 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from generation_cases import VOCAB, assert_same_answer, of_row, prompt_ids, small_model
-from nanollama.generation.llama import DTYPES, Llama, Sampling, eager_step
+from nanollama.checkpoint.weights import DTYPES
+from nanollama.generation.llama import Llama, Sampling
 from nanollama.model import KVCache, Transformer
-from nanollama.speed import compiled
-from nanollama.speed.compiled import CompileError, Step, compile_step, in_words, is_compiled, matvec, worth_compiling
+from nanollama.speed import kernels, package
+from nanollama.speed.compiled import CompiledStep, CompileError
+from nanollama.speed.kernels import in_words, matvec
+from nanollama.speed.package import compile_step, is_compiled, worth_compiling
 from nanollama.speed.quantize import SCHEMES, QuantLinear, dequantize, load_quantized
+from nanollama.speed.step import Step, eager_step
 
 NOISE_RATIO = 2  # as G3; more where so few sums hardly average the noise of integers up to 127, or 15 less 8
 INT8_RATIO, INT4_RATIO = 4, 8
@@ -36,7 +40,7 @@ def compiled_model(scheme: str | None, dtype: torch.dtype) -> Transformer:
 def pair() -> Llama:
     """Compiled for two rows: it decodes one as well."""
     llama = Llama(small_model(), compile="on")
-    llama._steps[1] = llama._steps[2] = compile_step(llama.model, 2)
+    llama.steps.compiled[1] = llama.steps.compiled[2] = compile_step(llama.model, 2)
     return llama
 
 
@@ -121,9 +125,9 @@ def test_a_shape_is_compiled_once(pair: Llama) -> None:
 
 
 def test_the_compiled_step_reads_the_weights_where_they_are(pair: Llama) -> None:
-    step = pair._steps[2]
-    assert isinstance(step, compiled.CompiledStep)
-    kept = {tensor.data_ptr() for layer in step.layers for tensor in layer}
+    step = pair.steps.compiled[2]
+    assert isinstance(step, CompiledStep)
+    kept = {tensor.data_ptr() for layer in step.layers for tensors in layer for tensor in tensors}
     assert kept < {parameter.data_ptr() for parameter in pair.model.parameters()}
 
 
@@ -145,7 +149,7 @@ def test_unknown_layers_are_left_to_the_model() -> None:
     with pytest.raises(CompileError, match=r"a layer is a Adapted.*--compile off$"):
         Llama(model, compile="on").generate([prompt], sampling)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanollama.generation.llama.worth_compiling", lambda *_: True)
+        patch.setattr("nanollama.speed.step.worth_compiling", lambda *_: True)
         auto = Llama(model, compile="auto", say=lines.append)
         assert_same_answer(list(auto.generate([prompt], sampling)), list(Llama(model).generate([prompt], sampling)))
     assert "--compile off" in lines[0]
@@ -155,7 +159,7 @@ def test_a_failing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     def fail(*_: object) -> None:
         raise RuntimeError("g++: not found\nand a long story")
 
-    monkeypatch.setattr(compiled, "_compile", fail)
+    monkeypatch.setattr(package, "_compile", fail)
     with pytest.raises(CompileError, match=r"^the decode step cannot be compiled here \(g\+\+: not found\): use --co"):
         compile_step(small_model(hidden_dim=80))
 
@@ -163,7 +167,7 @@ def test_a_failing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_position_beyond_the_cache_is_refused(pair: Llama) -> None:
     cache = KVCache(pair.config, 1, 4, dtype=torch.float32, device="cpu")
     with pytest.raises(ValueError, match="position 4 does not fit: the cache holds 4 positions"):
-        pair._steps[1](torch.tensor([1]), torch.tensor([4]), cache)
+        pair.steps.compiled[1](torch.tensor([1]), torch.tensor([4]), cache)
 
 
 @pytest.mark.parametrize("words", [False, True])
@@ -184,6 +188,6 @@ def test_matvec_is_the_product_with_the_dequantised_weights(words: bool, B: int,
         operands = [weight.to(DTYPES[form])]
         weight = operands[0].float()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "WORDS", words)  # as on processors without AVX-512
-        assert in_words(operands[0]) == (words and (form == "bf16" or (form == "int8" and K != 50)))
+        patch.setattr(kernels, "loads_bytes_slowly", lambda: words)  # as on processors without AVX-512
+        assert in_words(operands[0]) == (words and form == "int8" and K != 50)
         torch.testing.assert_close(matvec(x, operands), x @ weight.T, rtol=1e-4, atol=1e-4)

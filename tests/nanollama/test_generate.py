@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from generation_cases import VOCAB, assert_same_answer, of_row, prompt_ids, small_model, tokens
-from nanollama.generation import llama as generate
-from nanollama.generation.llama import Llama, Sampling, Text, prefill
+from nanollama.generation import decode as generate
+from nanollama.generation.decode import AnswerText, prefill
+from nanollama.generation.llama import Llama, Sampling
 from nanollama.model import Transformer
 from nanollama.speed.static import StaticStep
 from nanollama.tokenizer import Tokenizer, open_tokenizer
@@ -61,7 +62,7 @@ def test_the_static_step_of_gpus_decodes_the_same(llama: Llama, lengths: list[in
     prompts = [prompt_ids(length, 10 * seed + i) for i, length in enumerate(lengths)]
     sampling = Sampling(max_new_tokens=8, stop_ids=frozenset(range(0, VOCAB, 7)))
     static = Llama(llama.model)
-    static.step = lambda rows: StaticStep(llama.model, compile=compile)  # type: ignore[method-assign]
+    static.steps.choose = lambda rows, tokens: StaticStep(llama.model, compile=compile)  # type: ignore[method-assign]
     got, wanted = list(static.generate(prompts, sampling)), list(llama.generate(prompts, sampling))
     for i in range(len(prompts)):
         assert_same_answer(of_row(got, i), of_row(wanted, i))
@@ -70,13 +71,13 @@ def test_the_static_step_of_gpus_decodes_the_same(llama: Llama, lengths: list[in
 def test_rows_that_stop_leave_the_batch(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     sampling = Sampling(max_new_tokens=30, temperature=1.0, stop_ids=frozenset(range(0, VOCAB, 7)))
     sizes: list[int] = []
-    real = generate.last_logits
+    real = llama.model.hidden
 
-    def spy(model, ids, positions, cache):  # type: ignore[no-untyped-def]
+    def spy(ids, positions, cache):  # type: ignore[no-untyped-def]
         sizes.append(ids.shape[0])
-        return real(model, ids, positions, cache)
+        return real(ids, positions, cache=cache)
 
-    monkeypatch.setattr(generate, "last_logits", spy)
+    monkeypatch.setattr(llama.model, "hidden", spy)
     prompts = [prompt_ids(5 + i, i) for i in range(6)]
     events = list(llama.generate(prompts, sampling))
     lengths = [len(of_row(events, i)) for i in range(6)]
@@ -208,7 +209,7 @@ def test_a_stop_token_ends_an_answer_without_text(talker: Llama, tokenizer: Toke
 
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 def test_held_back_text_is_never_lost_nor_early(tokenizer: Tokenizer, text: str, stop: list[str]) -> None:
-    shown = Text(tokenizer, [], stop)
+    shown = AnswerText(tokenizer, [], stop)
     out = ""
     for token in tokenizer.encode(text, bos=False):
         out += shown.push(token)

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from generation_cases import VOCAB, assert_same_answer, of_row, prompt_ids, small_model, tokens
-from nanollama.generation import llama as generate
-from nanollama.generation.llama import Llama, Row, Sampling
+from nanollama.generation.decode import Row
+from nanollama.generation.llama import Llama, Sampling
 from nanollama.generation.sample import Filter, make_filter
 from nanollama.generation.speculative import Draft, Drafter, DraftModel, Judge, Lookup
+from nanollama.model import Transformer
 
 DRAFTERS: dict[str, Drafter] = {
     "lookup": Lookup(),
@@ -42,7 +43,7 @@ def model() -> torch.nn.Module:
     st.integers(1, 25),
 )
 def test_greedy_answers_are_those_of_plain_decoding(
-    model: generate.Transformer, drafter: Drafter, lengths: list[int], penalty: float, new_tokens: int
+    model: Transformer, drafter: Drafter, lengths: list[int], penalty: float, new_tokens: int
 ) -> None:
     prompts = [prompt_ids(length, i) for i, length in enumerate(lengths)]
     sampling = Sampling(max_new_tokens=new_tokens, repetition_penalty=penalty, n=2, stop_ids=frozenset([3]))
@@ -53,7 +54,7 @@ def test_greedy_answers_are_those_of_plain_decoding(
             assert_same_answer(of_row(drafted, i, answer), of_row(plain, i, answer))
 
 
-def test_right_guesses_save_passes(model: generate.Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_right_guesses_save_passes(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
     real = model.hidden
     monkeypatch.setattr(
@@ -114,7 +115,7 @@ def test_a_judged_token_is_distributed_as_the_models_own(certain: bool, filters:
 
 
 @pytest.mark.parametrize("name", ["lookup", "another model"])
-def test_sampled_answers_have_the_distribution_of_plain_ones(model: generate.Transformer, name: str) -> None:
+def test_sampled_answers_have_the_distribution_of_plain_ones(model: Transformer, name: str) -> None:
     """The second token of many answers, whose guesses depend on the first: against the exact mixture."""
     prompt, n = [5, 9, 5, 9, 5], 400
     sampling = Sampling(max_new_tokens=2, temperature=1.0, top_k=4, n=n, seed=2)
@@ -130,7 +131,7 @@ def test_sampled_answers_have_the_distribution_of_plain_ones(model: generate.Tra
     assert statistic < bound
 
 
-def test_a_seed_repeats_its_answer(model: generate.Transformer) -> None:
+def test_a_seed_repeats_its_answer(model: Transformer) -> None:
     sampling = Sampling(max_new_tokens=20, temperature=1.0, seed=4)
     llama = Llama(model, drafter=DRAFTERS["another model"])
     assert tokens(llama.generate([prompt_ids(7, 2)], sampling)) == tokens(llama.generate([prompt_ids(7, 2)], sampling))
