@@ -57,7 +57,7 @@ def main(
     threads: int = 2,  # of every engine
     tokens: int = 128,  # decoded in each round
     rounds: int = 5,  # the engines take turns
-    engines: list[str] | None = None,  # default: all that are installed
+    engines: list[str] | None = None,  # several by repeating it; default: all that are installed
     json: Path | None = None,  # where the result goes; its chart goes beside it, as .png
 ) -> None:
     """Decode speed of one row on CPU, ours and others, and its share of what the memory allows."""

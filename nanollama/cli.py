@@ -147,7 +147,8 @@ class End:
 @contextmanager
 def user_errors(errors: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[End]:
     """What the user can mend becomes one line and exit code 2; an interrupt and a reader that left are codes too."""
-    end, kinds = End(), (UsageError, *errors)
+    end = End()
+    kinds: tuple[type[Exception], ...] = (UsageError, *errors)
     try:
         yield end
         sys.stdout.flush()

@@ -115,7 +115,7 @@ def command(module: str, name: str) -> Command:
     return Command(spec, spec)
 
 
-@pytest.mark.parametrize(("module", "name"), SPECS, ids=".".join)
+@pytest.mark.parametrize(("module", "name"), SPECS, ids=str)
 def test_help_explains_every_flag_and_names_its_default(module: str, name: str) -> None:
     found = command(module, name)
     lines = [line.strip() for line in help_text(found, "prog").splitlines()]
@@ -126,7 +126,7 @@ def test_help_explains_every_flag_and_names_its_default(module: str, name: str) 
         assert "default: " in line or "(required)" in line, f"--{flag} has no default: {line}"
 
 
-@pytest.mark.parametrize(("module", "name"), SPECS, ids=".".join)
+@pytest.mark.parametrize(("module", "name"), SPECS, ids=str)
 def test_an_unknown_flag_reads_alike_everywhere(module: str, name: str) -> None:
     with pytest.raises(UsageError, match=r"^unknown flag --no-such-flag(; did you mean .*\?)? \(see --help\)$"):
         command(module, name).run(["--no-such-flag", "x"])
