@@ -4,8 +4,8 @@ Every engine has a process of its own with the same threads and the same seeded 
 round, and the median of the rounds counts. A token needs every weight once, so the speed at which the machine reads
 memory, measured in the same rounds, bounds all of them. Quote the ratios: absolute figures move with the machine.
 
-    python -m benchmarks.decode --shape 110M --threads 2 --json
-    {"shape": "110M", "threads": 2, ..., "engines": {"nanollama fp32": {"tokens_per_s": ..., "share_of_limit": ...}}}
+    python -m benchmarks.decode --shape 110M --threads 2 --json decode-110M-2t.json
+    # prints a table; in the file: {"shape": "110M", ..., "engines": {"nanollama fp32": {"tokens_per_s": ...}}}
 """
 
 import json as jsonlib
@@ -57,9 +57,8 @@ def main(
     threads: int = 2,  # of every engine
     tokens: int = 128,  # decoded in each round
     rounds: int = 5,  # the engines take turns
-    engines: list[str] | None = None,  # default: all that are installed
-    json: bool = False,  # the result as JSON on stdout
-    out: Path | None = None,  # a folder for decode-SHAPE-THREADS.json and .png
+    engines: list[str] | None = None,  # several by repeating it; default: all that are installed
+    json: Path | None = None,  # where the result goes; its chart goes beside it, as .png
 ) -> None:
     """Decode speed of one row on CPU, ours and others, and its share of what the memory allows."""
     wanted = engines or [name for name in ENGINES if is_installed(name)]
@@ -67,12 +66,10 @@ def main(
         raise ValueError(f"engine {unknown[0]!r} is unknown: expected one of {', '.join(ENGINES)}")
     with TemporaryDirectory() as folder:
         found = compare(wanted, shape, threads, tokens, rounds, Path(folder))
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        stem = out / f"decode-{shape}-{threads}t"
-        stem.with_suffix(".json").write_text(jsonlib.dumps(found, indent=2) + "\n")
-        chart(found, stem.with_suffix(".png"))
-    print(jsonlib.dumps(found) if json else as_text(found))
+    if json:
+        json.write_text(jsonlib.dumps(found, indent=2) + "\n")
+        chart(found, json.with_suffix(".png"))
+    print(as_text(found))
 
 
 def compare(names: list[str], shape: str, threads: int, tokens: int, rounds: int, folder: Path) -> dict[str, Any]:

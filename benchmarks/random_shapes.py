@@ -10,12 +10,10 @@ starts would take longer than the sums. Prints the alarms and each gate's margin
 code 1 if there is an alarm.
 """
 
-import argparse
 import contextlib
 import io
-import json
+import json as jsonlib
 import random
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +24,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from nanollama.cli import run
 from parity.candidates.nano.model import PATHS, Nano
 from parity.checks import CHECKS
 from parity.checks.verdict import run_checks_fairly
@@ -108,7 +107,8 @@ def reference_trace(module: Any, case: Case, folder: Path, *more: str) -> Trace:
     """What `python -m reference.NAME --case ... --out ...` writes, without a process."""
     file = case.write(folder.with_suffix(".json"), *CANDIDATE_KEYS)
     with contextlib.redirect_stdout(io.StringIO()):
-        module.main(["--case", str(file), "--out", str(folder), *more])
+        code = module.main(["--case", str(file), "--out", str(folder), *more])
+    assert code == 0, f"{module.__name__} ended with exit code {code}"
     return Trace(folder)
 
 
@@ -170,7 +170,7 @@ class Tally:
                 self.largest[key] = {"value": r["value"], "bound": r["bound"], "where": r["where"], "path": r["path"]}
 
 
-def run(n: int, start: int, after: Any = lambda tally: None) -> Tally:
+def judge_draws(n: int, start: int, after: Any = lambda tally: None) -> Tally:
     """Draw n shapes, the same ones for the same start, and judge each."""
     tally = Tally()
 
@@ -200,30 +200,29 @@ def margins(largest: dict[str, dict[str, Any]], draws: int) -> str:
     return "\n".join((f"| gate, {draws} shapes | worst | bound | share |", "| --- | --- | --- | --- |", *rows)) + "\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path, help="write the table of margins")
-    args = parser.parse_args()
+def main(
+    *,
+    draws: int = 500,  # shapes
+    seed: int = 0,  # of the draws
+    json: Path | None = None,  # where the result goes
+    markdown: Path | None = None,  # where the table of margins goes
+) -> int:
+    """Draw shapes, judge nanollama on each, and exit with 1 for a false alarm."""
     started = time.perf_counter()
 
     def write(tally: Tally) -> None:
-        if tally.draws % 10 == 0 or tally.draws == args.draws:
+        if tally.draws % 10 == 0 or tally.draws == draws:
             print(f"{tally.draws} draws, {len(tally.alarms)} alarms, {time.perf_counter() - started:.0f} s", flush=True)
-        if args.json is not None:
-            about: dict[str, Any] = {
-                "command": f"python -m benchmarks.random_shapes --draws {args.draws} --seed {args.seed}"
-            }
+        if json is not None:
+            about: dict[str, Any] = {"command": f"python -m benchmarks.random_shapes --draws {draws} --seed {seed}"}
             about |= {"environment": environment(1, "cpu"), "seconds": round(time.perf_counter() - started)}
-            args.json.write_text(json.dumps(about | asdict(tally), indent=1) + "\n")
+            json.write_text(jsonlib.dumps(about | asdict(tally), indent=1) + "\n")
 
-    tally = run(args.draws, args.seed, write)
+    tally = judge_draws(draws, seed, write)
     table = margins(tally.largest, tally.draws)
     print(table)
-    if args.markdown is not None:
-        args.markdown.write_text(table)
+    if markdown is not None:
+        markdown.write_text(table)
     for alarm in tally.alarms:
         what = " ".join(str(alarm[key]) for key in ("check", "dtype", "path", "value", "where"))
         print(f"ALARM {what}, {alarm['draw']}")
@@ -231,4 +230,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

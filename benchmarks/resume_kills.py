@@ -100,7 +100,7 @@ def main(
     kills: int = 20,  # how often the run is killed
     seed: int = 0,  # of the moments
     flags: str = "",  # more flags of the run
-    json: str | None = None,  # write the result there
+    json: Path | None = None,  # where the result goes
 ) -> int:
     """Kill a training run at random moments and compare it with one that was left alone."""
     rng = random.Random(seed)
@@ -140,7 +140,7 @@ def main(
     words = {True: "equal", False: "DIFFERENT"}
     print(f"{kills} kills in a run of {STEPS} steps: losses {words[same_losses]}, weights {words[same_weights]}")
     if json:
-        Path(json).write_text(dumps(result, indent=2) + "\n")
+        json.write_text(dumps(result, indent=2) + "\n")
     return 0 if same_losses and same_weights else 1
 
 

@@ -124,7 +124,7 @@ def main(
     data: Path | None = None,  # tinyshakespeare.txt
     steps: int = 300,  # optimizer steps
     threads: int = 2,  # CPU threads
-    json: Path | None = None,  # write the result there
+    json: Path | None = None,  # where the result goes
 ) -> int:
     """Train on tinyshakespeare here and with transformers; exit 1 when the validation losses differ by 1% or more."""
     path = find_text(data)

@@ -38,7 +38,7 @@ def main(
     threads: int = 2,  # of every process
     rounds: int = 5,  # the cells take turns
     steps: int = 3,  # timed in each round
-    cells: list[str] | None = None,  # default: all
+    cells: list[str] | None = None,  # several by repeating it; default: all
     json: Path | None = None,  # where the result goes
 ) -> None:
     """Speed and memory of training steps on CPU, ours over transformers'."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nanollama.cli import run
+from nanollama.gate import read_prompts
 from nanollama.options import Drawing, ModelOptions, say
 
 # Of --dtype: floats, and what the gguf package quantizes to.
@@ -27,7 +28,7 @@ def generate(
     ckpt: str,  # Meta folder, Hugging Face folder or hub id, .gguf or .bin
     *,
     prompt: list[str] | None = None,  # text to continue, several are decoded together; default: none, from BOS
-    prompts: Path | None = None,  # a file of prompts, one a line (\n for a line end); .jsonl: {"prompt": ...} or ids
+    prompts: Path | None = None,  # a file of prompts, one a line (\n, \t, \\ escapes); .jsonl: {"prompt": ...} or ids
     drawing: Drawing = Drawing(),
     n: int = 1,  # answers per prompt
     stop: list[str] | None = None,  # text that ends an answer; may be given several times
@@ -102,7 +103,7 @@ def convert(
     dst: Path,  # folder to make, or .bin or .gguf file
     *,
     format: Literal["meta", "hf", "llama2c", "gguf"],  # of dst
-    dtype: DTypes | None = None,  # default: as stored; the quantized ones in gguf only
+    dtype: DTypes | None = None,  # of the weights; default: as stored; the quantized ones in gguf only
     shards: int = 1,  # model-parallel files of a Meta folder, 1 to 16
     version: int = 0,  # of llama2c: 0 and 1 are fp32, 2 is int8
     tokenizer: Path | None = None,  # a tokenizer file, where there is none beside src
@@ -126,33 +127,11 @@ def convert(
 
 
 def _read_prompts(texts: list[str] | None, file: Path | None) -> list[str | list[int]]:
-    """The prompts of both flags; with neither, one that is empty: BOS alone. Raises ValueError for an empty file."""
-    found: list[str | list[int]] = list(texts or ([] if file else [""]))
-    try:  # with universal line ends, and U+2028 is none
-        lines = file.read_text(encoding="utf-8-sig").split("\n") if file else []
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {file}: byte {error.start} is not UTF-8: save it as UTF-8") from None
-    for number, line in enumerate(lines, start=1):
-        if file and file.suffix == ".jsonl":
-            found += [_json_prompt(line, f"--prompts {file} line {number}")] if line.strip() else []
-        elif line:
-            found.append(line.replace("\\n", "\n"))
-    if not found:
-        raise ValueError(f"--prompts {file}: there is no prompt in it: write one a line, or give --prompt TEXT")
-    return found
-
-
-def _json_prompt(line: str, where: str) -> str | list[int]:
-    try:
-        found = jsonlib.loads(line)
-    except ValueError:
-        found = None
-    found = found.get("prompt") if isinstance(found, dict) else found
-    if not isinstance(found, str) and not (isinstance(found, list) and all(type(i) is int for i in found)):
-        raise ValueError(
-            f'{where}: {line[:40]!r} is no list of token ids such as [128000, 9906], no {{"prompt": "..."}}'
-        )
-    return found
+    """The prompts of both flags; with neither, one that is empty: BOS alone. Raises ValueError."""
+    found: list[str | list[int]] = list(texts or [])
+    if file:
+        found += [prompt for _, prompt in read_prompts(file)]
+    return found or [""]
 
 
 def _remark_special(texts: list[str | list[int]], llama: "Llama") -> None:

@@ -1,8 +1,9 @@
-"""What a file is, by its first bytes and not by its name; and what to do about those that are no checkpoint.
+"""What a file is, by its first bytes and not by its name; what to do about those that are no checkpoint; prompts.
 
 python -c "from nanollama.gate import kind_of; from pathlib import Path; print(kind_of(Path('x.gguf')))"
 """
 
+import json
 import re
 import struct
 import zipfile
@@ -108,3 +109,42 @@ def to_safetensors(path: Path) -> str:
 def first_bytes(path: Path) -> bytes:
     with open(path, "rb") as file:
         return file.read(512)
+
+
+# --- Files of prompts ------------------------------------------------------------------------------------------------
+
+
+def read_prompts(path: Path) -> list[tuple[int, str | list[int]]]:
+    """What `--prompts FILE` means in every command: (line number, text or token ids) of each prompt. Raises ValueError.
+
+    One prompt a line (\\n, \\t, \\r and \\\\ escapes); in a .jsonl: {"prompt": "..."}, or a list of token ids.
+    """
+    try:  # with universal line ends, and U+2028 is none
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise ValueError(f"--prompts {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {path}: byte {error.start} is not UTF-8: save it as UTF-8") from None
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise ValueError(f"--prompts {path}: there is no prompt in it: write one a line")
+    if path.suffix != ".jsonl":
+        return [(number, unescape(line)) for number, line in numbered]
+    return [(number, _json_prompt(line, f"--prompts {path}, line {number}")) for number, line in numbered]
+
+
+def unescape(line: str) -> str:
+    r"""\n, \t, \r and \\ become what they stand for; every other backslash stays."""
+    escapes = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
+    return re.sub(r"\\[ntr\\]", lambda match: escapes[match.group()], line)
+
+
+def _json_prompt(line: str, where: str) -> str | list[int]:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    found = found.get("prompt") if isinstance(found, dict) else found
+    if isinstance(found, str) or (isinstance(found, list) and all(type(i) is int for i in found)):
+        return found
+    raise ValueError(f'{where}: expected a list of token ids such as [128000, 9906], or {{"prompt": "..."}}')

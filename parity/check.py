@@ -7,17 +7,16 @@
 Exit codes: 0 pass, 1 a parity failure, 2 unusable input, 3 nothing failed but not everything could be judged.
 """
 
-import argparse
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from parity.cli import Parser
+from nanollama.cli import execute, from_config
 from parity.contract import UsageError
 from parity.run import twin
 from parity.run.process import Crash
@@ -37,76 +36,61 @@ if TYPE_CHECKING:
     from parity.report.model import Absent, CheckpointEntry, Report
 
 
-def build_parser() -> Parser:
-    parser = Parser("python -m parity.check", __doc__)
-    add = parser.add_argument
-    add("--ckpt", metavar="PATH", help="Meta or HF folder, .gguf, .bin, hub id (default: the embedded tiny one)")
-    add("--tokenizer", metavar="FILE", help="a tokenizer file, where the checkpoint has none")
-    add(
-        "--candidate",
-        default="nanollama",
-        metavar="NAME",
-        help="nanollama, module:attr, file.py:attr, torch:file.py:Class, hf:FOLDER, cmd:PROGRAM ... or http://host:port/v1",
-    )
-    add(
-        "--candidate_python",
-        metavar="PYTHON",
-        help="run it under this Python: VENV/bin/python, with packages of its own",
-    )
-    add("--model", metavar="NAME", help="of a server that has several: the one to ask")
-    add("--api_key", metavar="VARIABLE", help="the environment variable that holds a server's key")
-    add("--references", default="meta,hf", metavar="LIST", help="comma list of meta, hf (default: both)")
-    add("--dtype", default="fp32,bf16", metavar="LIST", help="comma list of fp32, bf16, fp16 (default: fp32,bf16)")
-    add("--device", default="cpu", choices=("cpu", "cuda", "mps"))
-    add("--prompts", type=Path, metavar="FILE", help=r"one prompt a line (\n escapes), or .jsonl of token lists")
-    add("--max_new_tokens", type=int, default=32, metavar="N", help="greedy tokens per prompt (default: 32)")
-    add("--checks", metavar="LIST", help="comma list, or `list` to print them (default: all)")
-    add("--twin", default="on", choices=("on", "off"), help="a candidate of yours on seeded weights, too (default: on)")
-    add(
-        "--cache",
-        default="on",
-        choices=("on", "off"),
-        help="keep the references' traces for the next run (default: on)",
-    )
-    add("--json", type=Path, metavar="PATH", help="write the whole report as JSON")
-    add("--junit", type=Path, metavar="PATH", help="write the results as JUnit XML")
-    add("--html", type=Path, metavar="PATH", help="write the report as one HTML file")
-    add("--version", action="store_true", help="print the version and stop")
-    return parser
+@dataclass(frozen=True)
+class Flags:
+    """The command line of a check."""
+
+    ckpt: str | None = None  # Meta or HF folder, .gguf, .bin, hub id (default: the embedded tiny one)
+    tokenizer: str | None = None  # a tokenizer file, where the checkpoint has none
+    candidate: str = "nanollama"  # file.py:attr, module:attr, torch:file.py:Class, hf:FOLDER, cmd:PROGRAM, http://...
+    candidate_python: str | None = None  # run it under this Python: VENV/bin/python, with packages of its own
+    model: str | None = None  # of a server that has several: the one to ask
+    api_key: str | None = None  # the environment variable that holds a server's key
+    references: str = "meta,hf"  # comma list of meta, hf
+    dtype: str = "fp32,bf16"  # comma list of fp32, bf16, fp16
+    device: Literal["cpu", "cuda", "mps"] = "cpu"  # where the references and the candidate run
+    prompts: Path | None = None  # one prompt a line (\n escapes), or .jsonl of token lists; default: built-in ones
+    max_new_tokens: int = 32  # greedy tokens per prompt
+    checks: str | None = None  # comma list, or `list` to print them (default: all)
+    twin: Literal["on", "off"] = "on"  # a candidate of yours on seeded weights, too
+    cache: Literal["on", "off"] = "on"  # keep the references' traces for the next run
+    json: Path | None = None  # write the whole report as JSON
+    junit: Path | None = None  # write the results as JUnit XML
+    html: Path | None = None  # write the report as one HTML file
 
 
-def request_of(args: argparse.Namespace) -> Request:
+def request_of(flags: Flags) -> Request:
     """The flags as a request; what can be refused before any work is. Raises UsageError."""
     from parity.candidates import resolve
     from parity.candidates.server.endpoint import server_name
     from parity.checks import CHECKS
 
-    candidate = server_name(args.candidate, model=args.model, api_key=args.api_key, tokenizer=args.tokenizer)
+    candidate = server_name(flags.candidate, model=flags.model, api_key=flags.api_key, tokenizer=flags.tokenizer)
     request = Request(
         candidate,
-        args.ckpt,
-        args.tokenizer,
-        split_list("--references", args.references, tuple(REFERENCES)),
-        split_dtypes(args.dtype),
-        split_list("--checks", args.checks, tuple(CHECKS)) if args.checks else tuple(CHECKS),
-        named=args.checks is not None,
-        device=args.device,
-        prompts=args.prompts,
-        max_new_tokens=args.max_new_tokens,
-        twin=args.twin == "on",
-        cache=args.cache == "on",
+        flags.ckpt,
+        flags.tokenizer,
+        split_list("--references", flags.references, tuple(REFERENCES)),
+        split_dtypes(flags.dtype),
+        split_list("--checks", flags.checks, tuple(CHECKS)) if flags.checks else tuple(CHECKS),
+        named=flags.checks is not None,
+        device=flags.device,
+        prompts=flags.prompts,
+        max_new_tokens=flags.max_new_tokens,
+        twin=flags.twin == "on",
+        cache=flags.cache == "on",
     )
     if request.max_new_tokens < 0:
         raise UsageError(f"--max_new_tokens {request.max_new_tokens}: expected 0 or more")
     require_files(request)
     for flag in ("json", "junit", "html"):
-        require_writable(flag, getattr(args, flag))
+        require_writable(flag, getattr(flags, flag))
     require_installed(request.references)
     require_device(request.device)
-    if args.candidate_python is not None:
+    if flags.candidate_python is not None:
         from parity.candidates.environment import within as in_environment
 
-        request = replace(request, candidate=in_environment(args.candidate_python, args.candidate))
+        request = replace(request, candidate=in_environment(flags.candidate_python, flags.candidate))
     resolve(request.candidate)
     return request
 
@@ -127,22 +111,17 @@ def require_device(device: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return build_parser().run(run, argv)
+    return execute(from_config(Flags, run), argv, prog="python -m parity.check", doc=__doc__, errors=())
 
 
-def run(args: argparse.Namespace) -> int:
-    if args.version:
-        from importlib.metadata import version
-
-        print(f"parity {version('nanollama')}")
-        return 0
-    if args.checks == "list":
+def run(flags: Flags) -> int:
+    if flags.checks == "list":
         from parity.checks import CHECKS
 
         for name, function in CHECKS.items():
             print(f"{name:12} {(function.__doc__ or '').splitlines()[0]}")
         return 0
-    request = request_of(args)
+    request = request_of(flags)
     try:
         report = check(request)
     except Crash as crash:  # of a reference: nothing was judged
@@ -152,22 +131,22 @@ def run(args: argparse.Namespace) -> int:
     from parity.report import terminal
 
     print(terminal.render(report))
-    write_reports(args, report)
+    write_reports(flags, report)
     return EXIT_CODES[report.verdict]
 
 
-def write_reports(args: argparse.Namespace, report: "Report") -> None:
+def write_reports(flags: Flags, report: "Report") -> None:
     """The files that were asked for."""
-    if args.json is not None:
-        args.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
-    if args.junit is not None:
+    if flags.json is not None:
+        flags.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    if flags.junit is not None:
         from parity.report.junit import junit
 
-        args.junit.write_text(junit(report), encoding="utf-8")
-    if args.html is not None:
+        flags.junit.write_text(junit(report), encoding="utf-8")
+    if flags.html is not None:
         from parity.report import html
 
-        args.html.write_text(html.render(report), encoding="utf-8")
+        flags.html.write_text(html.render(report), encoding="utf-8")
 
 
 def check(request: Request) -> "Report":

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from nanollama.cli import UsageError
+
 CASE_SCHEMA = "nanollama.case/1"
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Unit roundoff: the largest relative error of one rounding. Gates are floored at half of it.
@@ -46,10 +48,6 @@ def part_of(tap: str) -> str:
     if tap.startswith("layers."):
         return ".".join(tap.split(".")[:2])
     return "embed" if tap == "embed" else "head"
-
-
-class UsageError(ValueError):
-    """Unusable input: one line that says what, where and how to mend. Ends in exit code 2."""
 
 
 class Status(str, Enum):

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from nanollama.cli import read
+
 if TYPE_CHECKING:
     from parity.contract import Result
     from parity.report.model import Report
@@ -23,11 +25,10 @@ if TYPE_CHECKING:
 
 @functools.cache
 def report_of(candidate: str, *flags: str) -> "Report":
-    """The report of `python -m parity.check --candidate ... flags`. Raises UsageError, or SystemExit for a bad flag."""
+    """The report of `python -m parity.check --candidate ... flags`. Raises UsageError."""
     from parity import check
 
-    args = check.build_parser().parse_args(["--candidate", candidate, *flags])
-    return check.check(check.request_of(args))
+    return check.check(check.request_of(read(check.Flags, ["--candidate", candidate, *flags])))
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
-from reference.command import engine_main, run_command
+from reference.command import engine_main
 from reference.driver import Text, use_copies
 from reference.files import Checkpoint, Config
 from reference.files.hf import hf_name, meta_name
@@ -245,9 +245,9 @@ class HfEngine:
         return self.checkpoint.weights.embed(tokens.cpu(), dtype).to(self.device)
 
 
-def main(arguments: list[str]) -> None:
-    engine_main("reference.hf", "What transformers' Llama computes.", HfEngine, arguments)
+def main(arguments: list[str] | None = None) -> int:
+    return engine_main("reference.hf", "What transformers' Llama computes.", HfEngine, arguments)
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main))
+    raise SystemExit(main())

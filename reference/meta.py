@@ -24,7 +24,7 @@ from llama_models.llama3 import model as meta_model
 from llama_models.llama3.args import ModelArgs
 from torch import Tensor, nn
 
-from reference.command import engine_main, run_command
+from reference.command import engine_main
 from reference.driver import Text, use_copies
 from reference.files import Checkpoint, Config, read_json
 from reference.files.weights import Unusable
@@ -284,9 +284,9 @@ def empty_cache_(
     attention.cache_v = torch.zeros(shape, dtype=dtype, device=device)
 
 
-def main(arguments: list[str]) -> None:
-    engine_main("reference.meta", "What Meta's own code computes.", MetaEngine, arguments)
+def main(arguments: list[str] | None = None) -> int:
+    return engine_main("reference.meta", "What Meta's own code computes.", MetaEngine, arguments)
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main))
+    raise SystemExit(main())

@@ -11,7 +11,6 @@ Meta's code and transformers against a float64 oracle. See docs/kit.md, and test
 Exit codes of --check: 0 pass, 1 a parity failure, 2 unusable input, 3 nothing failed but not everything was judged.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -20,7 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parity.cli import Parser
+from nanollama.cli import execute, from_config
 from parity.contract import UsageError
 from parity.run.process import Crash
 from parity.run.request import Request, choose_within, require_installed, split_dtypes
@@ -41,75 +40,71 @@ SEEDED = "seeded, Llama 3.1-shaped"
 SHAPE = Shape(64, 2, 4, 2, 192, vocab_size=512, norm_eps=2e-5, rope_factor=8.0, multiple_of=32, context=131_072)
 
 
-def build_parser() -> Parser:
-    parser = Parser("python -m parity.kit", __doc__)
-    add = parser.add_argument
-    add("--out", type=Path, metavar="DIR", help="folder to write the kit to")
-    add("--ckpt", metavar="PATH", help="Meta or HF folder, .gguf, .bin, hub id (default: a small seeded one)")
-    add("--tokenizer", metavar="FILE", help="a tokenizer file, where the checkpoint has none")
-    add("--prompts", type=Path, metavar="FILE", help=r"one prompt a line (\n escapes), or .jsonl of token lists")
-    add("--dtype", metavar="LIST", help="comma list of fp32, bf16, fp16 (default: fp32,bf16); with --check one (fp32)")
-    add("--check", type=Path, metavar="DIR", help="a kit that a port is judged by")
-    add("--port", type=Path, metavar="DIR", help="folder of NAME.f32 files that the port wrote")
-    add("--candidate", metavar="NAME", help="in place of --port: file.py:load, module:attr, cmd:PROGRAM or nanollama")
-    add("--json", type=Path, metavar="PATH", help="with --check: write the whole report as JSON")
-    add("--version", action="store_true", help="print the version and stop")
-    return parser
+@dataclass(frozen=True)
+class Flags:
+    """The command line of a kit, written or judged by."""
+
+    out: Path | None = None  # folder to write the kit to
+    ckpt: str | None = None  # Meta or HF folder, .gguf, .bin, hub id (default: a small seeded one)
+    tokenizer: str | None = None  # a tokenizer file, where the checkpoint has none
+    prompts: Path | None = None  # one prompt a line (\n escapes), or .jsonl of token lists; default: built-in ones
+    dtype: str | None = None  # comma list of fp32, bf16, fp16 (default: fp32,bf16); with --check one (fp32)
+    check: Path | None = None  # a kit that a port is judged by
+    port: Path | None = None  # folder of NAME.f32 files that the port wrote
+    candidate: str | None = None  # in place of --port: file.py:load, module:attr, cmd:PROGRAM or nanollama
+    json: Path | None = None  # with --check: write the whole report as JSON
 
 
 def main(argv: list[str] | None = None) -> int:
-    return build_parser().run(run, argv)
+    return execute(from_config(Flags, run), argv, prog="python -m parity.kit", doc=__doc__, errors=())
 
 
-def run(args: argparse.Namespace) -> int:
-    if args.version:
-        from importlib.metadata import version
-
-        print(f"parity {version('nanollama')}")
-        return 0
-    if (args.out is None) == (args.check is None):
+def run(flags: Flags) -> int:
+    if flags.out is not None and flags.check is None:
+        return write_kit(flags, flags.out)
+    if flags.check is None or flags.out is not None:
         raise UsageError("give either --out DIR, to write a kit, or --check DIR --port DIR, to judge a port by one")
-    if args.check is not None and (args.port is None) == (args.candidate is None):
+    if (flags.port is None) == (flags.candidate is None):
         raise UsageError("--check: give either --port DIR, files that a port wrote, or --candidate file.py:load")
-    return check_port(args) if args.out is None else write_kit(args)
+    return check_port(flags, flags.check)
 
 
-def refuse(args: argparse.Namespace, flags: tuple[str, ...], mode: str) -> None:
-    for flag in flags:
-        if getattr(args, flag) is not None:
-            raise UsageError(f"--{flag} has no meaning with {mode}")
+def refuse(flags: Flags, names: tuple[str, ...], mode: str) -> None:
+    for name in names:
+        if getattr(flags, name) is not None:
+            raise UsageError(f"--{name} has no meaning with {mode}")
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_kit(args: argparse.Namespace) -> int:
-    refuse(args, ("port", "candidate", "json"), "--out")
-    request = request_of(args)
+def write_kit(flags: Flags, out: Path) -> int:
+    refuse(flags, ("port", "candidate", "json"), "--out")
+    request = request_of(flags)
     from parity.machine import workspace
     from parity.synth.checkpoint import new_folder
 
     try:
-        with new_folder(args.out) as out, workspace() as folder:
+        with new_folder(out) as work, workspace() as folder:
             source = gather(request, folder)
-            table = fill(source, out)
+            table = fill(source, work)
     except OSError as error:
-        raise UsageError(f"--out {args.out}: cannot be written ({error})") from None
+        raise UsageError(f"--out {out}: cannot be written ({error})") from None
     except Crash as crash:  # of a reference
         print(f"error: {crash} (NANOLLAMA_DEBUG=1 shows all of it)", file=sys.stderr)
         return 3
-    print("\n".join(describe_kit(table, args.out)))
+    print("\n".join(describe_kit(table, out)))
     return 0
 
 
-def request_of(args: argparse.Namespace) -> Request:
+def request_of(flags: Flags) -> Request:
     """The flags as a request for the references alone. Raises UsageError."""
     request = Request(
-        ckpt=args.ckpt,
-        tokenizer=args.tokenizer,
-        dtypes=split_dtypes(args.dtype or DEFAULT_DTYPES),
+        ckpt=flags.ckpt,
+        tokenizer=flags.tokenizer,
+        dtypes=split_dtypes(flags.dtype or DEFAULT_DTYPES),
         checks=CHECKS,
-        prompts=args.prompts,
+        prompts=flags.prompts,
         max_new_tokens=0,
         texts=False,
     )
@@ -201,28 +196,29 @@ def describe_kit(table: dict[str, Any], out: Path) -> list[str]:
 # --- Judging ---------------------------------------------------------------------------------------------------------
 
 
-def check_port(args: argparse.Namespace) -> int:
-    refuse(args, ("ckpt", "tokenizer", "prompts"), "--check")
-    dtypes = split_dtypes(args.dtype or "fp32")
+def check_port(flags: Flags, folder: Path) -> int:
+    refuse(flags, ("ckpt", "tokenizer", "prompts"), "--check")
+    dtypes = split_dtypes(flags.dtype or "fp32")
     if len(dtypes) > 1:
-        raise UsageError(f"--dtype {args.dtype}: with --check one, that in which the port computed")
-    if args.port is not None and not args.port.is_dir():
-        raise UsageError(f"--port {args.port}: give the folder that holds the port's NAME.f32 files")
-    if args.json is not None and not os.access(args.json.resolve().parent, os.W_OK):
-        raise UsageError(f"--json {args.json}: its folder does not exist or cannot be written")
+        raise UsageError(f"--dtype {flags.dtype}: with --check one, that in which the port computed")
+    if flags.port is not None and not flags.port.is_dir():
+        raise UsageError(f"--port {flags.port}: give the folder that holds the port's NAME.f32 files")
+    if flags.json is not None and not os.access(flags.json.resolve().parent, os.W_OK):
+        raise UsageError(f"--json {flags.json}: its folder does not exist or cannot be written")
     from parity.checks.verdict import EXIT_CODES
     from parity.kit.arrays import Kit
     from parity.kit.check import report
     from parity.report import terminal
 
-    kit = Kit(args.check)
-    if args.candidate is None:
-        found = report(kit, args.port, dtypes[0])
+    kit = Kit(folder)
+    if flags.port is not None:
+        found = report(kit, flags.port, dtypes[0])
     else:
-        found = check_candidate(kit, args.candidate, dtypes[0])
+        assert flags.candidate is not None
+        found = check_candidate(kit, flags.candidate, dtypes[0])
     print(terminal.render(found))
-    if args.json is not None:
-        args.json.write_text(json.dumps(found.as_json(), indent=1) + "\n")
+    if flags.json is not None:
+        flags.json.write_text(json.dumps(found.as_json(), indent=1) + "\n")
     return EXIT_CODES[found.verdict]
 
 

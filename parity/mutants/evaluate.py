@@ -8,8 +8,7 @@
 Exit codes: 0 all killed and no false alarm; 1 a survivor, a false alarm, or a fault in the harness that went unnoticed.
 """
 
-import argparse
-import json
+import json as jsonlib
 import os
 import pickle
 import shutil
@@ -23,13 +22,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from nanollama.cli import execute
 from parity.candidates.interface import load_candidate
 from parity.candidates.nano.checkpoint import describe as describe_checkpoint
 from parity.candidates.nano.twin import is_seeded
 from parity.candidates.nano.twin import write as write_twin
 from parity.checks import CHECKS
 from parity.checks.verdict import run_checks_fairly
-from parity.cli import Parser
 from parity.contract import Result, Status, UsageError
 from parity.explain.localise import first_divergence
 from parity.machine import Clock, cores, environment, workspace
@@ -254,30 +253,32 @@ def choose(only: str | None) -> tuple[list[int], list[int]]:
     return [known[n] for n in wanted], []
 
 
-def run(args: argparse.Namespace) -> int:
+def main(argv: list[str] | None = None) -> int:
+    return execute(run, argv, prog="python -m parity.mutants", doc=__doc__, errors=())
+
+
+def run(
+    *,
+    only: str | None = None,  # comma list of mutant numbers, and no variants then; default: everything
+    ckpt: Path | None = None,  # with --only: a checkpoint to run on, with its twin
+    list: bool = False,  # print the registry and stop
+    json: Path | None = None,  # write the matrix as JSON
+    markdown: Path | None = None,  # write the matrix as Markdown
+) -> int:
+    """Judge every mutant and variant, print the matrix, and say by the exit code whether all is as it should be."""
     from parity.mutants import matrix
 
-    chosen, variants = choose(args.only)
-    if args.ckpt and not (args.only and all(changes_forward(MUTANTS[i]) for i in chosen)):
+    chosen, variants = choose(only)
+    if ckpt and not (only and all(changes_forward(MUTANTS[i]) for i in chosen)):
         raise UsageError("--ckpt goes with --only and mutants of the forward pass: --list says which there are")
-    if args.list:
+    if list:
         print("\n".join(f"{m.number:4} {m.what} ({m.killed_by}, {m.tap})" for m in MUTANTS))
         return 0
     with workspace() as folder:
-        report = run_all(folder, chosen, variants, sys.stderr.isatty(), args.ckpt)
+        report = run_all(folder, chosen, variants, sys.stderr.isatty(), ckpt)
     print(matrix.text(report))
-    if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-    if args.markdown is not None:
-        args.markdown.write_text(matrix.markdown(report))
+    if json is not None:
+        json.write_text(jsonlib.dumps(report, indent=1) + "\n")
+    if markdown is not None:
+        markdown.write_text(matrix.markdown(report))
     return 0 if report["passed"] else 1
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser("python -m parity.mutants", __doc__)
-    parser.add_argument("--only", metavar="LIST", help="comma list of mutant numbers; no variants then")
-    parser.add_argument("--ckpt", type=Path, metavar="PATH", help="with --only: a checkpoint to run on, with its twin")
-    parser.add_argument("--list", action="store_true", help="print the registry and stop")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the matrix as JSON")
-    parser.add_argument("--markdown", type=Path, metavar="PATH", help="write the matrix as Markdown")
-    return parser.run(run, argv)

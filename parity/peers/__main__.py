@@ -8,17 +8,16 @@ With --json, rows of earlier runs stay in the file; --markdown shows all of them
 known finding fails, or one that has one passes: the table is then to be looked at.
 """
 
-import argparse
-import json
+import json as jsonlib
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from parity.cli import Parser
+from nanollama.cli import execute
 from parity.contract import UsageError
 from parity.machine import cache_folder, workspace
-from parity.peers.page import markdown, text
+from parity.peers import page
 from parity.peers.registry import PEERS, Peer
 from parity.peers.run import Row, chosen, run
 
@@ -32,42 +31,44 @@ def unexpected(peer: Peer, row: Row) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser("python -m parity.peers", __doc__)
-    parser.add_argument("--only", metavar="LIST", help="comma list of rows (default: all)")
-    parser.add_argument("--clones", type=Path, metavar="FOLDER", help="where the public repositories are cloned")
-    parser.add_argument("--envs", type=Path, metavar="FOLDER", help="of environments (default: in the cache folder)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="keep the rows here")
-    parser.add_argument("--markdown", type=Path, metavar="PATH", help="write the table")
-    parser.add_argument("--list", action="store_true", help="print the rows and stop")
-    return parser.run(_main, argv)
+    return execute(judge_peers, argv, prog="python -m parity.peers", doc=__doc__, errors=())
 
 
-def _main(args: argparse.Namespace) -> int:
-    peers = chosen(args.only, PEERS)
-    if args.list:
+def judge_peers(
+    *,
+    only: str | None = None,  # comma list of rows (default: all)
+    clones: Path | None = None,  # folder where the public repositories are cloned; without: their rows are skipped
+    envs: Path | None = None,  # folder of environments (default: in the cache folder)
+    json: Path | None = None,  # keep the rows here
+    markdown: Path | None = None,  # write the table
+    list: bool = False,  # print the rows and stop
+) -> int:
+    """Judge the peers one by one, print the table, and say by the exit code whether a row is news."""
+    peers = chosen(only, PEERS)
+    if list:
         print("\n".join(f"{p.name:20} {p.of}{f' (clone of {p.clone})' if p.clone else ''}" for p in peers))
         return 0
-    rows: dict[str, Any] = read(args.json) if args.json and args.json.is_file() else {}
+    rows: dict[str, Any] = read(json) if json and json.is_file() else {}
     news = []
     with ExitStack() as stack:
         folder = stack.enter_context(workspace())
         for peer in peers:
             print(f"{peer.name} ...", file=sys.stderr, flush=True)
-            row = run(peer, folder, args.envs or cache_folder() / "peers", args.clones)
+            row = run(peer, folder, envs or cache_folder() / "peers", clones)
             rows[peer.name] = row.as_json()
             news += [said] if (said := unexpected(peer, row)) else []
-            if args.json:
-                args.json.write_text(json.dumps({"schema": "nanollama.peers/1", "rows": rows}, indent=1) + "\n")
-    print(text(rows, peers))
-    if args.markdown:
-        args.markdown.write_text(markdown(rows, environment()))
+            if json:
+                json.write_text(jsonlib.dumps({"schema": "nanollama.peers/1", "rows": rows}, indent=1) + "\n")
+    print(page.text(rows, peers))
+    if markdown:
+        markdown.write_text(page.markdown(rows, environment()))
     print("\n".join(news), end="\n" if news else "")
     return 1 if news else 0
 
 
 def read(path: Path) -> dict[str, Any]:
     """The rows of an earlier run. Raises UsageError for another file."""
-    found = json.loads(path.read_text())
+    found = jsonlib.loads(path.read_text())
     if not isinstance(found, dict) or found.get("schema") != "nanollama.peers/1":
         raise UsageError(f"--json {path}: is no table of this command's; give another path")
     rows: dict[str, Any] = found["rows"]

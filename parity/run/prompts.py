@@ -4,7 +4,6 @@ The set holds plain completions, code, and one text of more than 256 tokens: dro
 short ones.
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from nanollama.gate import read_prompts
 from parity.contract import UsageError
 
 LONG = (
@@ -112,59 +112,20 @@ def cut(text: str, room_tokens: int, encode: Callable[[str], list[int]]) -> str:
 
 
 def from_file(path: Path) -> Prompts:
-    r"""A text file, one prompt a line (\n, \t and \\ escapes), or a .jsonl, all lines token lists or all with a text
-    under "prompt". Raises UsageError."""
-    try:  # with universal line ends, and U+2028 is none
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise UsageError(f"--prompts {path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--prompts {path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
-    numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise UsageError(f"--prompts {path}: holds no prompt; write one a line")
-    if path.suffix != ".jsonl":
-        return _of_texts([(i, unescape(line)) for i, line in numbered])
-    prompts = [(i, _json_prompt(path, i, line)) for i, line in numbered]
-    texts = [(i, prompt) for i, prompt in prompts if isinstance(prompt, str)]
-    tokens = [prompt for _, prompt in prompts if not isinstance(prompt, str)]
+    """All texts, or all token ids; the format is read_prompts'. Raises UsageError."""
+    try:
+        found = read_prompts(path)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    for i, prompt in found:
+        if not prompt or not (isinstance(prompt, str) or min(prompt) >= 0):
+            raise UsageError(f"--prompts {path}, line {i}: expected a text, or token ids from 0, and not none")
+    texts = [(i, prompt) for i, prompt in found if isinstance(prompt, str)]
+    tokens = [prompt for _, prompt in found if not isinstance(prompt, str)]
     if texts and tokens:
         raise UsageError(f"--prompts {path}: token lists and texts together; put them in two files")
-    return _of_texts(texts) if texts else Prompts(None, tokens, [])
-
-
-def _of_texts(numbered: list[tuple[int, str]]) -> Prompts:
-    return Prompts([text for _, text in numbered], None, [lint for i, text in numbered for lint in warn(i, text)])
-
-
-def _json_prompt(path: Path, number: int, line: str) -> str | list[int]:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        found = None
-    found = found.get("prompt") if isinstance(found, dict) else found
-    if isinstance(found, str) and found:
-        return found
-    if not isinstance(found, list) or not found or not all(type(i) is int and i >= 0 for i in found):
-        raise UsageError(
-            f"--prompts {path}, line {number}: expected a list of token ids such as [128000, 9906], or "
-            '{"prompt": "..."}'
-        )
-    return found
-
-
-def unescape(line: str) -> str:
-    r"""\n, \t, \r and \\ become what they stand for; every other backslash stays."""
-    out, i = [], 0
-    escapes = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
-    while i < len(line):
-        if line[i] == "\\" and i + 1 < len(line) and line[i + 1] in escapes:
-            out.append(escapes[line[i + 1]])
-            i += 2
-        else:
-            out.append(line[i])
-            i += 1
-    return "".join(out)
+    notices = [lint for i, text in texts for lint in warn(i, text)]
+    return Prompts([text for _, text in texts], None, notices) if texts else Prompts(None, tokens, [])
 
 
 def warn(number: int, text: str) -> list[str]:

@@ -8,7 +8,6 @@ formats, in any number of shards. Files are written through a memory map, one bl
 no more memory than tiny. A sha256 manifest (SHA256SUMS) lies beside the files.
 """
 
-import argparse
 import errno
 import hashlib
 import importlib.util
@@ -22,14 +21,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from mmap import MAP_SHARED
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from parity.cli import Parser
+from nanollama.cli import execute
 from parity.contract import DTYPES, UsageError
-from parity.synth.shapes import SHAPES, SIZES, Shape, sized, weight_shapes
+from parity.synth.shapes import SHAPES, Shape, Sizes, sized, weight_shapes
 
 BLOCK_ELEMENTS = 1 << 24
 SAFETENSORS_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
@@ -348,37 +347,35 @@ def parameters(shape: Shape) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser("python -m parity.synth", __doc__)
-    parser.add_argument("--shape", default="tiny", metavar="NAME", help="`list` prints them (default: tiny)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write")
-    parser.add_argument("--layers", type=int, metavar="N", help="instead of the shape's own")
-    for flag, meaning in SIZES.items():
-        kind, name = (float, "X") if flag == "eps" else (int, "N")
-        parser.add_argument(f"--{flag}", type=kind, metavar=name, help=f"{meaning}, instead of the shape's own")
-    parser.add_argument("--format", choices=("meta", "hf"), default="meta")
-    parser.add_argument("--shards", type=int, default=1, choices=(1, 2, 4, 8, 16), help="model-parallel files (meta)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: Llama 3's where the vocabulary fits")
-    return parser.run(_main, argv)
+    return execute(write_seeded, argv, prog="python -m parity.synth", doc=__doc__, errors=())
 
 
-def _main(args: argparse.Namespace) -> int:
-    if args.shape == "list":
-        for name, shape in SHAPES.items():
-            print(f"{name:12} {parameters(shape):>16,} parameters, {shape.n_layers} layers")
+def write_seeded(
+    *,
+    shape: str = "tiny",  # of a published Llama; `list` prints them
+    out: Path | None = None,  # folder to write
+    layers: int | None = None,  # blocks; default: the shape's
+    sizes: Sizes = Sizes(),
+    format: Literal["meta", "hf"] = "meta",  # of the files
+    shards: Literal[1, 2, 4, 8, 16] = 1,  # model-parallel files (meta)
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16",  # of the weights
+    seed: int = 0,  # the same seed, the same model
+    tokenizer: Path | None = None,  # a tokenizer file; default: Llama 3's where the vocabulary fits
+) -> int:
+    """Write a seeded checkpoint, or list the shapes."""
+    if shape == "list":
+        for name, known in SHAPES.items():
+            print(f"{name:12} {parameters(known):>16,} parameters, {known.n_layers} layers")
         return 0
-    if args.shape not in SHAPES:
-        raise UsageError(f"--shape {args.shape!r} is unknown: expected one of {', '.join(SHAPES)}")
-    if args.out is None:
+    if shape not in SHAPES:
+        raise UsageError(f"--shape {shape!r} is unknown: expected one of {', '.join(SHAPES)}")
+    if out is None:
         raise UsageError("--out is missing: give the folder to write")
-    if args.layers is not None and args.layers < 1:
-        raise UsageError(f"--layers {args.layers}: expected at least 1")
-    if args.tokenizer is not None and not args.tokenizer.is_file():
-        raise UsageError(f"--tokenizer {args.tokenizer} does not exist")
-    given = {flag: getattr(args, flag) for flag in SIZES}
-    shape = sized(SHAPES[args.shape], args.layers, given, args.format)
-    options = {k: getattr(args, k) for k in ("format", "seed", "shards", "dtype", "tokenizer")}
-    synthesise(shape, args.out, **options)
-    print(f"{args.out}: {parameters(shape):,} parameters, {args.format}, {args.dtype}, seed {args.seed}")
+    if layers is not None and layers < 1:
+        raise UsageError(f"--layers {layers}: expected at least 1")
+    if tokenizer is not None and not tokenizer.is_file():
+        raise UsageError(f"--tokenizer {tokenizer} does not exist")
+    made = sized(SHAPES[shape], layers, sizes, format)
+    synthesise(made, out, format=format, seed=seed, shards=shards, dtype=dtype, tokenizer=tokenizer)
+    print(f"{out}: {parameters(made):,} parameters, {format}, {dtype}, seed {seed}")
     return 0

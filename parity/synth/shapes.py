@@ -4,7 +4,6 @@ python -m parity.synth --shape list
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from parity.contract import UsageError
 
@@ -67,9 +66,19 @@ SHAPES: dict[str, Shape] = {
 }  # fmt: skip
 
 
-SIZES = {"dim": "width of the residual stream", "heads": "query heads", "kv_heads": "key and value heads",
-         "head_dim": "width of a head (hf alone; default: dim / heads)", "hidden": "width of the feed-forward",
-         "eps": "of the norms", "vocab": "rows of the embedding; other than 128256 there is no tokenizer"}  # fmt: skip
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers that the flags of parity.synth give; None: the shape's own."""
+
+    dim: int | None = None  # width of the residual stream; default: the shape's
+    heads: int | None = None  # query heads; default: the shape's
+    kv_heads: int | None = None  # key and value heads; default: the shape's
+    head_dim: int | None = None  # width of a head (hf alone; default: dim / heads)
+    hidden: int | None = None  # width of the feed-forward; default: the shape's, or by its rule where --dim is given
+    eps: float | None = None  # of the norms; default: the shape's
+    vocab: int | None = None  # rows of the embedding; other than 128256 there is no tokenizer; default: the shape's
+
+
 FIELDS = {"heads": "n_heads", "kv_heads": "n_kv_heads", "head_dim": "own_head_dim", "hidden": "hidden_dim",
           "eps": "norm_eps", "vocab": "vocab_size"}  # fmt: skip
 
@@ -103,8 +112,9 @@ def resized(shape: Shape, **numbers: int | float | None) -> Shape:
     )
 
 
-def sized(shape: Shape, layers: int | None, given: dict[str, Any], format: str) -> Shape:
+def sized(shape: Shape, layers: int | None, sizes: Sizes, format: str) -> Shape:
     """The shape with the numbers that the flags of parity.synth give. Raises UsageError."""
+    given = vars(sizes)
     shape = replace(shape, n_layers=layers or shape.n_layers)
     try:
         shape = resized(shape, **{FIELDS.get(flag, flag): value for flag, value in given.items()})

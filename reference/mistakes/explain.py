@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from reference.command import add_conditions, parse, parser, run_command
+from nanollama.cli import UsageError
+from reference.command import Conditions, Flags, run_command
 from reference.driver import set_numerics
 from reference.files import Checkpoint, open_folder
 from reference.files.weights import Unusable
@@ -174,29 +175,34 @@ def asked(
     return Question(right, tap, value.double(), rows)
 
 
-def main(arguments: list[str]) -> None:
-    flags = parser("reference.mistakes.explain", "Which mistake gives a candidate's numbers?")
-    flags.add_argument("--of", type=Path, required=True, help="file with the candidate's value (R, ...) and rows (R,)")
-    flags.add_argument("--tap", default="logits", help="which tap it is (default: logits)")
-    flags.add_argument("--seconds", type=float, default=60.0, help="no mistake is begun after so long (default: 60)")
-    add_conditions(flags)
-    options = parse(flags, arguments)
-    if options.case is None:
-        raise Unusable("give --case and --out")
-    case = read_case(options.case)
+def main(arguments: list[str] | None = None) -> int:
+    return run_command("reference.mistakes.explain", explain_case, arguments)
+
+
+def explain_case(
+    of: Path,  # file with the candidate's value (R, ...) and rows (R,)
+    *,
+    flags: Flags = Flags(),
+    tap: str = "logits",  # which tap it is
+    seconds: float = 60.0,  # no mistake is begun after so long
+    conditions: Conditions = Conditions(),
+) -> None:
+    """Which mistake gives a candidate's numbers?"""
+    flags.check()
+    if flags.case is None or flags.out is None:
+        raise UsageError("give --case and --out")
+    case = read_case(flags.case)
     if not case.prompts or len(case.prompts) != 1 or len(case.dtypes) != 1:
-        raise Unusable(f"{options.case}: expected one prompt of token ids and one dtype")
+        raise Unusable(f"{flags.case}: expected one prompt of token ids and one dtype")
     set_numerics(case.threads)
-    rounded = Rounded.declared(options.integers, options.activations, options.kv, options.attention_dtype)
-    given, checkpoint = load_file(options.of), open_folder(case.checkpoint)
+    rounded = Rounded.declared(**vars(conditions))
+    given, checkpoint = load_file(of), open_folder(case.checkpoint)
     with torch.inference_mode():
-        question = asked(
-            checkpoint, case.prompts[0], case.dtypes[0], options.tap, given["value"], given["rows"], rounded
-        )
-        found = explain(question, options.seconds)
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "explained.json", found)
+        question = asked(checkpoint, case.prompts[0], case.dtypes[0], tap, given["value"], given["rows"], rounded)
+        found = explain(question, seconds)
+    flags.out.mkdir(parents=True, exist_ok=True)
+    write_json(flags.out / "explained.json", found)
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main))
+    raise SystemExit(main())

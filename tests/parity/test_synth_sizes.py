@@ -40,7 +40,7 @@ def test_a_head_dim_of_its_own_is_hugging_faces_alone(tmp_path: Path, capsys: py
         ("--dim 24", "head_dim 3: expected an even number"),
         ("--vocab 0", "vocab_size is 0"),
         ("--eps -1", "norm_eps is -1.0"),
-        ("--hidden many", "invalid int value: 'many'"),
+        ("--hidden many", "--hidden: expected a whole number, not 'many'"),
     ],
 )
 def test_sizes_that_make_no_model_are_one_line(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from checkpoint_cases import LLAMA31, make_weights, write
+from nanollama.cli import read
 from parity import check
 from parity.candidates.nano.checkpoint import describe
 from parity.candidates.probe import probe_in_process
@@ -121,7 +122,7 @@ def test_a_candidate_that_has_no_twin_gets_a_plain_word(
 ) -> None:
     (tmp_path / "stubborn.py").write_text(STUBBORN.format(ports=str(PORT.parent), ckpt=str(trained)))
     flags = ["--ckpt", str(trained), "--candidate", f"{tmp_path}/stubborn.py:{attribute}", "--dtype", "fp32"]
-    request = check.request_of(check.build_parser().parse_args(flags))
+    request = check.request_of(read(check.Flags, flags))
     described = describe(str(trained), None)
     found = probe_in_process(request.candidate, described, ["fp32"], "cpu", tmp_path)
     outcome = check.check_twin(request, described, found, tmp_path / "twin")

@@ -14,7 +14,6 @@ import sentencepiece
 import torch
 
 from reference import meta
-from reference.command import run_command
 from reference.files import open_folder
 from reference.hf_text import HfText
 from reference.meta_text import open_text
@@ -71,7 +70,8 @@ def answers(folder: Path) -> dict[str, list[str]]:
     for module in ("meta", "hf", "oracle"):
         ask = ["--ckpt", str(folder / "meta"), "--prompt", "the cat", "--max_new_tokens", "6", "--dtype", "fp32"]
         lines = [["--case", str(case), "--out", str(folder / module)], ask]
-        program = f"from reference.{module} import main; [main(line) for line in {lines!r}]"
+        where = {"oracle": "oracle.__main__"}.get(module, module)
+        program = f"from reference.{where} import main; [main(line) for line in {lines!r}]"
         processes[module] = subprocess.Popen(
             [sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -145,11 +145,11 @@ def test_a_folders_own_chat_template_is_used(folder: Path, tmp_path: Path) -> No
 
 USAGE_ERRORS = {
     ("--ckpt", "nowhere", "--prompt", "x"): "nowhere: no such folder",
-    ("--ckpt", "meta", "--promt", "x"): "unknown argument --promt; did you mean --prompt?",
+    ("--ckpt", "meta", "--promt", "x"): "unknown flag --promt; did you mean --prompt?",
     ("--ckpt", "meta"): "--ckpt needs --prompt",
     ("--case", "x.json"): "--case needs --out",
     (): "give --case and --out, or --ckpt and --prompt",
-    ("--ckpt", "meta", "--prompt", "x", "--dtype", "int4"): "invalid choice: 'int4'",
+    ("--ckpt", "meta", "--prompt", "x", "--dtype", "int4"): "--dtype: expected one of fp32, bf16, fp16, not 'int4'",
     ("--case", "nowhere.json", "--out", "o"): "nowhere.json: cannot be read",
 }
 
@@ -192,11 +192,11 @@ def command(
     arguments: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    main: Callable[[list[str]], None] = oracle_main,
+    main: Callable[[], int] = oracle_main,
 ) -> str:
     """The one line that a command prints on stderr."""
     monkeypatch.setattr(sys, "argv", ["reference", *arguments])
-    assert run_command(main) == 2
+    assert main() == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     return err

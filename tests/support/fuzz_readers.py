@@ -8,11 +8,9 @@ more than one line, more than 2 s, or more memory than the limit is a finding, p
     # pth: 20000 inputs, 13120 refused, 6880 opened, 0 findings
 """
 
-import argparse
 import json
 import random
 import struct
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +22,7 @@ import torch
 
 from checkpoint_cases import LLAMA31, make_weights, write
 from nanollama.checkpoint import Checkpoint, CheckpointError, open_checkpoint, verify
+from nanollama.cli import run
 from nanollama.model import ModelConfig
 
 TINY = replace(LLAMA31, dim=8, n_heads=2, n_kv_heads=1, head_dim=4, vocab_size=6, hidden_dim=12, n_layers=1)
@@ -211,12 +210,13 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + LIMIT_BYTES, resource.RLIM_INFINITY))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="fuzz the checkpoint readers")
-    parser.add_argument("--inputs", type=int, default=20_000, help="per reader")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--readers", default="", help="comma list; default all")
-    arguments = parser.parse_args()
+def main(
+    *,
+    inputs: int = 20_000,  # damaged files per reader
+    seed: int = 0,  # of the damage
+    readers: tuple[str, ...] = (),  # default: all
+) -> int:
+    """Fuzz the checkpoint readers."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         chosen = targets(Path(folder))
@@ -224,9 +224,8 @@ def main() -> int:
             assert attempt(target.path) is not None
             verify(target.path)
         limit_memory()
-        names = arguments.readers.split(",") if arguments.readers else list(chosen)
-        return sum(fuzz(name, chosen[name], arguments.inputs, arguments.seed) for name in names)
+        return int(sum(fuzz(name, chosen[name], inputs, seed) for name in readers or chosen) > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main() > 0)
+    run(main)

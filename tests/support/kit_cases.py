@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nanollama.cli import read
 from parity.kit import make as command
 from parity.synth.checkpoint import synthesise
 
@@ -26,7 +27,7 @@ def folder() -> Path:
 def make(root: Path, *argv: str) -> Made:
     for part in ("work", "kit"):
         (root / part).mkdir()
-    args = command.build_parser().parse_args(["--out", str(root / "kit"), *argv])
+    args = read(command.Flags, ["--out", str(root / "kit"), *argv])
     source = command.gather(command.request_of(args), root / "work")
     command.fill(source, root / "kit")
     return source, root / "kit"
