@@ -9,10 +9,10 @@ memory, measured in the same rounds, bounds all of them. Quote the ratios: absol
 """
 
 import json as jsonlib
+import mmap
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -25,6 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from nanollama.cli import run
+from nanollama.machine import peak_memory_bytes
 
 SHAPES: dict[str, dict[str, Any]] = {  # llama2.c's two story models, with a tied head
     "tiny": dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=160),
@@ -89,7 +90,7 @@ def compare(names: list[str], shape: str, threads: int, tokens: int, rounds: int
             latest = ", ".join(f"{name} {found[-1]:.1f}" for name, found in speeds.items())
             line = f"round {i + 1} of {rounds}: memory {bandwidth[-1] / 1e9:.1f} GB/s; tok/s: {latest}"
             print(line, file=sys.stderr, flush=True)
-        peaks = {name: pools[name].submit(peak_bytes).result() for name in names}
+        peaks = {name: pools[name].submit(peak_memory_bytes).result() for name in names}
     finally:
         for pool in pools.values():
             pool.shutdown()
@@ -174,11 +175,10 @@ def read_bandwidth() -> float:
     """Bytes a second that a sum over 1 GiB reads, in large pages where the system has them: the best of five."""
     import torch
 
-    from nanollama.pages import ask_for_large
-
-    data, best = torch.empty(2**28), 0.0
-    ask_for_large(data)
-    data.fill_(1)
+    memory, best = mmap.mmap(-1, 2**30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), 0.0
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    data = torch.frombuffer(memory, dtype=torch.float32).fill_(1)
     for _ in range(5):
         start = time.perf_counter()
         data.sum()
@@ -219,10 +219,6 @@ def stamps(tokens: Iterable[object]) -> list[float]:
     return [time.perf_counter() for _ in tokens]
 
 
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 @lru_cache
 def engine(name: str, folder: str) -> tuple[Generate, int]:
     """(prompt ids, tokens) -> an iterator that moves with each token; and the bytes of weights that a token needs."""
@@ -235,8 +231,8 @@ def engine(name: str, folder: str) -> tuple[Generate, int]:
 
 
 def ours(folder: str, kind: str, compile: Literal["on", "off"]) -> tuple[Generate, int]:
-    from nanollama.generate import Llama, Sampling
-    from nanollama.quantize import SCHEMES, weight_bytes
+    from nanollama.generation.llama import Llama, Sampling
+    from nanollama.speed.quantize import SCHEMES, weight_bytes
 
     scheme = kind if kind in SCHEMES else None
     dtype = "bf16" if scheme else kind
@@ -255,9 +251,9 @@ def gpt_fast_style(folder: str, kind: str) -> tuple[Generate, int]:
     import torch
     import torch.nn.functional as F
 
-    from nanollama.generate import Llama
+    from nanollama.generation.llama import Llama
     from nanollama.model import apply_rope, rope_table
-    from nanollama.quantize import weight_bytes
+    from nanollama.speed.quantize import weight_bytes
 
     model = Llama.load(Path(folder) / "hf", dtype=kind).model
     config, slots = model.config, 256

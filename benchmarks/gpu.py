@@ -207,8 +207,8 @@ def begin_check(folder: Path, device: str) -> Running | None:
     """parity.check of nanollama on a tiny seeded model with every check; None where there is no reference."""
     from dataclasses import replace
 
-    from parity.shapes import SHAPES
-    from parity.synth import synthesise
+    from parity.synth.checkpoint import synthesise
+    from parity.synth.shapes import SHAPES
 
     found = references()
     if not found:

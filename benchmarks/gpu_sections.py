@@ -25,15 +25,16 @@ from benchmarks.gpu_attention import attention_items
 from benchmarks.gpu_models import DTYPES, LLAMA_1B, LLAMA_8B, REHEARSED, Bench, Item, random_ids, seeded_weights
 from benchmarks.gpu_parity import parity_items
 from finetune.config import LORA_METHODS, TrainConfig, lora_targets
-from finetune.data import Ints
+from finetune.data.documents import Ints
 from finetune.lora import add_lora_
 from finetune.memory import plan_memory
 from finetune.parallelize import World
 from finetune.train import Loop, Setup
 from nanollama.cli import run
-from nanollama.generate import Llama, Row, Sampling, prefill
+from nanollama.generation.decode import Row, prefill
+from nanollama.generation.llama import Llama, Sampling
 from nanollama.model import ModelConfig, Transformer
-from nanollama.quantize import load_quantized, weight_bytes
+from nanollama.speed.quantize import load_quantized, weight_bytes
 
 PROMPT_TOKENS, NEW_TOKENS, UNTIMED_TOKENS, STEPS_ALONE = 128, 128, 8, 64
 WARM_STEPS, TIMED_STEPS = 2, 5  # of training
@@ -177,7 +178,7 @@ def steps_alone(bench: Bench, llama: Llama, prompts: list[list[int]]) -> float:
     """Steps a second of what decodes, without sampling and without a word to the host."""
     sampling = Sampling(max_new_tokens=NEW_TOKENS)
     rows = [Row(i, 0, ids, sampling, None, llama.config.max_seq_len) for i, ids in enumerate(prompts)]
-    step, (cache, logits) = llama.step(rows), prefill(llama.model, rows)
+    step, (cache, logits) = llama.steps.choose(len(rows), NEW_TOKENS - 1), prefill(llama.model, rows)
     ids, positions = logits.argmax(-1), torch.full((len(rows),), PROMPT_TOKENS, device=bench.device)
     for _ in range(3):
         step(ids, positions, cache)

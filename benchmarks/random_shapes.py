@@ -26,21 +26,22 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from parity.candidates.mutants import benign
-from parity.candidates.mutants.edit import edited, with_table
-from parity.candidates.nano import PATHS, Nano
+from parity.candidates.nano.model import PATHS, Nano
 from parity.checks import CHECKS
 from parity.contract import Case, Status
-from parity.evidence import Evidence
-from parity.forced import cut
-from parity.record import record
+from parity.measure.evidence import Evidence
+from parity.measure.tolerances import TABLE_ULP
+from parity.mutants.edits import benign
+from parity.mutants.edits.edit import edited, with_table
 from parity.report.summary import environment, judge_fairly
-from parity.runner import CANDIDATE_KEYS
-from parity.shapes import Shape
-from parity.synth import write_hf, write_meta
-from parity.tolerances import TABLE_ULP
+from parity.run.run_candidate import record
+from parity.run.runner import CANDIDATE_KEYS
+from parity.run.teacher_forcing import cut
+from parity.synth.checkpoint import write_hf, write_meta
+from parity.synth.shapes import Shape
 from parity.trace import Trace, TraceWriter
-from reference import hf, meta, oracle
+from reference import hf, meta
+from reference.oracle import __main__ as oracle
 
 DTYPES = ("fp32", "bf16")
 FLOAT64 = "float64 RoPE"  # a path of its own

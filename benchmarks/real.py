@@ -28,7 +28,7 @@ from torch import Tensor
 from nanollama.checkpoint import open_checkpoint
 from nanollama.cli import run
 from nanollama.model import Transformer
-from nanollama.quantize import apply_head, load_quantized
+from nanollama.speed.quantize import load_quantized
 from nanollama.tokenizer import open_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -195,7 +195,7 @@ def quantize(work: Work) -> dict[str, Any]:
 @torch.inference_mode()
 def log_probabilities(model: Transformer, tokens: Tensor) -> Tensor:
     """(T, V) in float64."""
-    return apply_head(model, model.eval().hidden(tokens))[0].double().log_softmax(-1)
+    return model.eval().logits(model.hidden(tokens))[0].double().log_softmax(-1)
 
 
 def nats(log_probs: Tensor, tokens: Tensor) -> float:

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from finetune.build import Start, build_model
 from finetune.config import TrainConfig, from_json
-from finetune.data import Batch, Cursor, Packer
-from finetune.evaluate import first_documents
+from finetune.data.documents import first_documents
+from finetune.data.packing import Batch, Cursor, Packer
 from finetune.loss import IGNORE
 from finetune.metrics import read_metrics
 from finetune.optim import learning_rate
 from finetune.prepare.cache import Prepared, cache_folder, path_source, prepare
 from finetune.prepare.corpus import Format
-from finetune.start import Start, build_model
 from nanollama.checkpoint.hf import write_hf
 from nanollama.cli import run
 

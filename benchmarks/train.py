@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.decode import _pool as pool_of
-from benchmarks.decode import environment, peak_bytes
+from benchmarks.decode import environment
 from nanollama.cli import run
+from nanollama.machine import peak_memory_bytes
 
 # dim, layers, heads, hidden dim, words, tied head, rows x tokens of a batch
 SHAPES: dict[str, tuple[int, int, int, int, int, bool, int, int]] = {
@@ -65,7 +66,7 @@ def compare(cell: str, threads: int, rounds: int, steps: int) -> dict[str, Any]:
         for _ in range(rounds):
             for name in ENGINES:
                 speeds[name].append(pools[name].submit(speed, name, cell, steps).result())
-        peaks = {name: pools[name].submit(peak_bytes).result() for name in ENGINES}
+        peaks = {name: pools[name].submit(peak_memory_bytes).result() for name in ENGINES}
         losses = {name: pools[name].submit(first_losses, name, cell).result() for name in ENGINES}
     finally:
         for pool in pools.values():
@@ -136,7 +137,7 @@ def engine(name: str, cell: str) -> tuple[Callable[[], None], int, list[float]]:
 def weights_of(shape: str) -> tuple[Any, dict[str, Any]]:
     import torch
 
-    from finetune.start import fresh_weights
+    from finetune.build import fresh_weights
     from nanollama.model import ModelConfig
 
     dim, layers, heads, hidden, words, tied, *_ = SHAPES[shape]
@@ -150,8 +151,8 @@ def weights_of(shape: str) -> tuple[Any, dict[str, Any]]:
 def ours(shape: str, batch: Any, compiled: bool) -> tuple[Any, Callable[[], Any]]:
     import torch
 
+    from finetune.build import compile_blocks_
     from finetune.loss import LossModel
-    from finetune.wrap import compile_blocks_
     from nanollama.model import Transformer
 
     config, weights = weights_of(shape)

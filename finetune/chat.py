@@ -10,12 +10,12 @@ Llama 2's. The run says which.
 from pathlib import Path
 
 from finetune.config import TrainConfig
-from finetune.dialogs import read_dialogs
-from finetune.entry import Entry, run_entry
+from finetune.data.dialogs import read_dialogs
+from finetune.data.files import Say
+from finetune.data.rows import is_hub_id
 from finetune.prepare.cache import Prepared
-from finetune.prepare.files import Say
-from finetune.prepare.rows import is_hub_id
 from finetune.prepare.shards import Vocabulary
+from finetune.run import Entry, run_entry
 from nanollama.chat import template_source
 from nanollama.tokenizer import open_tokenizer
 

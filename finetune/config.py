@@ -12,7 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from nanollama.adapter import ATTENTION, LINEARS
+from nanollama.checkpoint.adapter import ATTENTION, LINEARS
 from nanollama.model import ModelConfig
 
 METHODS = ("full", "norms", "no_embeddings", "lora", "qlora")

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from finetune.data import Bools, Documents, Ints, Packer, mask_of
+from finetune.data.documents import Documents, Ints, first_documents, whole, whole_mask
+from finetune.data.packing import Packer
 from finetune.loss import LossModel
 from finetune.parallelize import World
 from nanollama.tokenizer import Tokenizer
@@ -45,19 +46,6 @@ def hold_out(packer: Packer, tokenizer: Tokenizer, max_tokens: int) -> HeldOut:
     count = first_documents(documents, max_tokens)
     texts = (tokenizer.decode(whole(documents, i)[whole_mask(documents, i)].tolist()) for i in range(count))
     return HeldOut(packer, packer.in_order(count), count, sum(len(text.encode()) for text in texts))
-
-
-def first_documents(documents: Documents, max_tokens: int) -> int:
-    return min(len(documents.lengths), int(np.searchsorted(np.cumsum(documents.lengths), max_tokens)) + 1)
-
-
-def whole(documents: Documents, i: int) -> Ints:
-    return documents.tokens(i, 0, int(documents.lengths[i]))
-
-
-def whole_mask(documents: Documents, i: int) -> Bools:
-    """Which tokens of one document are labels."""
-    return mask_of(documents, i, 0, int(documents.lengths[i]))
 
 
 @torch.no_grad()

@@ -10,13 +10,16 @@ does, A uniform within 1/sqrt(inputs) and B zero, so training starts from the ba
 """
 
 import math
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanollama.adapter import EMBEDDING, ROW_MATRICES, Adapter, delta, target_names
+from nanollama.checkpoint.adapter import EMBEDDING, LINEARS, ROW_MATRICES, Adapter, delta, target_names
 from nanollama.model import Transformer
 
 LORA_SUFFIXES = (".lora_A", ".lora_B", ".token_rows")  # of the parameters that --method lora trains
@@ -88,7 +91,7 @@ def add_lora_(
     dropout: float,
     generator: torch.Generator,
 ) -> None:
-    """Put a LoraLinear around every layer that `targets` (of nanollama.adapter.TARGETS) name; freeze all else.
+    """Put a LoraLinear around every layer that `targets` (see nanollama/checkpoint/adapter.py) name; freeze all else.
 
     Raises ValueError for an unknown target, a tied head, or a layer that has an adapter already.
     """
@@ -156,7 +159,7 @@ def merge_(model: Transformer) -> Transformer:
 
 
 def adapter_of(model: Transformer) -> Adapter:
-    """The adapter that the model wears, as nanollama.adapter writes it."""
+    """The adapter that the model wears, as nanollama.checkpoint.adapter writes it."""
     loras = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
     tables = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, TokenRows)}
     assert loras, "the model has no adapter"
@@ -193,3 +196,54 @@ def wear_(model: Transformer, adapter: Adapter, dropout: float, generator: torch
 def _replace_(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
+
+
+# --- QLoRA: a 4-bit base ---------------------------------------------------------------------------------------------
+
+
+BLOCK, SCALER_BLOCK = 64, 256  # weights that share a scale, and scales that share one: QLoRA's
+PATHS = ("torchao.quantization.quantize_.workflows.nf4.nf4_tensor", "torchao.dtypes.nf4tensor")  # newest first
+EXTRA = "--method qlora needs the package torchao: pip install 'nanollama[lean]'"
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer without bias in 4-bit NormalFloat (arXiv 2305.14314) through torchao, where it is
+    installed; gradients flow through it to its input.
+    """
+
+    nf4: Any  # torchao's NF4Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        to_nf4, self._multiply = _torchao()
+        if weight.numel() % (BLOCK * SCALER_BLOCK):
+            raise ValueError(
+                f"--method qlora: a matrix of {tuple(weight.shape)} is no multiple of {BLOCK * SCALER_BLOCK} numbers, "
+                "which share their scales: use --method lora"
+            )
+        self.register_buffer("nf4", to_nf4(weight.detach(), BLOCK, SCALER_BLOCK), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """What the 4 bits stand for, (outputs, inputs) in the dtype that was quantised."""
+        return self.nf4.get_original_weight()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._multiply(x, self.nf4)
+
+
+def quantize_base_(model: Transformer) -> None:
+    """Every linear layer of the blocks in 4 bits; embedding, norms and head stay as they are. Raises ValueError."""
+    for block in model.layers:
+        for parent in (block.attention, block.feed_forward):
+            for name in [n for n in LINEARS if hasattr(parent, n)]:
+                setattr(parent, name, NF4Linear(getattr(parent, name).weight))
+
+
+def _torchao() -> tuple[Callable[..., Any], Callable[..., Tensor]]:
+    """(to_nf4, linear_nf4), from where this release of torchao has them. Raises ValueError that names the extra."""
+    for path in PATHS:
+        with suppress(ImportError):
+            module = import_module(path)
+            return module.to_nf4, module.linear_nf4
+    raise ValueError(EXTRA)

@@ -5,7 +5,7 @@ torchtune#1875).
 The logits of all tokens never exist together: chunk by chunk they become the loss and, while they are at hand, its
 gradients (as in Cut Cross-Entropy, arXiv 2411.09009, and Liger, arXiv 2410.10989), so nothing is computed twice.
 
-    python -c "from finetune.loss import IGNORE; print(IGNORE)"      # -100, torch's own convention
+    loss = LossModel(model)(tokens, labels, positions, doc_ids) / number_of_labels
 """
 
 from collections.abc import Callable, Iterator
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from finetune.data.documents import IGNORE
 from nanollama.model import Transformer
 
-IGNORE = -100  # label of a token whose successor is not to be predicted
 CHUNK_LOGITS = 2**24  # numbers at a time: 128 tokens of a Llama 3 vocabulary, 64 MB in fp32
 CHUNK_LOGITS_GPU = 2**28  # a GPU is busy only with larger products, and sums the head's gradient once a chunk: 1 GB
 BLOCK_NUMBERS = 2**19  # that elementwise passes on CPU go over at a time: 2 MB in fp32, a core's cache

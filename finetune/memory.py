@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from finetune.config import TrainConfig
 from finetune.loss import chunk_tokens
-from finetune.moments import moments_bytes
-from finetune.optim import trained
-from finetune.rounding import block_numbers
+from finetune.optim import block_numbers, moments_bytes, trained
 from nanollama.model import Transformer
 
 ROUNDING_BLOCKS = 6  # of fp32 numbers that an update in pieces holds

@@ -6,7 +6,6 @@ for.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -16,8 +15,9 @@ import torch
 from tqdm import tqdm
 
 from finetune.config import TrainConfig, to_json
+from finetune.data.files import write_atomically
 from finetune.parallelize import World
-from finetune.prepare.download import write_atomically
+from nanollama.machine import peak_memory_bytes
 from nanollama.model import ModelConfig
 
 # Dense peak of the tensor cores in FLOP/s by the names that CUDA gives (vendors' data sheets): bf16, fp32 without TF32.
@@ -142,12 +142,7 @@ def peak_bytes(device: torch.device) -> int:
     """Largest memory in use so far: of the GPU's allocator, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if os.name != "posix":
-        return 0
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_memory_bytes() or 0
 
 
 def flops_per_token(shape: ModelConfig, parameters: int, seq_len: int) -> float:

@@ -1,18 +1,21 @@
-"""AdamW with norms undecayed, which parameters a method trains, and the learning rate of each step.
+"""Which parameters a method trains, the learning rate of each step, and AdamW with norms undecayed: torch's, or one
+whose weights and moments are bf16 or bytes.
 
 >>> config = resolve(TrainConfig(init="260K", lr=1.0, max_steps=100, warmup_steps=10), "cpu", 1)
 >>> [round(learning_rate(config, step), 3) for step in (0, 4, 9, 55, 99)]
 [0.1, 0.5, 1.0, 0.548, 0.1]
 """
 
+import hashlib
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.config import LORA_METHODS, TrainConfig
 from finetune.lora import LORA_SUFFIXES
-from finetune.rounding import RoundingAdamW
 
 EMBEDDINGS = ("tok_embeddings.weight", "output.weight")
 FUSED = ("cpu", "cuda", "mps")  # device types whose AdamW updates all parameters in one kernel
@@ -85,3 +88,153 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def set_learning_rate_(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+# --- AdamW that rounds by chance -------------------------------------------------------------------------------------
+
+
+BLOCK_NUMBERS = 1 << 19  # in fp32 at a time: a few MB stay in a CPU's cache (docs/LOG.md)
+BLOCK_NUMBERS_GPU = 1 << 25  # each block is some 30 launches
+
+
+def block_numbers(device: torch.device) -> int:
+    """Numbers of a parameter that are updated at a time."""
+    return BLOCK_NUMBERS_GPU if device.type == "cuda" else BLOCK_NUMBERS
+
+
+class RoundingAdamW(torch.optim.Optimizer):
+    """AdamW whose parameters may be bf16, its moments too, or bytes: all rounded up or down by chance, so that steps
+    far smaller than the distance between two bf16 numbers still count on average.
+
+    A weight of 0.02 has neighbours 1.2e-4 away: at a learning rate of 1e-5 plain rounding gives every step back
+    (torchtune#2254). The sums are fp32, a block of a matrix at a time, so no fp32 copy of the model exists: 8 bytes a
+    parameter with gradient and both moments, where fp32 has 16. A step's random numbers depend on `seed` and the step
+    alone.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        seed: int,
+        eight_bit: bool = False,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.seed, self.eight_bit = seed, eight_bit
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        place = 0  # of the parameter: each draws for itself, so the order of updates changes nothing
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                place += 1
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state |= {"step": torch.zeros(()), **new_moments(parameter, self.eight_bit)}
+                state["step"] += 1
+                n = int(state["step"])
+                generator = torch.Generator(parameter.device).manual_seed(mixed_seed(self.seed, n, place))
+                self._update_(parameter, group, state, n, generator)
+
+    @staticmethod
+    def _update_(parameter: Tensor, group: dict, state: dict, n: int, generator: torch.Generator) -> None:
+        beta1, beta2 = group["betas"]
+        assert parameter.grad is not None
+        weights, grads, size = parameter.view(-1), parameter.grad.reshape(-1), parameter.numel()
+        step = block_numbers(parameter.device)
+        for start in range(0, size, step):
+            part = slice(start, min(start + step, size))
+            p, grad = weights[part], grads[part].float()
+            mean = read(state, "exp_avg", part).lerp_(grad, 1 - beta1)
+            square = read(state, "exp_avg_sq", part).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            change = (mean / (1 - beta1**n)).div_((square / (1 - beta2**n)).sqrt_().add_(group["eps"]))
+            moved = p.float().mul_(1 - group["lr"] * group["weight_decay"]).sub_(change, alpha=group["lr"])
+            round_(p, moved, generator)
+            write_(state, "exp_avg", part, mean, generator)
+            write_(state, "exp_avg_sq", part, square, generator)
+
+
+# --- Moments ---------------------------------------------------------------------------------------------------------
+#
+# As fine as the weights, or in bytes (--optimizer adamw8bit), a quarter of what fp32 takes: 256 numbers share a scale,
+# their largest. A signed byte c stands for c |c| / 127^2 of it, an unsigned one for (c / 255)^4: such steps are finest
+# near zero, and the squared gradients of one block span many orders of magnitude. Rounding is stochastic, so that a
+# moment which decays by less than a step does decay, on average.
+
+
+SHARE_SCALE = 256  # numbers
+CODES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
+
+
+def new_moments(parameter: Tensor, eight_bit: bool) -> dict[str, Tensor]:
+    """Zeros: like the parameter, or bytes and their scales. What does not divide into whole blocks keeps its dtype."""
+    if not eight_bit or parameter.numel() % SHARE_SCALE:
+        return {name: torch.zeros_like(parameter) for name in CODES}
+    scales = torch.zeros(parameter.numel() // SHARE_SCALE, dtype=torch.float32, device=parameter.device)
+    codes = {name: torch.zeros_like(parameter, dtype=dtype) for name, dtype in CODES.items()}
+    return codes | {f"{name}_scale": scales.clone() for name in CODES}
+
+
+def moments_bytes(parameters: Iterable[Tensor], eight_bit: bool) -> int:
+    """What the moments of all parameters will take."""
+    on_meta = (torch.empty_like(parameter, device="meta") for parameter in parameters)
+    return sum(tensor.nbytes for parameter in on_meta for tensor in new_moments(parameter, eight_bit).values())
+
+
+def read(state: dict[str, Tensor], name: str, part: slice) -> Tensor:
+    """Numbers `part` of a moment, whole blocks of it: (n,) fp32, in memory of their own."""
+    stored = state[name].view(-1)[part]
+    if stored.dtype.is_floating_point:
+        return stored.to(torch.float32, copy=True)
+    parts = stored.float().view(-1, SHARE_SCALE).div_(torch.iinfo(stored.dtype).max)  # (n / SHARE_SCALE, SHARE_SCALE)
+    spread = parts.mul_(parts.abs()) if stored.dtype == torch.int8 else parts.square_().square_()
+    return spread.mul_(state[f"{name}_scale"][_blocks(part)].unsqueeze(1)).view(-1)
+
+
+def write_(state: dict[str, Tensor], name: str, part: slice, values: Tensor, generator: torch.Generator) -> None:
+    """Put fp32 values (n,) there, rounded."""
+    stored = state[name].view(-1)[part]
+    if stored.dtype.is_floating_point:
+        round_(stored, values, generator)
+        return
+    blocks, largest = values.view(-1, SHARE_SCALE), torch.iinfo(stored.dtype).max
+    scales = blocks.abs().amax(1)  # (n / SHARE_SCALE,)
+    state[f"{name}_scale"][_blocks(part)] = scales
+    parts = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
+    roots = parts.abs().sqrt_()
+    codes = (roots.copysign_(parts) if stored.dtype == torch.int8 else roots.sqrt_()).mul_(largest)
+    codes += torch.rand(codes.shape, generator=generator, device=codes.device)
+    codes.floor_().clamp_(-largest, largest)
+    if stored.dtype == torch.uint8:
+        # Never zero where the number is not: a first moment over nothing would be a step of any size.
+        codes.clamp_(min=1).mul_(blocks > 0)
+    stored.copy_(codes.view(-1))
+
+
+def _blocks(part: slice) -> slice:
+    return slice(part.start // SHARE_SCALE, part.stop // SHARE_SCALE)
+
+
+def round_(target: Tensor, values: Tensor, generator: torch.Generator) -> None:
+    """Put fp32 `values` into `target`; into bf16 by chance, the nearer neighbour the likelier, so the mean is exact."""
+    if target.dtype != torch.bfloat16:
+        target.copy_(values)
+        return
+    # bf16 is the upper half of fp32: a random lower half is added, and what carries into the upper one stays.
+    bits = values.contiguous().view(torch.int32)
+    chance = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
+    target.copy_((bits + chance).bitwise_and_(-(1 << 16)).view(torch.float32))
+
+
+def mixed_seed(*numbers: int) -> int:
+    """A seed that depends on a few integers alone, so that a resumed run draws the same random numbers again.
+
+    32 bits, a hash of them: torch's generator on CPU looks at the lower 32 bits of its seed alone.
+    """
+    text = ",".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little")

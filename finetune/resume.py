@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from finetune.data import Cursor
+from finetune.data.packing import Cursor
 from finetune.optim import trained
 from nanollama.checkpoint import CheckpointError
 from nanollama.checkpoint.staging import Stage, staged

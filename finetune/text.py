@@ -6,9 +6,9 @@ python -m finetune.text --data notes/ --ckpt Llama-3.2-1B
 from pathlib import Path
 
 from finetune.config import TrainConfig
-from finetune.entry import Entry, run_entry
 from finetune.prepare.cache import Say, path_source
 from finetune.prepare.corpus import Format, Source
+from finetune.run import Entry, run_entry
 
 
 def find(config: TrainConfig, cache: Path, say: Say) -> Source | Path:

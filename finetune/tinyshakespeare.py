@@ -6,10 +6,10 @@ python -m finetune.tinyshakespeare --data tinyshakespeare.txt --max_steps 300
 from pathlib import Path
 
 from finetune.config import TrainConfig
-from finetune.entry import Entry, run_entry
 from finetune.prepare.cache import Say, path_source
 from finetune.prepare.corpus import Format, Source
 from finetune.prepare.download import tinyshakespeare
+from finetune.run import Entry, run_entry
 
 
 def find(config: TrainConfig, cache: Path, say: Say) -> Source | Path:

@@ -7,9 +7,9 @@ python -m finetune.tinystories --init 15M --dtype bf16 --compile
 from pathlib import Path
 
 from finetune.config import PRESETS, TrainConfig
-from finetune.entry import Entry, run_entry
 from finetune.prepare.cache import Say, auto_source, path_source, sample_source, tinystories_source
 from finetune.prepare.corpus import Format, Source
+from finetune.run import Entry, run_entry
 
 # A run that reads less than this needs no more than the 19 MB of the validation file.
 SMALL_RUN_TOKENS = 10_000_000

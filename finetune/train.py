@@ -17,8 +17,10 @@ from types import FrameType, TracebackType
 import torch
 from torch import nn
 
+from finetune.build import add_dropout_, checkpoint_blocks_, compile_blocks_
 from finetune.config import TrainConfig, to_json
-from finetune.data import Batch, Cursor, Documents, Packer
+from finetune.data.documents import Documents
+from finetune.data.packing import Batch, Cursor, Packer
 from finetune.evaluate import HeldOut, Score, evaluate, hold_out, loss_model_of
 from finetune.loss import LossModel
 from finetune.memory import plan_memory
@@ -27,14 +29,13 @@ from finetune.optim import (
     StepInBackward,
     learning_rate,
     make_optimizer,
+    mixed_seed,
     select_trained_,
     set_learning_rate_,
     trained,
 )
 from finetune.parallelize import World, no_sync, replicate
 from finetune.resume import Progress, restore_, save
-from finetune.seeds import mixed_seed
-from finetune.wrap import add_dropout_, checkpoint_blocks_, compile_blocks_
 from nanollama.model import Transformer
 from nanollama.tokenizer import Tokenizer
 

@@ -20,7 +20,7 @@ DTypes = Literal["fp32", "bf16", "fp16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
 
 # `--help` and usage errors answer at once: torch and what needs it is imported inside the commands.
 if TYPE_CHECKING:
-    from nanollama.generate import Event, Llama
+    from nanollama.generation.llama import Event, Llama
 
 
 def generate(
@@ -39,7 +39,7 @@ def generate(
     """Continue one or more prompts. Text goes to stdout, the speed to stderr."""
     texts = _read_prompts(prompt, prompts)
 
-    from nanollama.generate import Sampling
+    from nanollama.generation.llama import Sampling
 
     sampling = Sampling(**vars(drawing), n=n, stop=stop or ())
     llama = model.load(ckpt)
@@ -91,8 +91,8 @@ def chat(
     model: ModelOptions = ModelOptions(),
 ) -> None:
     """Talk with a model in the terminal. /help there lists the commands."""
-    from nanollama.generate import Sampling
-    from nanollama.repl import Chat, run_repl
+    from nanollama.generation.llama import Sampling
+    from nanollama.generation.repl import Chat, run_repl
 
     run_repl(Chat(model.load(ckpt), Sampling(**vars(drawing)), system))
 
@@ -114,7 +114,7 @@ def convert(
     from nanollama.describe import describe, summary
 
     def merge(base: Checkpoint) -> Checkpoint:
-        from nanollama.adapter import merged, read_adapter
+        from nanollama.checkpoint.adapter import merged, read_adapter
 
         return replace(base, weights=merged(base.weights, read_adapter(str(adapter), base.config)))
 

@@ -302,6 +302,12 @@ class Transformer(nn.Module):
         """The output matrix (V, C)."""
         return self.tok_embeddings.weight if self.output is None else self.output.weight
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits (..., V) in float32 of normed hidden states (..., C)."""
+        if self.output is not None and getattr(self.output, "is_quantized", False):
+            return self.output(hidden).float()  # integers are multiplied as they are, never made a whole matrix
+        return F.linear(hidden, self.head()).float()
+
     def context(
         self,
         tokens: Tensor,
@@ -365,7 +371,7 @@ class Transformer(nn.Module):
         then names the slots, so rows of different lengths decode together.
         Raises ValueError when the cache is too short, or is given together with doc_ids.
         """
-        return F.linear(self.hidden(tokens, positions, doc_ids, cache), self.head()).float()
+        return self.logits(self.hidden(tokens, positions, doc_ids, cache))
 
 
 def main() -> None:

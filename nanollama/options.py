@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from nanollama.generate import Llama
+    from nanollama.generation.llama import Llama
     from nanollama.model import Transformer
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """The flags of how tokens are drawn, those of nanollama.generate.Sampling."""
+    """The flags of how tokens are drawn, those of nanollama.generation.llama.Sampling."""
 
     max_new_tokens: int = 128  # per answer
     temperature: float = 0.0  # 0 is greedy
@@ -41,14 +41,14 @@ class ModelOptions:
 
     def load(self, ckpt: str) -> "Llama":
         """The model with its drafter. Raises ValueError, one line."""
-        from nanollama.generate import Llama
+        from nanollama.generation.llama import Llama
 
         if self.draft and self.lookup:
             raise ValueError("--draft and --lookup are two ways to guess tokens: give one")
         options = {name: value for name, value in vars(self).items() if name not in ("draft", "lookup")}
         llama = Llama.load(ckpt, **options, say=say)
         if self.draft or self.lookup:
-            from nanollama.speculative import DraftModel, Lookup
+            from nanollama.generation.speculative import DraftModel, Lookup
 
             llama.drafter = Lookup() if self.lookup else DraftModel(self._draft_model(llama))
         return llama

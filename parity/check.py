@@ -19,15 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parity import twin
 from parity.cli import Parser
 from parity.contract import DTYPES, Case, UsageError
-from parity.process import Crash
-from parity.prompts import CORPUS, DIALOGS, Prompts, built_in, from_file, seeded, within
-from parity.training import training_case
+from parity.run import twin
+from parity.run.process import Crash
+from parity.run.prompts import CORPUS, DIALOGS, Prompts, built_in, from_file, seeded, within
+from parity.run.training import training_case
 
 if TYPE_CHECKING:
-    from parity.candidates.describe import Description
+    from parity.candidates.nano.checkpoint import Description
     from parity.candidates.probe import Probed
 
 REFERENCES = ("meta", "hf")
@@ -95,7 +95,7 @@ def require_installed(references: Sequence[str]) -> None:
 
 def validate(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that can be refused before any work. Raises UsageError."""
-    from parity.candidates.endpoint import server_name
+    from parity.candidates.server.endpoint import server_name
     from parity.checks import CHECKS
 
     chosen: dict[str, Any] = {
@@ -177,10 +177,10 @@ def write_reports(args: argparse.Namespace, report: dict[str, Any]) -> None:
 
 def check(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[str, Any]:
     """Run everything and return the report. The candidate is probed first: a typo in it costs seconds."""
-    from parity.candidates.describe import describe
+    from parity.candidates.nano.checkpoint import describe
     from parity.machine import Clock, workspace
     from parity.report import unjudged
-    from parity.runner import embedded_default, probed
+    from parity.run.runner import embedded_default, probed
 
     clock = Clock()
     checkpoint = describe(args.ckpt or str(embedded_default()), args.tokenizer)
@@ -201,10 +201,10 @@ def check_twin(
     folder: Path,
 ) -> dict[str, Any] | twin.Absent:
     """The report of the same candidate on the checkpoint's seeded twin, or why there is none."""
-    from parity.candidates.describe import describe
-    from parity.candidates.twin import write
+    from parity.candidates.nano.checkpoint import describe
+    from parity.candidates.nano.twin import write
     from parity.machine import Clock
-    from parity.runner import probed
+    from parity.run.runner import probed
 
     clock = Clock()
     if why := twin.absent(args, chosen["checks"], checkpoint):
@@ -238,12 +238,12 @@ def compare(
     clock: Callable[[], float],
 ) -> dict[str, Any]:
     """References, oracle and candidate, judged. `max_positions`: what the candidate holds, where it says so."""
-    from parity.cache import trace_cache
-    from parity.candidates.describe import reference_files
-    from parity.explain import explain
+    from parity.candidates.nano.checkpoint import reference_files
+    from parity.explain.ask import explain
     from parity.machine import SMALL_BYTES, cache_folder, threads_for, too_large
     from parity.report import summary
-    from parity.runner import ROPE_POSITIONS, Runner
+    from parity.run.cache import trace_cache
+    from parity.run.runner import ROPE_POSITIONS, Runner
 
     context = min(checkpoint.context, max_positions or checkpoint.context)
     prompts, new_tokens = choose_within(args.prompts, checkpoint, context, args.max_new_tokens)
@@ -329,7 +329,7 @@ def choose_within(
     file: Path | None, checkpoint: "Description", context: int, max_new_tokens: int
 ) -> tuple[Prompts, int]:
     """Prompts, and how many tokens follow each, that together stay within `context`. Raises UsageError."""
-    from parity.candidates.nano import opened_tokenizer
+    from parity.candidates.nano.model import opened_tokenizer
 
     prompts = choose_prompts(file, checkpoint)
     new = min(max_new_tokens, context // 2)

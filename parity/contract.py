@@ -76,7 +76,7 @@ class Result:
     where: str | None = None
     reason: str | None = None
     required: bool = True
-    checkpoint: str = "given"  # or "twin": its seeded twin, see parity/twin.py
+    checkpoint: str = "given"  # or "twin": its seeded twin, see parity/run/twin.py
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "status": self.status.value}
@@ -114,7 +114,7 @@ class Case:
     n_positions: int | None = None
     rope_positions: list[int] = field(default_factory=list)
     weights: bool = False
-    training: dict[str, Any] | None = None  # what is trained on, see parity/training.py
+    training: dict[str, Any] | None = None  # what is trained on, see parity/run/training.py
     stream: str = "auto"
     whole_bytes: int | None = None
     prompt_lengths: list[int] | None = None  # of `prompts` that already carry a continuation

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from nanollama.machine import cache_folder as cache_folder
 from parity.contract import DTYPES
 
 SMALL_BYTES = 2 * 10**9  # of a checkpoint on disk: below, several implementations fit in memory side by side
@@ -43,12 +44,6 @@ def installed(packages: Sequence[str]) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def cache_folder() -> Path:
-    """Where made checkpoints are kept: $NANOLLAMA_CACHE, else the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("NANOLLAMA_CACHE") or Path(base) / "nanollama")
 
 
 @contextmanager

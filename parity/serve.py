@@ -1,6 +1,6 @@
 """A Python candidate in an environment of its own: loads FILE.py:load there and answers the requests of `cmd:`.
 
-    VENV/bin/python parity/serve.py my_port.py:load CKPT fp32 cpu TABLE    # requests on stdin, answers on stdout
+    VENV/bin/python serve.py my_port.py:load CKPT fp32 cpu TABLE    # requests on stdin, answers on stdout
 
 Runs under the other environment's Python: the standard library, and torch or numpy where they are found. With torch,
 `load` gets a torch.dtype and the model Tensors; without it the dtype's name, and int64 arrays or, without numpy, lists.

@@ -15,8 +15,8 @@ import torch
 
 from reference.driver import Engine, fits_whole, run_case, set_numerics
 from reference.files import Checkpoint, open_folder
+from reference.files.weights import DTYPES, Unusable
 from reference.protocol import Case, check_sequences, read_case
-from reference.weights import DTYPES, Unusable
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,6 +53,14 @@ def parse(flags: Parser, arguments: list[str]) -> argparse.Namespace:
     if options.ckpt is not None and options.prompt is None:
         raise Unusable("--ckpt needs --prompt TEXT")
     return options
+
+
+def add_conditions(flags: Parser) -> None:
+    """What is rounded, by declaration."""
+    flags.add_argument("--integers", metavar="SCHEME", help="round weights to int8 (a scale a row), int4/32, ... first")
+    flags.add_argument("--activations", metavar="SCHEME", help="round the inputs of linear layers: int8/32, fp16, ...")
+    flags.add_argument("--kv", metavar="SCHEME", help="round keys and values: fp16, bf16, fp8, int8 (a scale a head)")
+    flags.add_argument("--attention_dtype", metavar="SCHEME", help="round queries and attention weights: fp16, bf16")
 
 
 def engine_main(

@@ -4,13 +4,12 @@ Both references fit one shape, `Engine`: a whole model with hooks on its modules
 mapped files. Streaming is layer-major: a layer is read once and every sequence goes through it.
 """
 
-import contextlib
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reference.files import Checkpoint, Config
+from reference.files.weights import DTYPE_NAMES, DTYPES, Unusable
+from reference.hooks import Recorder, Stream
 from reference.protocol import (
     TRACE_SCHEMA,
     Case,
@@ -33,7 +34,6 @@ from reference.protocol import (
     write_json,
 )
 from reference.training import Trainable, longest, run_training, torch_adamw
-from reference.weights import DTYPE_NAMES, DTYPES, Unusable
 
 SMALL_BYTES = 2 << 30  # models up to this size run whole, on fresh copies of the weights
 HEAD_ROWS = 16384  # of the vocabulary at a time; a multiple of 256, which leaves every bit of the logits as it is
@@ -51,32 +51,11 @@ class Text(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
 
-@dataclass
-class Recorder:
-    """Where hooks send what they see; they see nothing while no sink is set."""
-
-    sink: Callable[[str, Tensor], None] | None = None
-    layer: int = 0  # of the block that is running
-
-    def __call__(self, name: str, value: Tensor) -> None:
-        if self.sink is not None:
-            self.sink(name, value)
-
-
 class Model(Protocol):
     """The whole implementation."""
 
     def logits(self, tokens: Tensor) -> Tensor: ...  # (1, T) -> (1, T, V)
     def greedy(self, prompt: list[int], max_new_tokens: int, stop_ids: frozenset[int] = ...) -> list[int]: ...
-
-
-@dataclass
-class Stream:
-    """One sequence on its way through the layers, with the arguments that the implementation hands its blocks."""
-
-    hidden: Tensor  # (1, T, dim)
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 class Layers(Protocol):
@@ -122,17 +101,6 @@ def memory_bytes() -> int:
 def use_copies(checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
     """Small models get fresh memory: kernels may treat an unaligned view of a file differently, down to the bits."""
     return checkpoint.bytes_at(dtype) <= SMALL_BYTES
-
-
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """`owner.name` is `value` inside the block: how a reference is recorded, or corrected, while it runs."""
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
 
 
 def set_numerics(threads: int) -> None:

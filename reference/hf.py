@@ -17,26 +17,25 @@ from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
 from reference.command import engine_main, run_command
-from reference.driver import Recorder, Stream, Text, replaced, use_copies
+from reference.driver import Text, use_copies
 from reference.files import Checkpoint, Config
-from reference.files_hf import hf_name, meta_name
+from reference.files.hf import hf_name, meta_name
+from reference.files.weights import Unusable, half_split_rows
+from reference.hooks import Capture, Recorder, Rows, Stream, hook, hook_block, replaced
 from reference.training import Trainable, unfrozen
-from reference.weights import Unusable, half_split_rows
 
-HOOKS = (  # module of a block, tap, whether the tap is its input
-    ("input_layernorm", "attn_norm", False),
-    ("self_attn.q_proj", "q", False),
-    ("self_attn.k_proj", "k", False),
-    ("self_attn.v_proj", "v", False),
-    ("self_attn.o_proj", "attn_mix", True),
-    ("self_attn.o_proj", "attn_out", False),
-    ("post_attention_layernorm", "ffn_norm", False),
-    ("mlp.gate_proj", "gate", False),
-    ("mlp.up_proj", "up", False),
-    ("mlp.down_proj", "ffn_mix", True),
-    ("mlp.down_proj", "ffn_out", False),
-    ("", "out", False),
-)
+MODULES = {  # tap of a block -> the module that computes it
+    "attn_norm": "input_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "ffn_out": "mlp.down_proj",
+    "out": "",
+}
 
 
 def llama_config(checkpoint: Checkpoint) -> transformers.LlamaConfig:
@@ -100,25 +99,6 @@ def interleaved(value: Tensor) -> Tensor:
     return value.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
-class Capture(nn.Module):
-    """Stands for the layers and keeps what the model hands to them."""
-
-    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
-        self.seen = Stream(hidden, (), kwargs)
-        return hidden
-
-
-class Rows(nn.Module):
-    """The embedding, read row by row from the file."""
-
-    def __init__(self, read: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.read = read
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.read(tokens)
-
-
 class HfModel:
     """The whole LlamaForCausalLM."""
 
@@ -130,10 +110,10 @@ class HfModel:
         state = {hf_name(name): engine.load(name, dtype) for name in engine.checkpoint.weights}
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])  # tied
         self.model.load_state_dict(state, strict=True, assign=True)
-        hook(self.model.model.embed_tokens, "embed", engine.recorder)
-        hook(self.model.model.norm, "final_norm", engine.recorder)
+        hook(self.model.model.embed_tokens, "", "embed", engine.recorder)
+        hook(self.model.model.norm, "", "final_norm", engine.recorder)
         for i, block in enumerate(self.model.model.layers):
-            hook_block(block, i, engine.recorder, engine.llama_config.head_dim)
+            hook_block(block, i, engine.recorder, MODULES, engine.arranged)
 
     def logits(self, tokens: Tensor) -> Tensor:
         return self.model(tokens, use_cache=False).logits
@@ -178,7 +158,7 @@ class HfLayers:
         prefix = f"model.layers.{layer}."
         state = {name: self.engine.load(meta_name(prefix + name), self.dtype) for name in block.state_dict()}
         block.load_state_dict(state, strict=True, assign=True)
-        hook_block(block, layer, self.engine.recorder, self.config.head_dim)
+        hook_block(block, layer, self.engine.recorder, MODULES, self.engine.arranged)
         return block
 
     def norm(self) -> Callable[[Tensor], Tensor]:
@@ -257,29 +237,12 @@ class HfEngine:
         copy = use_copies(self.checkpoint, dtype)
         return self.checkpoint.weights.load(name, dtype, layout="hf", copy=copy).to(self.device)
 
+    def arranged(self, tap: str, value: Tensor) -> Tensor:
+        """Heads of q and k in Meta's order."""
+        return interleaved(value.unflatten(-1, (-1, self.llama_config.head_dim))) if tap in ("q", "k") else value
+
     def embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         return self.checkpoint.weights.embed(tokens.cpu(), dtype).to(self.device)
-
-
-def hook_block(block: nn.Module, layer: int, recorder: Recorder, head_dim: int) -> None:
-    def enter(*_: Any) -> None:
-        recorder.layer = layer
-
-    block.register_forward_pre_hook(enter)
-    for module, tap, is_input in HOOKS:
-        rotary = head_dim if tap in ("q", "k") else 0
-        hook(block.get_submodule(module), f"layers.{layer}.{tap}", recorder, is_input, rotary)
-
-
-def hook(module: nn.Module, name: str, recorder: Recorder, is_input: bool = False, rotary: int = 0) -> None:
-    """Record the input or the output of a module; `rotary` is the head_dim of heads to be put in Meta's order."""
-
-    def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if recorder.sink is not None:
-            value = inputs[0] if is_input else output
-            recorder(name, interleaved(value.unflatten(-1, (-1, rotary))) if rotary else value)
-
-    module.register_forward_hook(record)
 
 
 def main(arguments: list[str]) -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from reference.files import Checkpoint, read_json
-from reference.hf_gguf import is_gguf, open_gguf
+from reference.files.gguf import is_gguf, open_gguf
+from reference.files.weights import Unusable
 from reference.meta_text import is_tiktoken, open_text, tool_call
 from reference.protocol import Dialog
-from reference.weights import Unusable
 
 # The special tokens of Llama 3.1 in the order of their ids; the reserved ones fill up to 256.
 LLAMA3_SPECIAL = [

@@ -25,27 +25,26 @@ from llama_models.llama3.args import ModelArgs
 from torch import Tensor, nn
 
 from reference.command import engine_main, run_command
-from reference.driver import Recorder, Stream, Text, replaced, use_copies
-from reference.files import Checkpoint, Config
+from reference.driver import Text, use_copies
+from reference.files import Checkpoint, Config, read_json
+from reference.files.weights import Unusable
+from reference.hooks import Capture, Recorder, Rows, Stream, hook, hook_block, replaced
 from reference.training import Trainable, unfrozen
-from reference.weights import Unusable
 
 META_SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context": 8192}
 
-HOOKS = (  # module of a block, tap, whether the tap is its input
-    ("attention_norm", "attn_norm", False),
-    ("attention.wq", "q", False),
-    ("attention.wk", "k", False),
-    ("attention.wv", "v", False),
-    ("attention.wo", "attn_mix", True),
-    ("attention.wo", "attn_out", False),
-    ("ffn_norm", "ffn_norm", False),
-    ("feed_forward.w1", "gate", False),
-    ("feed_forward.w3", "up", False),
-    ("feed_forward.w2", "ffn_mix", True),
-    ("feed_forward.w2", "ffn_out", False),
-    ("", "out", False),
-)
+MODULES = {  # tap of a block -> the module that computes it
+    "attn_norm": "attention_norm",
+    "q": "attention.wq",
+    "k": "attention.wk",
+    "v": "attention.wv",
+    "attn_out": "attention.wo",
+    "ffn_norm": "ffn_norm",
+    "gate": "feed_forward.w1",
+    "up": "feed_forward.w3",
+    "ffn_out": "feed_forward.w2",
+    "out": "",
+}
 
 
 def scaled_frequencies(freqs: Tensor, scaling: dict[str, Any]) -> Tensor:
@@ -68,27 +67,26 @@ def rope_table(config: Config, end: int) -> Tensor:
         return meta_model.precompute_freqs_cis(config["head_dim"], end, config["rope_theta"], scaling is not None)
 
 
-def model_args(config: Config, max_tokens: int) -> ModelArgs:
-    """Meta's configuration. It knows the feed-forward width only as a multiple of 2/3 of 4 dim."""
+def model_args(checkpoint: Checkpoint, max_tokens: int, **changed: int) -> ModelArgs:
+    """Meta's configuration: its own params.json as it stands; for other formats one with the same numbers.
+
+    Llama 2's params.json leaves vocab_size and rope_theta to its code. Other formats give the feed-forward width,
+    which Meta's code knows only as a multiple of 2/3 of 4 dim.
+    """
+    config = checkpoint.config
     if config["head_dim"] * config["n_heads"] != config["dim"]:
         raise Unusable(
             f"head_dim {config['head_dim']} x {config['n_heads']} heads is not dim {config['dim']}: "
             "Meta's code cannot run this checkpoint; use the other reference alone"
         )
-    return ModelArgs(
-        dim=config["dim"],
-        n_layers=config["n_layers"],
-        n_heads=config["n_heads"],
-        n_kv_heads=config["n_kv_heads"],
-        vocab_size=config["vocab_size"],
-        multiple_of=1,
-        ffn_dim_multiplier=(config["hidden_dim"] + 0.5) / int(2 * (4 * config["dim"]) / 3),
-        norm_eps=config["norm_eps"],
-        rope_theta=config["rope_theta"],
-        use_scaled_rope=config["rope_scaling"] is not None,
-        max_batch_size=1,
-        max_seq_len=max_tokens,
-    )
+    if checkpoint.format == "meta":
+        given = read_json(checkpoint.folder / "params.json")
+    else:
+        given = {name: config[name] for name in ("dim", "n_layers", "n_heads", "norm_eps")}
+        width = (config["hidden_dim"] + 0.5) / int(2 * (4 * config["dim"]) / 3)
+        given |= {"multiple_of": 1, "ffn_dim_multiplier": width, "use_scaled_rope": config["rope_scaling"] is not None}
+    given |= {name: config[name] for name in ("n_kv_heads", "vocab_size", "rope_theta")}
+    return ModelArgs(**given | {"max_batch_size": 1, "max_seq_len": max_tokens} | changed)
 
 
 def start_model_parallel() -> None:
@@ -118,25 +116,6 @@ def without_memory() -> Iterator[None]:
         yield
 
 
-class Capture(nn.Module):
-    """Stands for the layers and keeps what the model hands to them."""
-
-    def forward(self, hidden: Tensor, *args: Any) -> Tensor:
-        self.seen = Stream(hidden, args)
-        return hidden
-
-
-class Rows(nn.Module):
-    """The embedding, read row by row from the file."""
-
-    def __init__(self, read: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.read = read
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.read(tokens)
-
-
 class MetaModel:
     """Meta's whole Transformer."""
 
@@ -144,15 +123,15 @@ class MetaModel:
         self.engine, self.dtype = engine, dtype
         checkpoint = engine.checkpoint
         with without_memory():
-            self.model = meta_model.Transformer(model_args(checkpoint.config, max_tokens))
+            self.model = meta_model.Transformer(model_args(checkpoint, max_tokens))
         state = {name: engine.load(name, dtype) for name in checkpoint.weights}
         state.setdefault("output.weight", state["tok_embeddings.weight"])  # tied
         self.model.load_state_dict(state, strict=True, assign=True)
         self.model.freqs_cis = rope_table(checkpoint.config, max_tokens).to(engine.device)
-        _hook(self.model.tok_embeddings, "embed", engine.recorder)
-        _hook(self.model.norm, "final_norm", engine.recorder)
+        hook(self.model.tok_embeddings, "", "embed", engine.recorder)
+        hook(self.model.norm, "", "final_norm", engine.recorder)
         for i, block in enumerate(self.model.layers):
-            hook_block(block, i, engine.recorder)
+            hook_block(block, i, engine.recorder, MODULES)
 
     def logits(self, tokens: Tensor) -> Tensor:
         self._empty_caches(tokens.shape[1])
@@ -185,8 +164,8 @@ class MetaLayers:
 
     def __init__(self, engine: "MetaEngine", dtype: torch.dtype, max_tokens: int):
         self.engine, self.dtype, self.max_tokens = engine, dtype, max_tokens
-        self.args = model_args(engine.checkpoint.config, max_tokens)
-        shell_args = model_args(engine.checkpoint.config | {"n_layers": 0}, max_tokens)
+        self.args = model_args(engine.checkpoint, max_tokens)
+        shell_args = model_args(engine.checkpoint, max_tokens, n_layers=0)
         with without_memory():
             self.shell = meta_model.Transformer(shell_args)
         self.capture = Capture()
@@ -205,7 +184,7 @@ class MetaLayers:
         config, prefix = self.engine.checkpoint.config, f"layers.{layer}."
         state = {name: self.engine.load(prefix + name, self.dtype) for name in block.state_dict()}
         block.load_state_dict(state, strict=True, assign=True)
-        hook_block(block, layer, self.engine.recorder)
+        hook_block(block, layer, self.engine.recorder, MODULES)
 
         def run(hidden: Tensor, *args: Any) -> Tensor:
             empty_cache_(block.attention, config, hidden.shape[1], self.dtype, self.engine.device)
@@ -233,12 +212,12 @@ class MetaEngine:
         self.errata: tuple[str, ...] = (
             (f"Meta's code hard-codes RoPE scaling {META_SCALING}; run with {scaling}",) if changed else ()
         )
-        model_args(checkpoint.config, 1)  # refuses what Meta's code cannot run
+        model_args(checkpoint, 1)  # refuses what Meta's code cannot run
         start_model_parallel()
 
     def config(self) -> Config:
         """What Meta's code was given, and the two facts that it has no place for."""
-        args = model_args(self.checkpoint.config, 1)
+        args = model_args(self.checkpoint, 1)
         own = {name: getattr(args, name) for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size")}
         own |= {"norm_eps": args.norm_eps, "rope_theta": args.rope_theta, "head_dim": args.dim // args.n_heads}
         return {**self.checkpoint.config, **own}
@@ -303,22 +282,6 @@ def empty_cache_(
     shape = (rows, max_tokens, config["n_kv_heads"], config["head_dim"])
     attention.cache_k = torch.zeros(shape, dtype=dtype, device=device)
     attention.cache_v = torch.zeros(shape, dtype=dtype, device=device)
-
-
-def hook_block(block: nn.Module, layer: int, recorder: Recorder) -> None:
-    def enter(*_: Any) -> None:
-        recorder.layer = layer
-
-    block.register_forward_pre_hook(enter)
-    for module, tap, is_input in HOOKS:
-        _hook(block.get_submodule(module), f"layers.{layer}.{tap}", recorder, is_input)
-
-
-def _hook(module: nn.Module, name: str, recorder: Recorder, is_input: bool = False) -> None:
-    def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        recorder(name, inputs[0] if is_input else output)
-
-    module.register_forward_hook(record)
 
 
 def main(arguments: list[str]) -> None:

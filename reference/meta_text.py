@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from reference.files import Checkpoint
+from reference.files.weights import Unusable
 from reference.protocol import Dialog
-from reference.weights import Unusable
 
 
 def open_text(checkpoint: Checkpoint | None, tokenizer: str | None) -> "Llama3Text | Llama2Text":

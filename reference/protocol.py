@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from reference.files import Config, read_json
-from reference.weights import DTYPE_NAMES, DTYPES, Unusable
+from reference.files.weights import DTYPE_NAMES, DTYPES, Unusable
 
 CASE_SCHEMA, TRACE_SCHEMA = "nanollama.case/1", "nanollama.trace/1"
 SAFETENSORS_NAMES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp64": "F64"}

@@ -2,7 +2,8 @@
 
 import importlib.util
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ def pytest_configure(config: pytest.Config) -> None:
     chosen = config.getoption("markexpr")
     if "slow" in chosen and "not slow" not in chosen:
         config.option.verbose = max(1, config.option.verbose)
+
+
+@pytest.fixture(autouse=True)
+def own_path() -> Iterator[None]:
+    """A candidate's folder, put on the path when its file is imported, is not on the path of the next test."""
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
 
 
 @pytest.fixture(scope="session")

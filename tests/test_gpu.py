@@ -18,19 +18,20 @@ from torch import Tensor, nn
 
 from finetune import loss as loss_module
 from finetune.config import TrainConfig
-from finetune.data import Batch, Packer
+from finetune.data.packing import Batch, Packer
 from finetune.lora import add_lora_
 from finetune.loss import linear_cross_entropy, plain_cross_entropy
 from finetune.optim import make_optimizer, trained
 from finetune.parallelize import World
 from finetune.resume import Progress, restore_, save
 from finetune.train import accumulate_, wrap_
-from nanollama.generate import Llama, Sampling, eager_step
+from generation_cases import VOCAB, assert_same_answer, of_row, prompt_ids, small_model
+from nanollama.generation.llama import Llama, Sampling
 from nanollama.model import KVCache, ModelConfig, Transformer, exact_attention, fast_attention
-from nanollama.quantize import SCHEMES, QuantLinear, dequantize, load_quantized, quantize
-from nanollama.static import StaticStep
-from parity.candidates.training import Listed
-from test_generate import VOCAB, assert_same_answer, of_row, prompt_ids, small_model
+from nanollama.speed.quantize import SCHEMES, QuantLinear, dequantize, load_quantized, quantize
+from nanollama.speed.static import StaticStep
+from nanollama.speed.step import eager_step
+from parity.candidates.nano.training import Listed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -149,7 +150,7 @@ def test_a_ragged_batch_through_graphs_answers_as_the_cpu_does(temperature: floa
         got = list(llama.generate(prompts, sampling))
         for i in range(len(prompts)):
             assert_same_answer(of_row(got, i), of_row(wanted, i))
-    assert isinstance(llama._steps[0], StaticStep) and llama._steps[0].graphs
+    assert isinstance(llama.steps.graph, StaticStep) and llama.steps.graph.graphs
 
 
 def test_the_chunked_loss_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:

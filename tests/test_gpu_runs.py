@@ -16,9 +16,9 @@ import torch
 
 from finetune.metrics import read_metrics
 from finetune.prepare.stories import stories
-from nanollama.generate import Llama, Sampling
-from parity.shapes import SHAPES
-from parity.synth import synthesise
+from nanollama.generation.llama import Llama, Sampling
+from parity.synth.checkpoint import synthesise
+from parity.synth.shapes import SHAPES
 
 pytestmark = [
     pytest.mark.gpu,

@@ -20,21 +20,23 @@ OURS = ("nanollama", "reference", "parity", "finetune", "benchmarks", "tests")
 ALLOWED = {
     "nanollama": ("nanollama",),
     "nanollama.model": (),
-    "nanollama.sample": (),
+    "nanollama.generation.sample": (),
     "nanollama.gate": (),
+    "nanollama.machine": (),
     "nanollama.gguf_header": ("nanollama.gate",),
     "nanollama.vocabulary": ("nanollama.vocabulary", "nanollama.gguf_header", "nanollama.gate"),
     "nanollama.checkpoint": ("nanollama.model", "nanollama.checkpoint", "nanollama.vocabulary")
     + ("nanollama.gguf_header", "nanollama.gate"),
     "finetune": ("nanollama", "finetune"),
     "reference": ("reference",),
-    "parity": ("parity",),
+    "parity": ("parity", "reference.protocol", "nanollama.cli", "nanollama.gate", "nanollama.machine"),
     "parity.candidates": ("parity", "nanollama", "finetune"),
+    "parity.mutants.edits": ("parity", "nanollama", "finetune"),
     "benchmarks": ("benchmarks", "nanollama", "finetune", "parity"),
     # 1500 reference runs in one process: a process start for each would take longer than the runs.
     "benchmarks.random_shapes": ("benchmarks", "parity", "reference"),
 }
-TORCH_ONLY = ("nanollama.model", "nanollama.sample")
+TORCH_ONLY = ("nanollama.model", "nanollama.generation.sample")
 
 
 def within(module: str, package: str) -> bool:
@@ -91,7 +93,7 @@ def test_every_module_keeps_the_import_rules() -> None:
 
 def test_the_rules_are_read_from_real_files() -> None:
     names = [module for module, _ in modules()]
-    assert {"nanollama", "nanollama.model", "nanollama.sample"} <= set(names)
+    assert {"nanollama", "nanollama.model", "nanollama.generation.sample"} <= set(names)
 
 
 @pytest.mark.parametrize(
@@ -99,19 +101,19 @@ def test_the_rules_are_read_from_real_files() -> None:
     [
         ("nanollama.model", "import numpy"),
         ("nanollama.model", "from . import checkpoint"),
-        ("nanollama.sample", "from nanollama.model import KVCache"),
+        ("nanollama.generation.sample", "from nanollama.model import KVCache"),
         ("nanollama.checkpoint.hf", "def f():\n    from ..tokenizer import open_tokenizer"),
         ("nanollama.checkpoint.hf", "from nanollama import generate"),
         ("nanollama.vocabulary.read", "from nanollama.tokenizer import open_tokenizer"),
         ("nanollama.vocabulary.read", "def f():\n    from nanollama.checkpoint import gguf_types"),
         ("nanollama.gguf_header", "from nanollama.checkpoint.weights import CheckpointError"),
-        ("nanollama.generate", "import parity.trace"),
-        ("nanollama.generate", "from finetune import lora"),
+        ("nanollama.generation.llama", "import parity.trace"),
+        ("nanollama.generation.llama", "from finetune import lora"),
         ("reference.oracle", "if True:\n    import nanollama.model as m"),
         ("parity.checks.logits", "class A:\n    def f(self):\n        import nanollama"),
         ("parity.checks.logits", "import importlib\nimportlib.import_module('nanollama.model')"),
         ("parity.candidates.nano", "import reference.meta"),
-        ("parity.runner", "from finetune.train import step"),
+        ("parity.run.runner", "from finetune.train import step"),
         ("finetune.train", "from parity import metrics"),
         ("benchmarks.decode", "import reference.hf"),
     ],
@@ -125,9 +127,12 @@ def test_a_planted_breach_is_found(module: str, source: str) -> None:
     [
         ("nanollama.model", "import math, torch\nfrom torch import nn\nfrom dataclasses import dataclass"),
         ("nanollama.checkpoint.hf", "from ..model import ModelConfig\nfrom .names import meta_name\nimport numpy"),
-        ("nanollama.generate", "from nanollama.checkpoint import open_checkpoint\nfrom .sample import make_sampler"),
+        (
+            "nanollama.generation.llama",
+            "from nanollama.checkpoint import open_checkpoint\nfrom .sample import make_sampler",
+        ),
         ("parity.candidates.nano", "def load():\n    from nanollama.model import Transformer"),
-        ("benchmarks.decode", "import nanollama.generate, parity.metrics"),
+        ("benchmarks.decode", "import nanollama.generation.llama, parity.measure.metrics"),
         ("reference.hf", "from reference.files import read\nimport transformers"),
     ],
 )

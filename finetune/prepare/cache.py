@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from finetune.data import Documents
+from finetune.data.documents import Documents
+from finetune.data.files import Say, silent, write_atomically
 from finetune.prepare import corpus, download
 from finetune.prepare.corpus import Format, Source
-from finetune.prepare.download import Offline, write_atomically
-from finetune.prepare.files import Say, silent
+from finetune.prepare.download import Offline
 from finetune.prepare.shards import VERSION, TokenStore, Vocabulary, write_shards
 from finetune.prepare.stories import GRAMMAR, stories
 from finetune.prepare.tokenizer import train_tokenizer
+from nanollama import machine
 from nanollama.tokenizer import open_tokenizer
 
 SAMPLE_STORIES = 12_000  # 6 MB
@@ -54,7 +55,7 @@ class Prepared:
 
 
 def cache_folder(given: str | None) -> Path:
-    return Path(given or os.environ.get("NANOLLAMA_CACHE") or Path.home() / ".cache" / "nanollama").expanduser()
+    return Path(given).expanduser() if given else machine.cache_folder()
 
 
 def prepare(

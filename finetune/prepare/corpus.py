@@ -16,8 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from finetune.prepare.files import Say, check_text, find_files, listed, silent
-from finetune.prepare.rows import (
+from finetune.data.documents import HOLD_OUT_EACH
+from finetune.data.files import Say, check_text, find_files, listed, silent
+from finetune.data.rows import (
     ROW_SUFFIXES,
     Row,
     is_array,
@@ -31,7 +32,6 @@ from finetune.prepare.rows import (
 READING = 2  # changes whenever the same files are read as other documents, or held out otherwise
 CHUNK_BYTES = 16 << 20
 MAX_DOCUMENT_BYTES = 1 << 20  # a longer document is cut at a line end: tokenizers slow down on endless strings
-HOLD_OUT_EACH = 20
 SUFFIXES = (".txt", *ROW_SUFFIXES)
 LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
 

@@ -5,10 +5,11 @@ TinyStories comes through huggingface_hub, with its progress bar, and stays in h
     python -c "from finetune.prepare.download import tinystories; print(tinystories())"
 """
 
-import os
 import urllib.error
 import urllib.request
 from pathlib import Path
+
+from finetune.data.files import write_atomically
 
 REPOSITORY = "roneneldan/TinyStories"
 TRAIN, VALID = "TinyStories-train.txt", "TinyStories-valid.txt"  # 1.9 GB, 19 MB
@@ -70,17 +71,3 @@ def tinyshakespeare(cache: Path) -> Path:
         ) from None
     write_atomically(path, data)
     return path
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

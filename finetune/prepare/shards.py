@@ -93,7 +93,7 @@ def read_shard(path: Path, vocabulary: Vocabulary) -> NDArray[np.unsignedinteger
 
 
 class TokenStore:
-    """The documents of one split (`finetune.data.Documents`). Raises ValueError as `read_shard` does."""
+    """The documents of one split (`finetune.data.documents.Documents`). Raises ValueError as `read_shard` does."""
 
     def __init__(self, folder: Path, split: Split, vocabulary: Vocabulary) -> None:
         self.paths = sorted(folder.glob(f"{split}_*.bin"))

@@ -22,7 +22,7 @@ from nanollama import gguf_header
 from nanollama.checkpoint import gguf_types
 from nanollama.checkpoint.fields import Fields
 from nanollama.checkpoint.gguf_types import DTYPES, F16, F32, GgmlType
-from nanollama.checkpoint.names import gguf_name, meta_from_gguf
+from nanollama.checkpoint.names import EMBEDDING, HEAD, gguf_name, meta_from_gguf
 from nanollama.checkpoint.staging import staged
 from nanollama.checkpoint.weights import (
     Checkpoint,
@@ -45,7 +45,7 @@ SIZES = {"n_heads": "attention.head_count", "dim": "embedding_length", "n_layers
 SIZES |= {"hidden_dim": "feed_forward_length", "max_seq_len": "context_length"}
 OPTIONAL_SIZES = {"n_kv_heads": "attention.head_count_kv", "vocab_size": "vocab_size"}
 HEAD_DIMS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
-ROPE_FREQS, EMBEDDING, HEAD = "rope_freqs.weight", "tok_embeddings.weight", "output.weight"
+ROPE_FREQS = "rope_freqs.weight"
 # Beginnings of the keys llama.* that may change the computation, and the values besides 0 with which they do not.
 # What nothing reads opens: tensor_data_layout, pooling_type, a vendor's note.
 COMPUTES = re.compile(

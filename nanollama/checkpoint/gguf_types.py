@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanollama.checkpoint.weights import CheckpointError, Lazy
+from nanollama.checkpoint.weights import STORED_DTYPES, CheckpointError, Lazy
 from nanollama.gguf_header import Header, damaged
 
 STEP_BYTES = 1 << 22  # of fp32 that the package makes at a time: its temporaries are several times as large
@@ -38,9 +38,7 @@ class GgmlType(NamedTuple):
         return math.prod(shape) // self.block * self.nbytes
 
 
-F32 = GgmlType("F32", 1, 4, torch.float32)
-F16 = GgmlType("F16", 1, 2, torch.float16)
-BF16 = GgmlType("BF16", 1, 2, torch.bfloat16)
+F32, BF16, F16 = (GgmlType(name, 1, dtype.itemsize, dtype) for name, dtype in STORED_DTYPES.items())
 Q8_0 = GgmlType("Q8_0", 32, 34)
 DTYPES = {"fp32": F32, "fp16": F16, "bf16": BF16}  # our names of those that need no package
 PLAIN = {0: F32, 1: F16, 30: BF16}  # by ggml's number

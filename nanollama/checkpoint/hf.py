@@ -19,16 +19,24 @@ from torch import Tensor
 
 from nanollama import gate
 from nanollama.checkpoint.fields import Fields, read_json
-from nanollama.checkpoint.names import hf_name, hf_rows, is_rotary, meta_from_hf, meta_rows
+from nanollama.checkpoint.names import EMBEDDING, HEAD, hf_name, is_rotary, meta_from_hf, to_hf_rows, to_meta_rows
 from nanollama.checkpoint.staging import refuse_occupied, staged
 from nanollama.checkpoint.streams import write_safetensors
-from nanollama.checkpoint.weights import Checkpoint, CheckpointError, Lazy, make_config, opened, same_numbers, to_write
+from nanollama.checkpoint.weights import (
+    STORED_DTYPES,
+    Checkpoint,
+    CheckpointError,
+    Lazy,
+    make_config,
+    opened,
+    same_numbers,
+    to_write,
+)
 from nanollama.model import ModelConfig, RopeScaling
 from nanollama.vocabulary import read
 from nanollama.vocabulary.write import fitting, hf_files, token_ids
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Ours -> config.json's, of the sizes that every file states.
 SIZES = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
 SIZES |= {"vocab_size": "vocab_size", "hidden_dim": "intermediate_size"}
@@ -66,8 +74,8 @@ def open_hf(folder: Path) -> Checkpoint:
         if meta is None and not name.endswith(".rotary_emb.inv_freq"):  # old exports keep that buffer
             raise CheckpointError(folder, f"weight {name} is unknown: no Llama has it")
         if meta is not None:
-            stored[meta] = _reordered(entry, config.head_dim, hf_rows) if is_rotary(meta) else entry
-    if config.tied and "output.weight" in stored:
+            stored[meta] = _reordered(entry, config.head_dim, to_meta_rows) if is_rotary(meta) else entry
+    if config.tied and HEAD in stored:
         _refuse_untied_head(folder, stored)
     return opened("hf", folder, config, stored, "config.json", notices)
 
@@ -199,31 +207,30 @@ def _open_safetensors(path: Path) -> dict[str, Lazy]:
 
 
 def _entry(path: Path, name: str, get: Callable[[str], Tensor], shape: tuple[int, ...], dtype: str) -> Lazy:
-    if dtype not in DTYPES:
-        raise CheckpointError(path, f"tensor {name} is stored as {dtype}: only {', '.join(DTYPES)} can be read")
+    if dtype not in STORED_DTYPES:
+        raise CheckpointError(path, f"tensor {name} is stored as {dtype}: only {', '.join(STORED_DTYPES)} can be read")
     if not shape:
         raise CheckpointError(path, f"tensor {name} is a scalar: no Llama has one")
     # get_tensor returns a view of the memory-mapped file, so slicing it reads only those rows.
-    return Lazy(shape, DTYPES[dtype], lambda start, stop: get(name)[start:stop])
+    return Lazy(shape, STORED_DTYPES[dtype], lambda start, stop: get(name)[start:stop])
 
 
-def _reordered(entry: Lazy, head_dim: int, source_of: Callable[[Tensor, int], Tensor]) -> Lazy:
-    """wq or wk in another row order: `source_of` says where each row lies now."""
+def _reordered(entry: Lazy, head_dim: int, reorder: Callable[[Tensor, int], Tensor]) -> Lazy:
+    """wq or wk in another row order."""
     if entry.shape[0] % head_dim:
         return entry  # misshapen: refused by name later
 
     def read(start: int, stop: int) -> Tensor:
-        source = source_of(torch.arange(start, stop), head_dim)
         # A range of whole heads maps onto itself, so only those heads are read.
         first, last = start // head_dim * head_dim, -(-stop // head_dim) * head_dim
-        return entry.read(first, last)[source - first]
+        return reorder(entry.read(first, last), head_dim)[start - first : stop - first]
 
     return Lazy(entry.shape, entry.dtype, read)
 
 
 def _refuse_untied_head(folder: Path, stored: dict[str, Lazy]) -> None:
     """A tied model may store its head again; a different head contradicts the config."""
-    head, embedding = stored.pop("output.weight"), stored.get("tok_embeddings.weight")
+    head, embedding = stored.pop(HEAD), stored.get(EMBEDDING)
     alike = embedding and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
     if not (embedding and alike and same_numbers(head, embedding)):
         what = "config.json says tie_word_embeddings but lm_head.weight differs from model.embed_tokens.weight"
@@ -250,7 +257,7 @@ def write_hf(
     refuse_occupied(folder)
     entries = {}
     for name, entry in to_write(folder, config, weights, dtype).items():
-        entries[hf_name(name)] = _reordered(entry, config.head_dim, meta_rows) if is_rotary(name) else entry
+        entries[hf_name(name)] = _reordered(entry, config.head_dim, to_hf_rows) if is_rotary(name) else entry
     split = split_state_dict_into_shards_factory(
         entries,
         get_storage_size=lambda entry: entry.nbytes,
@@ -267,7 +274,7 @@ def write_hf(
         for file_name, data in hf_files(vocabulary).items() if vocabulary else ():
             stage.bytes(file_name, data)
         ids = token_ids(vocabulary) if vocabulary else {}
-        stage.text("config.json", _json(make_hf_config(config, entries["model.embed_tokens.weight"].dtype) | ids))
+        stage.text("config.json", _json(make_hf_config(config, entries[hf_name(EMBEDDING)].dtype) | ids))
 
 
 def make_hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:

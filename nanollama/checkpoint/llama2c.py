@@ -21,7 +21,8 @@ from torch import Tensor
 from nanollama import gate
 from nanollama.checkpoint import pth
 from nanollama.checkpoint.fields import Fields
-from nanollama.checkpoint.names import layer_shapes, weight_shapes
+from nanollama.checkpoint.meta import ffn_hidden_dim
+from nanollama.checkpoint.names import EMBEDDING, HEAD, layer_shapes, weight_shapes
 from nanollama.checkpoint.staging import Stage, staged
 from nanollama.checkpoint.weights import (
     Checkpoint,
@@ -40,7 +41,6 @@ from nanollama.vocabulary.write import llama2c_files
 SIZES = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")  # the header's numbers
 HEADER_BYTES = {0: 28, 1: 256, 2: 256}
 NORM_EPS, ROPE_THETA = 1e-5, 10_000.0  # in run.c
-EMBEDDING, NORM, HEAD = "tok_embeddings.weight", "norm.weight", "output.weight"
 ATTENTION = tuple(f"attention.{w}.weight" for w in ("wq", "wk", "wv", "wo"))
 FEED_FORWARD = tuple(f"feed_forward.{w}.weight" for w in ("w1", "w2", "w3"))
 
@@ -54,8 +54,8 @@ def file_order(config: ModelConfig, version: int) -> list[str]:
     head = [] if config.tied else [HEAD]
     if version == 0:
         before = [EMBEDDING, *layers("attention_norm.weight", *ATTENTION, "ffn_norm.weight", *FEED_FORWARD)]
-        return [*before, NORM, *head]  # the RoPE tables lie between these two
-    norms = [*layers("attention_norm.weight", "ffn_norm.weight"), NORM]
+        return [*before, "norm.weight", *head]  # the RoPE tables lie between these two
+    norms = [*layers("attention_norm.weight", "ffn_norm.weight"), "norm.weight"]
     return [*norms, EMBEDDING, *layers(*ATTENTION, *FEED_FORWARD), *head]
 
 
@@ -267,8 +267,8 @@ def open_pt(path: Path) -> Checkpoint:
 
 def _config_from_args(path: Path, args: Mapping[str, object]) -> ModelConfig:
     fields = Fields(path, {str(key): value for key, value in args.items()}, "model_args.")
-    dim, n_heads, multiple_of = fields.integer("dim"), fields.integer("n_heads"), fields.integer("multiple_of", 256)
-    rule = multiple_of * -(-int(8 * dim / 3) // multiple_of)
+    dim, n_heads = fields.integer("dim"), fields.integer("n_heads")
+    rule = ffn_hidden_dim(dim, fields.integer("multiple_of", 256), None)
     config = {
         "dim": dim,
         "n_heads": n_heads,

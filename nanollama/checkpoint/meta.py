@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nanollama.checkpoint import pth
 from nanollama.checkpoint.fields import Fields, read_json
+from nanollama.checkpoint.names import EMBEDDING, HEAD
 from nanollama.checkpoint.staging import refuse_occupied, staged
 from nanollama.checkpoint.streams import write_pth
 from nanollama.checkpoint.weights import Checkpoint, CheckpointError, Lazy, make_config, opened, same_numbers, to_write
@@ -28,7 +29,6 @@ from nanollama.vocabulary import read
 from nanollama.vocabulary.write import fitting, meta_files
 
 MAX_SHARDS = 16
-EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 KV, ROW_PARALLEL = (".wk.weight", ".wv.weight"), (".wo.weight", ".w2.weight")
 # Sizes of buffers and of the machine, not of the model.
 HARMLESS = frozenset(("max_batch_size", "max_seq_len", "model_parallel_size"))

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from nanollama.model import ModelConfig
 
+EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 # (Meta, Hugging Face, GGUF); {i} is the layer.
 _TABLE = (
-    ("tok_embeddings.weight", "model.embed_tokens.weight", "token_embd.weight"),
+    (EMBEDDING, "model.embed_tokens.weight", "token_embd.weight"),
     ("layers.{i}.attention_norm.weight", "model.layers.{i}.input_layernorm.weight", "blk.{i}.attn_norm.weight"),
     ("layers.{i}.attention.wq.weight", "model.layers.{i}.self_attn.q_proj.weight", "blk.{i}.attn_q.weight"),
     ("layers.{i}.attention.wk.weight", "model.layers.{i}.self_attn.k_proj.weight", "blk.{i}.attn_k.weight"),
@@ -27,7 +28,7 @@ _TABLE = (
     ("layers.{i}.feed_forward.w2.weight", "model.layers.{i}.mlp.down_proj.weight", "blk.{i}.ffn_down.weight"),
     ("layers.{i}.feed_forward.w3.weight", "model.layers.{i}.mlp.up_proj.weight", "blk.{i}.ffn_up.weight"),
     ("norm.weight", "model.norm.weight", "output_norm.weight"),
-    ("output.weight", "lm_head.weight", "output.weight"),
+    (HEAD, "lm_head.weight", "output.weight"),
 )
 _META_TO_HF = {meta: hf for meta, hf, _ in _TABLE}
 _META_TO_GGUF = {meta: gguf for meta, _, gguf in _TABLE}
@@ -75,32 +76,14 @@ def is_rotary(meta: str) -> bool:
     return meta.endswith((".attention.wq.weight", ".attention.wk.weight"))
 
 
-def hf_rows(rows: Tensor, head_dim: int) -> Tensor:
-    """Where Meta's rows of wq or wk lie in a Hugging Face file: indices (N,) -> indices (N,).
-
-    `meta = hf[hf_rows(arange(n), head_dim)]`.
-    """
-    head, feature = rows // head_dim, rows % head_dim
-    return head * head_dim + feature % 2 * (head_dim // 2) + feature // 2
-
-
-def meta_rows(rows: Tensor, head_dim: int) -> Tensor:
-    """Where Hugging Face's rows of wq or wk lie in a Meta file: the inverse of `hf_rows`.
-
-    `hf = meta[meta_rows(arange(n), head_dim)]`.
-    """
-    head, feature = rows // head_dim, rows % head_dim
-    return head * head_dim + feature % (head_dim // 2) * 2 + feature // (head_dim // 2)
-
-
 def to_hf_rows(weight: Tensor, head_dim: int) -> Tensor:
     """Meta's wq or wk (heads*head_dim, dim) in Hugging Face's row order."""
-    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+    return weight.unflatten(0, (len(weight) // head_dim, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def to_meta_rows(weight: Tensor, head_dim: int) -> Tensor:
     """Hugging Face's wq or wk (heads*head_dim, dim) in Meta's row order."""
-    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    return weight.unflatten(0, (len(weight) // head_dim, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -121,11 +104,11 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every weight of the model and its shape, in Meta's order; a tied model has no output.weight."""
-    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (config.vocab_size, config.dim)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.dim)}
     per_layer = layer_shapes(config)
     for i in range(config.n_layers):
         shapes |= {f"layers.{i}.{name}": shape for name, shape in per_layer.items()}
     shapes["norm.weight"] = (config.dim,)
     if not config.tied:
-        shapes["output.weight"] = (config.vocab_size, config.dim)
+        shapes[HEAD] = (config.vocab_size, config.dim)
     return shapes

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nanollama import gate
+from nanollama.checkpoint.names import EMBEDDING, HEAD
 from nanollama.checkpoint.weights import CheckpointError
 
 
@@ -71,8 +72,7 @@ def _check_archive(path: Path) -> None:
 
 def _refuse_shared_bytes(path: Path, state: dict[str, Tensor]) -> None:
     """Two weights on the same bytes are damage, except the two ends of a tied model."""
-    tied = {"tok_embeddings.weight", "output.weight"}
     spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, name) for name, t in state.items() if t.numel())
     for (_, end, before), (start, _, name) in itertools.pairwise(spans):
-        if start < end and {before, name} != tied:
+        if start < end and {before, name} != {EMBEDDING, HEAD}:
             raise CheckpointError(path, f"{before} and {name} lie on the same bytes: the file is damaged")

@@ -18,11 +18,11 @@ from typing import Any, BinaryIO
 
 import torch
 
-from nanollama.checkpoint.weights import Lazy, row_blocks
+from nanollama.checkpoint.weights import STORED_DTYPES, Lazy, row_blocks
 
 ALIGNMENT = 64  # bytes; where torch puts each record, so that a memory-mapped tensor is aligned
 STORAGES = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16Storage, torch.float16: torch.HalfStorage}
-SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+SAFETENSORS = {dtype: name for name, dtype in STORED_DTYPES.items()}
 SAFETENSORS |= {torch.int8: "I8", torch.uint8: "U8"}  # an optimizer's moments in bytes
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanollama.checkpoint.names import weight_shapes
+from nanollama.checkpoint.names import EMBEDDING, weight_shapes
 from nanollama.gate import CheckpointError
 from nanollama.model import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STORED_DTYPES = {name.upper().replace("FP", "F"): dtype for name, dtype in DTYPES.items()}  # of safetensors and GGUF
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Weights(Mapping[str, Tensor]):
         self._entries = dict(entries)
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
         self.dtypes = {name: entry.dtype for name, entry in self._entries.items()}
-        self.dtype = self.dtypes["tok_embeddings.weight"]
+        self.dtype = self.dtypes[EMBEDDING]
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]

@@ -18,7 +18,7 @@ Load = Callable[[str, torch.dtype, str], Any]
 def resolve(name: str) -> dict[str | None, Load]:
     """The candidate's paths by label (None: its only one). Raises UsageError for a name that leads nowhere."""
     if name == "nanollama":
-        from parity.candidates.nano import PATHS
+        from parity.candidates.nano.model import PATHS
 
         paths: dict[str | None, Load] = {label: load for label, load in PATHS.items()}  # noqa: C416 (widens the key)
         return paths
@@ -39,7 +39,7 @@ def resolve(name: str) -> dict[str | None, Load]:
 
         return {None: environment_loader(name.removeprefix("env:"))}
     if name.startswith(("http://", "https://")):
-        from parity.candidates.endpoint import endpoint_loader
+        from parity.candidates.server.endpoint import endpoint_loader
 
         return {None: endpoint_loader(name)}
     if ":" not in name:

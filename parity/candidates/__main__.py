@@ -16,7 +16,7 @@ import torch
 
 from parity.candidates import resolve
 from parity.contract import Case, UsageError
-from parity.record import record
+from parity.run.run_candidate import record
 from parity.trace import Trace, TraceWriter
 
 

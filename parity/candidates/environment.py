@@ -18,9 +18,9 @@ import torch
 from nanollama.checkpoint import open_checkpoint
 from parity import serve
 from parity.candidates.command import Command, dtype_name
+from parity.candidates.crash import Crashed, Wrong
 from parity.candidates.interface import ATTRIBUTES, METHODS, accepted
 from parity.contract import UsageError
-from parity.crash import Crashed, Wrong
 
 PREFIX = "env:"
 TABLE = {

@@ -1,7 +1,7 @@
 """The candidate interface as one table: what a candidate may have, what it returns, and which check it feeds.
 
 The harness asks through `Interface`, which looks the table up; docs/parity.md's tables are printed from it, and what a
-report says about a missing method stands in it. To add a method, add a row, and ask for it in parity/recorder.py.
+report says about a missing method stands in it. To add a method, add a row, and ask for it in parity/run/recorder.py.
 
     python -m parity.candidates.interface        # prints: | method | check | returns | ...
 """
@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 
 from parity import outside
-from parity.conditions import Conditions
+from parity.candidates.conditions import Conditions
+from parity.candidates.crash import Crashed, Wrong
 from parity.contract import DTYPES, UsageError
-from parity.crash import Crashed, Wrong
 from parity.outside import kind_of
 
 

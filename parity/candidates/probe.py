@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from parity import answers
+from parity.candidates import answers
+from parity.candidates.crash import Crashed, Failure, Unasked, Wrong, failure
 from parity.candidates.interface import Interface, declared, declared_dtypes, loaded, refuse_undeclared
 from parity.contract import Case, UsageError
-from parity.crash import Crashed, Failure, Unasked, Wrong, failure
-from parity.process import Crash, started, wait_any
+from parity.run.process import Crash, started, wait_any
 
 TOKENS = 3
 FILE = "probe.json"
@@ -30,7 +30,7 @@ class Probed:
     """What a candidate says about itself, and how it answered."""
 
     undone: dict[str, str] = field(default_factory=dict)  # dtype -> why the candidate has none
-    failures: list[dict[str, Any]] = field(default_factory=list)  # as parity.crash.Failure
+    failures: list[dict[str, Any]] = field(default_factory=list)  # as parity.candidates.crash.Failure
     notices: list[str] = field(default_factory=list)
     max_positions: int | None = None
     answer: int | None = None  # a checksum of what it answered; None of one that was not asked

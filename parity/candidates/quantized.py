@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nanollama.checkpoint import open_checkpoint
 from nanollama.model import KVCache
-from nanollama.quantize import GROUP_INPUTS, apply_head, load_quantized, weight_bytes
-from parity.candidates.nano import config_echo, taps_of
+from nanollama.speed.quantize import GROUP_INPUTS, load_quantized, weight_bytes
+from parity.candidates.nano.model import config_echo, taps_of
 
 
 class Quantized:
@@ -44,7 +44,7 @@ class Quantized:
         return taps_of(self.model, tokens)
 
     def _logits(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
-        return apply_head(self.model, self.model.hidden(tokens, cache=cache))
+        return self.model.logits(self.model.hidden(tokens, cache=cache))
 
 
 def int8(checkpoint: str, dtype: torch.dtype, device: str) -> Quantized:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from parity.checks import decoding, forward, identity, ops, training
 from parity.contract import Result
-from parity.evidence import Evidence
+from parity.measure.evidence import Evidence
 
 CHECKS: dict[str, Callable[[Evidence], Iterator[Result]]] = {
     "tokens": identity.tokens,

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from parity.contract import Result, Status, judge
-from parity.evidence import Evidence, Pair
-from parity.tolerances import BOUNDS
+from parity.measure.evidence import Evidence, Pair
+from parity.measure.tolerances import BOUNDS
 
 
 def greedy(ev: Evidence) -> Iterator[Result]:

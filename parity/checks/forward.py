@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 import torch
 
+from parity.candidates.crash import unrun
 from parity.candidates.interface import lacking
 from parity.contract import Result, Status, judge
-from parity.crash import unrun
-from parity.evidence import Evidence, Pair, worst_ratio
-from parity.metrics import TapError, own_noise, percentile
-from parity.tolerances import BOUNDS, KL_FLOOR_NATS, KL_POSITIONS
+from parity.measure.evidence import Evidence, Pair, worst_ratio
+from parity.measure.metrics import TapError, own_noise, percentile
+from parity.measure.tolerances import BOUNDS, KL_FLOOR_NATS, KL_POSITIONS
 
 
 def broken_or_missing(ev: Evidence, pair: Pair, check: str, gate: str, taps: list[str]) -> Iterator[Result]:

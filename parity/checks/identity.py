@@ -8,11 +8,11 @@ reference follows another: that reference does not judge it, and the report says
 from collections.abc import Iterator
 from typing import Any
 
-from parity import table
 from parity.candidates.interface import lacking
 from parity.contract import Result, Status, judge
-from parity.evidence import Evidence
-from parity.tolerances import BOUNDS
+from parity.measure import rope_table
+from parity.measure.evidence import Evidence
+from parity.measure.tolerances import BOUNDS
 
 KEYS = {"tokens": ("token_ids", "corpus_ids"), "chat": ("dialog_ids",)}
 Row = tuple[str, int, list[int], list[int]]  # list of a trace, index of the text, the candidate's ids, another's
@@ -188,11 +188,11 @@ def rope(ev: Evidence) -> Iterator[Result]:
                 reason = f"{wrong[0]} has shape {tuple(mine[wrong[0]].shape)}: expected {tuple(theirs[wrong[0]].shape)}"
                 yield Result("rope", "G1", Status.FAIL, reason=reason, where=wrong[0], **labels)
                 continue
-            found = table.worst(mine, theirs, config, positions)
+            found = rope_table.worst(mine, theirs, config, positions)
             where = f"{found.table}, position {positions[found.row]}, pair {found.pair}: {found.ulp:.3g} ulp of 1.0"
             beyond = not found.share <= BOUNDS["G1"].value
             yield judge(
                 found.share, BOUNDS["G1"].value, check="rope", gate="G1", metric="max |difference|",
                 unit=BOUNDS["G1"].unit, where=where if found.share != 0 else None,
-                reason=table.cause(mine, config, positions) if beyond else None, **labels,
+                reason=rope_table.cause(mine, config, positions) if beyond else None, **labels,
             )  # fmt: skip

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from parity.candidates.interface import lacking
 from parity.contract import Result, Status, judge
-from parity.evidence import Evidence, Pair, envelope, worst_ratio
-from parity.forced import op_names
-from parity.metrics import TapError
-from parity.rotation import frequencies, pairs
-from parity.tolerances import BOUNDS, TABLE_ULP
+from parity.explain.rotation import frequencies, pairs
+from parity.measure.evidence import Evidence, Pair, envelope, worst_ratio
+from parity.measure.metrics import TapError
+from parity.measure.tolerances import BOUNDS, TABLE_ULP
+from parity.run.teacher_forcing import op_names
 from parity.trace import Trace
 
 

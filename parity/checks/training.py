@@ -11,11 +11,11 @@ from torch import Tensor
 
 from parity.candidates.interface import lacking
 from parity.contract import UNIT, Result, Status, judge
-from parity.evidence import Evidence, Pair
-from parity.metrics import ratio
-from parity.tolerances import BOUNDS, STEP_DIGITS
+from parity.measure.evidence import Evidence, Pair
+from parity.measure.metrics import ratio
+from parity.measure.tolerances import BOUNDS, STEP_DIGITS
+from parity.run.training import DTYPE, FILE, IGNORED, MADE_STEPS, STEPS_FILE, read, splits
 from parity.trace import Trace
-from parity.training import DTYPE, FILE, IGNORED, MADE_STEPS, STEPS_FILE, read, splits
 
 U = UNIT[DTYPE]
 GRAD, STEP = BOUNDS["G8.grad"].value, BOUNDS["G8.step"].value

@@ -12,9 +12,9 @@ from typing import Any
 
 from parity.contract import UsageError
 from parity.peers.registry import Peer
-from parity.prompts import seeded
-from parity.shapes import SHAPES, Shape
-from parity.synth import synthesise
+from parity.run.prompts import seeded
+from parity.synth.checkpoint import synthesise
+from parity.synth.shapes import SHAPES, Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKS = "logits,kl,argmax,greedy,cache,metamorphic"
@@ -86,7 +86,7 @@ def environment(peer: Peer, envs: Path) -> Path:
 
 def made(name: str, folder: Path) -> Path:
     """The checkpoint, written once. A .gguf has a vocabulary, since some readers take the number of tokens from it."""
-    from parity.family import sentencepiece_model
+    from parity.mutants.family import sentencepiece_model
 
     shape, format, dtype = CHECKPOINTS[name]
     out = folder / (f"{name}.gguf" if format == "gguf" else name)

@@ -12,8 +12,8 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup
 
 from parity.contract import tap_names
+from parity.measure.tolerances import BOUNDS
 from parity.report.terminal import number
-from parity.tolerances import BOUNDS
 
 WIDTH, HEIGHT = 1150, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 64  # of the plot, in pixels

@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
+from parity.candidates.conditions import Conditions
+from parity.candidates.crash import results_of
 from parity.checks import CHECKS
 from parity.checks.identity import disagreements
 from parity.checks.training import gradient_noise
-from parity.conditions import Conditions
 from parity.contract import Result, Status
-from parity.crash import results_of
-from parity.evidence import Evidence, Pair
-from parity.localise import first_divergence, rho_curve
+from parity.explain.localise import first_divergence, rho_curve
 from parity.machine import installed
-from parity.metrics import LogitRows, noise, percentile, ratio
-from parity.runner import Runner
-from parity.table import grades
-from parity.training import DTYPE
+from parity.measure.evidence import Evidence, Pair
+from parity.measure.metrics import LogitRows, noise, percentile, ratio
+from parity.measure.rope_table import grades
+from parity.run.runner import Runner
+from parity.run.training import DTYPE
 
 SCHEMA = "nanollama.parity/1"
 PACKAGES = ("torch", "transformers", "llama_models", "fairscale", "safetensors", "tokenizers", "tiktoken")
@@ -252,7 +252,7 @@ def count_parameters(meta: dict[str, Any]) -> int:
 
 def own_peak_bytes() -> int:
     """Peak resident memory of this process; an upper bound of its anonymous part."""
-    from parity.process import anonymous_bytes
+    from parity.run.process import anonymous_bytes
 
     return anonymous_bytes(os.getpid())
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from parity.candidates.describe import Description
+from parity.candidates.crash import results_of, unrun
+from parity.candidates.nano.checkpoint import Description
 from parity.candidates.probe import Probed
 from parity.contract import Result, Status
-from parity.crash import results_of, unrun
 from parity.machine import threads_for
 from parity.report.summary import SCHEMA, environment, own_peak_bytes, verdict
 

@@ -18,7 +18,7 @@ from nanollama.checkpoint.names import weight_shapes
 from nanollama.model import ModelConfig, Transformer
 from parity.peers.ggml import without_repacking
 from reference.files import open_folder
-from reference.oracle import Oracle, forward
+from reference.oracle.forward import Oracle, forward
 
 Round = Callable[[Tensor], Tensor]
 

@@ -11,8 +11,8 @@ import pytest
 
 from nanollama.checkpoint import convert
 from parity.check import main
-from parity.family import FAMILY
-from parity.synth import write_meta
+from parity.mutants.family import FAMILY
+from parity.synth.checkpoint import write_meta
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'nanollama[interop]'")
 

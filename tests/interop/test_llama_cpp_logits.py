@@ -103,7 +103,7 @@ def test_without_rope_freqs_the_same_gate_fails(tmp_path: Path) -> None:
 
 def test_a_trained_model_tells_the_same_story(tmp_path: Path, test_data: Callable[[str], Path]) -> None:
     """stories260K, greedy from BOS, 200 tokens: llama.cpp's text is ours."""
-    from nanollama.generate import Llama, Sampling
+    from nanollama.generation.llama import Llama, Sampling
 
     source, tokenizer = test_data("stories260K.bin"), test_data("tok512.bin")
     convert(source, tmp_path / "x.gguf", "gguf", tokenizer=tokenizer)

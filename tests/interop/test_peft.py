@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from checkpoint_cases import FAMILIES
+from finetune.build import fresh_weights
 from finetune.lora import adapter_of, add_lora_, add_rows_, lora_parameters, merged_weights
-from finetune.start import fresh_weights
-from nanollama.adapter import LINEARS, merged, read_adapter, write_adapter
 from nanollama.checkpoint import write_hf
+from nanollama.checkpoint.adapter import LINEARS, merged, read_adapter, write_adapter
+from nanollama.checkpoint.peft_config import IDLE, PLAIN, read_config
 from nanollama.model import ModelConfig, Transformer
-from nanollama.peft_config import IDLE, PLAIN, read_config
 
 peft = pytest.importorskip("peft", reason="peft is in the extra interop: pip install 'nanollama[interop]'")
 # peft asks transformers by a name that transformers is about to drop.

@@ -13,17 +13,16 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from finetune.entry import run_entry
-from finetune.lora import add_lora_, lora_parameters, merge_
+from finetune.build import fresh_weights
+from finetune.lora import NF4Linear, add_lora_, lora_parameters, merge_, quantize_base_
 from finetune.metrics import read_metrics
-from finetune.nf4 import NF4Linear, quantize_base_
 from finetune.prepare.stories import stories
 from finetune.prepare.tokenizer import train_tokenizer
-from finetune.start import fresh_weights
+from finetune.run import run_entry
 from finetune.text import ENTRY
 from finetune.train import Loop
-from nanollama.adapter import LINEARS
 from nanollama.checkpoint import open_checkpoint, write_meta
+from nanollama.checkpoint.adapter import LINEARS
 from nanollama.model import ModelConfig, Transformer
 from nanollama.tokenizer import open_tokenizer
 

@@ -28,7 +28,7 @@ def scaled_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
 def test_transformers_greedy_continuation_is_ours(tmp_path: Path, family: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    from nanollama.generate import Llama, Sampling
+    from nanollama.generation.llama import Llama, Sampling
 
     config = FAMILIES[family]
     write_hf(tmp_path / "hf", config, scaled_weights(config))

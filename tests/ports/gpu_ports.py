@@ -2,7 +2,7 @@
 
 import torch
 
-from parity.candidates.nano import Nano
+from parity.candidates.nano.model import Nano
 
 
 def right(checkpoint: str, dtype: torch.dtype, device: str) -> Nano:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from nanollama.quantize import QuantLinear
+from nanollama.speed.quantize import QuantLinear
 from parity.candidates.quantized import Quantized
 
 Load = Callable[[str, torch.dtype, str], Quantized]

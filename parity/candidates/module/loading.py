@@ -19,7 +19,7 @@ from parity.candidates.module import matching
 from parity.candidates.module.calling import Caller
 from parity.candidates.module.fields import constructed, default_dtype, positions
 from parity.candidates.module.hooked import Hooks
-from parity.candidates.nano import taps_of
+from parity.candidates.nano.model import taps_of
 from parity.contract import UsageError
 
 PROBE = (1, 5, 2, 7, 3, 11, 4, 6)  # tokens by which readings are told apart

@@ -1,0 +1,154 @@
+"""Dialogues in files -> documents with a mask of what the assistant says, in memory.
+
+{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+
+`finetune.data.shapes` lists the other shapes. A dialogue is one document and is never cut: what does not fit a row
+cannot be used, and `--on_bad` says what becomes of it. The ids and the mask are `nanollama.chat`'s, the same ids that
+the chat in the terminal sends.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from finetune.data.documents import HOLD_OUT_EACH, Bools, Ints
+from finetune.data.files import NAMED, Say, find_files, silent
+from finetune.data.rows import ROW_SUFFIXES, Row, hub_rows, read_rows
+from finetune.data.shapes import Dialogue, as_dialogue
+from nanollama.chat import encode_chat, template_source
+from nanollama.tokenizer import Tokenizer
+
+
+@dataclass
+class Dialogs:
+    """`finetune.data.documents.MaskedDocuments`: dialogue i is ids[starts[i] : starts[i + 1]]."""
+
+    bos_id: int | None
+    ids: Ints
+    said: Bools  # of each id: whether it is one that the assistant says
+    starts: Ints
+
+    @property
+    def lengths(self) -> Ints:
+        return np.diff(self.starts)
+
+    def tokens(self, document: int, start: int, stop: int) -> Ints:
+        begin = int(self.starts[document])
+        return self.ids[begin + start : begin + stop]
+
+    def mask(self, document: int, start: int, stop: int) -> Bools:
+        begin = int(self.starts[document])
+        return self.said[begin + start : begin + stop]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.ids.tobytes() + self.said.tobytes() + self.starts.tobytes()).hexdigest()
+
+
+def read_dialogs(
+    path: Path,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    *,
+    on_bad: Literal["skip", "stop"] = "stop",
+    say: Say = silent,
+) -> tuple[Dialogs, Dialogs]:
+    """(training, held out): each 20th dialogue is held out; fewer than 20 stand on both sides.
+
+    Says which keys were left unread and which dialogues cannot be used: not JSON, no messages, a wrong role, nothing
+    that the assistant says, more than `seq_len` tokens. Raises ValueError for those unless they are to be skipped.
+    """
+    encoded: list[tuple[Ints, Bools]] = []
+    bad: list[str] = []
+    unread: Counter[str] = Counter()
+    for row in _rows(path, say):
+        try:
+            if row.trouble:
+                raise ValueError(row.trouble)
+            dialogue = as_dialogue(row.value)
+            unread.update(dialogue.unread)
+            encoded.append(_encode(dialogue, tokenizer, seq_len))
+        except ValueError as error:  # ChatError is one
+            bad.append(f"{row.where}: {error}")
+    _report(bad, len(encoded) + len(bad), on_bad, say)
+    if unread:
+        counted = [f"{key} ({count:,})" for key, count in unread.most_common()]
+        say(f"data: keys beside the dialogues that are left unread: {', '.join(counted)}")
+    if not encoded:
+        raise ValueError(f"--data {path}: holds no dialogue: one JSON object with messages a line")
+    small = len(encoded) < HOLD_OUT_EACH
+    is_held = [i % HOLD_OUT_EACH == HOLD_OUT_EACH - 1 for i in range(len(encoded))]
+    train = [e for e, held in zip(encoded, is_held, strict=True) if not held]
+    val = encoded if small else [e for e, held in zip(encoded, is_held, strict=True) if held]
+    bos_id = tokenizer.bos_id if tokenizer.add_bos else None
+    return _joined(train, bos_id), _joined(val, bos_id)
+
+
+def _rows(path: Path, say: Say) -> Iterator[Row]:
+    """Of a file, a folder of them, or a data set of the hub."""
+    if not path.exists():
+        yield from hub_rows(str(path))
+        return
+    files, title = find_files(path, ROW_SUFFIXES, say)
+    if title != path.stem:
+        say(f"data: {title} ({', '.join(ROW_SUFFIXES)} are read)")
+    for file in files:
+        yield from read_rows(file)
+
+
+def _report(bad: Sequence[str], count: int, on_bad: str, say: Say) -> None:
+    """The first few dialogues that cannot be used. Raises ValueError unless they are to be skipped."""
+    if not bad:
+        return
+    many = f"{len(bad):,} of {count:,} dialogues cannot be used"
+    if len(bad) > 1 or on_bad == "skip":
+        more = f"; the first {NAMED}" if len(bad) > NAMED else ""
+        say(f"data: {many}{' and are left out' if on_bad == 'skip' else ''}{more}:")
+        for line in bad[:NAMED]:
+            say(f"  {line}")
+    if on_bad == "stop":
+        raise ValueError(f"{bad[0]} ({many}; --on_bad skip leaves {'it' if len(bad) == 1 else 'them'} out)")
+
+
+def _encode(dialogue: Dialogue, tokenizer: Tokenizer, seq_len: int) -> tuple[Ints, Bools]:
+    """Ids, and which of them are learned. Raises ValueError."""
+    if dialogue.tools and "tools" not in (tokenizer.chat_template or ""):
+        raise ValueError(
+            f'"tools": {template_source(tokenizer)} shows no definitions of tools: write them into the system message, '
+            "or drop the key"
+        )
+    chat = encode_chat(
+        dialogue.messages,
+        tokenizer,
+        add_generation_prompt=False,
+        require_assistant=True,
+        tools=dialogue.tools or None,
+    )
+    if len(chat.ids) > seq_len:
+        raise ValueError(f"{len(chat.ids)} tokens do not fit --seq_len {seq_len}: raise it, or split the dialogue")
+    mask = np.array(chat.loss_mask, dtype=np.bool_)
+    learned = [is_learned for m, is_learned in zip(dialogue.messages, dialogue.learned, strict=True) if _is_said(m)]
+    return np.array(chat.ids, dtype=np.int64), mask if all(learned) else _only(learned, mask)
+
+
+def _is_said(message: Any) -> bool:
+    return message["role"] == "assistant"
+
+
+def _only(learned: Sequence[bool], mask: Bools) -> Bools:
+    """The mask without the assistant's messages that have weight 0: each message is one run of it."""
+    begins = mask & ~np.append(False, mask[:-1])
+    if int(begins.sum()) != len(learned):
+        raise ValueError("weight 0: this chat format does not keep the assistant's messages apart; drop the weights")
+    if not any(learned):
+        raise ValueError("each of the assistant's messages has weight 0: nothing to train on")
+    return mask & np.append(False, learned)[np.cumsum(begins)]
+
+
+def _joined(encoded: list[tuple[Ints, Bools]], bos_id: int | None) -> Dialogs:
+    starts = np.cumsum([0, *(len(ids) for ids, _ in encoded)])
+    return Dialogs(bos_id, np.concatenate([i for i, _ in encoded]), np.concatenate([m for _, m in encoded]), starts)

@@ -1,0 +1,105 @@
+"""Which files a path of data stands for. Hidden ones stay out; what else is left out, or lies there twice, is said.
+Files that are written here come whole or not at all.
+
+files, others = find_files(Path("notes"), (".txt", ".jsonl"), print)
+# data: notes/b.txt holds the same as notes/a.txt: what is in them counts twice
+"""
+
+import codecs
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+Say = Callable[[str], None]
+
+NAMED = 5  # files or lines that a message lists
+LFS_POINTER = b"version https://git-lfs"
+NO_TEXT = {
+    codecs.BOM_UTF16_LE: "UTF-16: save it as UTF-8",
+    codecs.BOM_UTF16_BE: "UTF-16: save it as UTF-8",
+    b"\x1f\x8b": "compressed: unpack it",
+    b"PK\x03\x04": "a zip archive: unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed: unpack it",
+    LFS_POINTER: "a git-lfs pointer and not the file: run git lfs pull in its folder",
+}
+
+
+def silent(text: str) -> None:
+    """For callers that have nobody to tell."""
+
+
+def find_files(
+    path: Path, suffixes: Sequence[str], say: Say, accept: Callable[[Path], bool] = lambda path: True
+) -> tuple[tuple[Path, ...], str]:
+    """The file, or the files below the folder that have one of the suffixes, sorted; and a name for these data.
+
+    The name lists what else lies in the folder, but for hidden files. accept: looks into a file and says whether it
+    is data.
+    """
+    if not path.is_dir():
+        return (path,), path.stem
+    below = [p for p in sorted(path.rglob("*")) if p.is_file() and not _is_hidden(p.relative_to(path))]
+    files = {p: None for p in below if p.suffix.lower() in suffixes and accept(p)}
+    others = [str(p.relative_to(path)) for p in below if p not in files]
+    for first, second in _twins(list(files)):
+        say(f"data: {second} holds the same as {first}: what is in them counts twice")
+    return tuple(files), f"{path.stem} without {listed(others)}" if others else path.stem
+
+
+def _is_hidden(relative: Path) -> bool:
+    """Also in a hidden folder: .ipynb_checkpoints, .git, macOS's ._name."""
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _twins(files: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
+    """Files of the same content. Only those of the same size are read."""
+    sized, seen = defaultdict(list), dict[bytes, Path]()
+    for path in files:
+        sized[path.stat().st_size].append(path)
+    for size, paths in sized.items():
+        for path in paths if size and len(paths) > 1 else ():
+            with path.open("rb") as file:
+                digest = _digest(file.read, size)
+            if digest in seen:
+                yield seen[digest], path
+            seen.setdefault(digest, path)
+
+
+def _digest(read: Callable[[int], bytes], size: int) -> bytes:
+    digest = hashlib.sha256(str(size).encode())
+    while block := read(1 << 20):
+        digest.update(block)
+    return digest.digest()
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def check_text(path: Path) -> None:
+    """Raises ValueError for what cannot be UTF-8 text, or is only a stand-in for it."""
+    with path.open("rb") as file:
+        head = file.read(len(LFS_POINTER))
+    found = [what for start, what in NO_TEXT.items() if head.startswith(start)]
+    if not found and len(head) > 3 and (not any(head[:8:2]) or not any(head[1:8:2])):  # without a mark
+        found = ["UTF-16: save it as UTF-8"]
+    if found:
+        raise ValueError(f"--data {path}: is {found[0]}")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,148 @@
+"""Rows of data, whatever file they lie in: an object a line, an array, objects over several lines, .parquet, or a data
+set of the hub.
+
+    for row in read_rows(Path("dialogs.jsonl")):
+        print(row.where, row.trouble or row.value)     # --data dialogs.jsonl line 1 {'messages': ...}
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from finetune.data.files import check_text
+
+ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SPACE = re.compile(r"\s*")
+
+
+class Row(NamedTuple):
+    """One row, or why there is none."""
+
+    where: str  # file and line, as messages name them
+    value: Any
+    trouble: str = ""
+
+
+def is_parquet(path: Path) -> bool:
+    """By its first bytes, whatever its name."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PAR1"
+
+
+def is_array(path: Path) -> bool:
+    """Whether the file is one JSON array, and not an object a line."""
+    return next(_lines(path), "").lstrip().startswith("[")
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of one file. Raises ValueError for a file that holds none; a bad line is a row with a trouble."""
+    if is_parquet(path):
+        for group in range(len(parquet_groups(path))):
+            yield from parquet_rows(path, group)
+        return
+    check_text(path)
+    first = next(_lines(path), "").strip()
+    if first.startswith("[") or first == "{":
+        for number, value in enumerate(_values(path), start=1):
+            yield Row(f"--data {path} item {number}", value)
+        return
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:  # all kinds of line ends; not U+2028
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield parse_line(f"--data {path} line {number}", line)
+
+
+def parse_line(where: str, line: str) -> Row:
+    try:
+        line.encode()
+        return Row(where, json.loads(line))
+    except UnicodeEncodeError:
+        return Row(where, None, "not UTF-8: save the file as UTF-8")
+    except (ValueError, RecursionError) as error:
+        return Row(where, None, f"not JSON: {error}")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Those that hold something."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        yield from (line for line in file if line.strip())
+
+
+def _values(path: Path) -> Iterator[Any]:
+    """The items of an array, or objects one after another, over however many lines. Raises ValueError."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--data {path}: not UTF-8 at byte {error.start}: save the file as UTF-8") from None
+    try:
+        if text.lstrip().startswith("["):
+            yield from json.loads(text)
+            return
+        at = 0
+        while (at := SPACE.match(text, at).end()) < len(text):  # type: ignore[union-attr]  # it matches nothing, too
+            value, at = json.JSONDecoder().raw_decode(text, at)
+            yield value
+    except json.JSONDecodeError as error:
+        what = "a JSON array" if text.lstrip().startswith("[") else "JSON objects over several lines"
+        raise ValueError(f"--data {path} line {error.lineno}: not JSON: begins as {what}, then: {error.msg}") from None
+    except RecursionError:
+        raise ValueError(f"--data {path}: not JSON that can be read: nested too deep") from None
+
+
+def parquet_groups(path: Path) -> list[int]:
+    """How many rows each part of a .parquet file has, in which it can be read. Raises ValueError."""
+    found = _parquet(path)
+    return [found.metadata.row_group(i).num_rows for i in range(found.num_row_groups)]
+
+
+def parquet_rows(path: Path, group: int) -> Iterator[Row]:
+    """The rows of one part."""
+    first = 1 + sum(parquet_groups(path)[:group])
+    for number, value in enumerate(_parquet(path).read_row_group(group).to_pylist(), start=first):
+        yield Row(f"--data {path} row {number}", without_nulls(value))
+
+
+def _parquet(path: Path) -> Any:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ValueError(f"--data {path}: .parquet needs the extra: pip install 'nanollama[data]'") from None
+    try:
+        return parquet.ParquetFile(path)
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"--data {path}: not readable as .parquet: {' '.join(str(error).split())}") from None
+
+
+def is_hub_id(name: str) -> bool:
+    return bool(HUB_ID.fullmatch(name)) and not name.endswith((*ROW_SUFFIXES, ".txt"))
+
+
+def hub_rows(name: str) -> Iterator[Row]:
+    """The training split of a data set of the hub, or of its copy in the cache. Raises ValueError."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f"--data {name}: no such file or folder; a data set of the hub needs the extra: pip install "
+            "'nanollama[data]'"
+        ) from None
+    try:
+        found = datasets.load_dataset(name, split="train")
+    except Exception as error:  # of several libraries: offline, unknown, gated, several configurations, no such split
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--data {name}: no such file or folder, and as a data set of the hub it could not be had: "
+            f"{type(error).__name__}: {reason[:300]}"
+        ) from None
+    for number, value in enumerate(found, start=1):
+        yield Row(f"--data {name} row {number}", without_nulls(value))
+
+
+def without_nulls(value: Any) -> Any:
+    """Arrow gives every row the keys of all: those that a row did not have are null there, at any depth."""
+    if isinstance(value, dict):
+        return {key: without_nulls(v) for key, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value

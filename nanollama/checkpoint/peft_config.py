@@ -1,0 +1,144 @@
+"""adapter_config.json: which modules a LoRA of peft's changes, each with which rank and alpha.
+
+Settings that leave formula and base alone are known by name; any other that is switched on is refused by name, since
+an adapter applied without it is another model. Modules carry peft's names: model.layers.3.self_attn.q_proj.
+
+    python -c "from nanollama.checkpoint.peft_config import read_config; print(read_config('DIR/adapter_config.json'))"
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanollama.checkpoint.fields import Fields, read_json
+from nanollama.checkpoint.weights import CheckpointError
+
+# Values that switch nothing on; most other initialisations take the adapter's start out of the base (pissa, olora).
+PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
+# What only describes files, the training, or switches that are off.
+IDLE = frozenset(
+    ("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core", "peft_version")
+    + ("qalora_group_size", "revision", "runtime_config", "task_type")
+)
+LLAMA = ("q_proj", "v_proj")  # peft's targets for a Llama where none are named
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """One adapter's settings. `targets` and `excluded`: a regular expression, or a tuple of endings of names."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    ranks: dict[str, int]  # pattern of a module -> its rank, where it is another
+    alphas: dict[str, float]
+    targets: str | tuple[str, ...]
+    excluded: str | tuple[str, ...]
+    layers: tuple[int, ...]  # none: all
+    layer_lists: tuple[str, ...]  # patterns of what comes before a layer's number; none: anything
+    whole: tuple[str, ...]  # endings of modules that are stored as they are
+    rows: dict[str, tuple[int, ...]]  # module -> ids of the rows that are stored as they are
+
+    def rank_of(self, module: str) -> int:
+        return next((rank for pattern, rank in self.ranks.items() if _fits(pattern, module)), self.rank)
+
+    def alpha_of(self, module: str) -> float:
+        """What is divided by the rank; rank-stabilised LoRA (arXiv 2312.03732) divides alpha by the rank's root."""
+        alpha = next((alpha for pattern, alpha in self.alphas.items() if _fits(pattern, module)), self.alpha)
+        return alpha * math.sqrt(self.rank_of(module)) if self.rslora else alpha
+
+    def changes(self, module: str) -> bool:
+        """Whether the module has a lora_A and lora_B. Source: check_target_module_exists of peft."""
+        kept = any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.whole)
+        if kept or _named(self.excluded, module) or not _named(self.targets, module):
+            return False
+        if not self.layers or isinstance(self.targets, str) or module in self.targets:
+            return True
+        lists = self.layer_lists or (r"[^.]*",)
+        found = next(filter(None, (re.match(rf"(?:.*?\.)?{name}\.(\d+)\.", module) for name in lists)), None)
+        return found is not None and int(found.group(1)) in self.layers
+
+    def is_whole(self, module: str) -> bool:
+        return module.endswith(self.whole)
+
+    def rows_of(self, module: str) -> tuple[int, ...]:
+        return next((ids for name, ids in self.rows.items() if _named((name,), module)), ())
+
+
+def _fits(pattern: str, module: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def _named(names: str | tuple[str, ...], module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(f".{module}".endswith(f".{name}") for name in names)
+
+
+def read_config(path: Path) -> PeftConfig:
+    """Raises CheckpointError, one line, for a setting that is unknown or wrong."""
+    found = {key: value for key, value in read_json(path).items() if value not in (None, "", [], {})}
+    fields = Fields(path, {"peft_type": "missing", **found})
+    try:
+        config = _taken(fields)
+    except re.error as error:
+        raise CheckpointError(path, f"{error.pattern!r} is no regular expression ({error}): mend it") from None
+    try:
+        fields.finish(IDLE)
+    except CheckpointError as error:
+        raise CheckpointError(str(error), "merge it into its base with peft and open the result") from None
+    return config
+
+
+def _taken(fields: Fields) -> PeftConfig:
+    for key, plain in PLAIN.items():
+        value = fields.take(key, plain[0])
+        if value not in plain:
+            wanted = " or ".join(repr(good) for good in plain)
+            raise fields.error(key, f"is {value!r}: of LoRA's kinds only {wanted} is read; merge it with peft")
+    targets = _names(fields, "target_modules", pattern=True) or LLAMA
+    layers = fields.take("layers_to_transform", [])
+    rows = fields.take("trainable_token_indices", {})
+    by_module = rows if isinstance(rows, dict) else {"embed_tokens": rows}
+    return PeftConfig(
+        rank=fields.integer("r"),
+        alpha=fields.number("lora_alpha"),
+        rslora=fields.flag("use_rslora"),
+        ranks=_by_pattern(fields, "rank_pattern", Fields.integer),
+        alphas=_by_pattern(fields, "alpha_pattern", Fields.number),
+        targets=r".*_proj" if str(targets).lower() == "all-linear" else targets,
+        excluded=_names(fields, "exclude_modules", pattern=True),
+        layers=_numbers(fields, "layers_to_transform", layers if isinstance(layers, list) else [layers]),
+        layer_lists=tuple(map(_regex, _names(fields, "layers_pattern"))),
+        whole=tuple(map(_regex, _names(fields, "modules_to_save"))),
+        rows={module: _numbers(fields, "trainable_token_indices", ids) for module, ids in by_module.items()},
+    )
+
+
+def _regex(pattern: str) -> str:
+    re.compile(pattern)
+    return pattern
+
+
+def _by_pattern(fields: Fields, key: str, read: Callable[[Fields, str], Any]) -> dict[str, Any]:
+    found = fields.checked(key, {}, lambda value: type(value) is dict, "an object of patterns and numbers")
+    inner = Fields(fields.path, found, f"{key}.")
+    return {_regex(pattern): read(inner, pattern) for pattern in found}
+
+
+def _names(fields: Fields, key: str, *, pattern: bool = False) -> str | tuple[str, ...]:
+    """A list of names; one string is one name, or with `pattern` a regular expression."""
+    is_names = lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value)
+    value = fields.checked(key, [], lambda value: isinstance(value, str) or is_names(value), "names of modules")
+    if isinstance(value, str):
+        return _regex(value) if pattern else (value,)
+    return tuple(value)
+
+
+def _numbers(fields: Fields, key: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(i) is int and i >= 0 for i in value):
+        raise fields.error(key, f"is {value!r}: expected whole numbers from 0")
+    return tuple(value)

@@ -1,0 +1,1 @@
+"""What makes a token cheaper: compiled and CUDA-graph steps, integer weights, large pages."""

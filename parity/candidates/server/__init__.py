@@ -1,0 +1,1 @@
+"""Candidates behind HTTP: completions and log-probabilities."""

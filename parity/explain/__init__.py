@@ -1,0 +1,1 @@
+"""Where the first departure is, and why."""

@@ -1,0 +1,1 @@
+"""Errors in units of the references' own rounding: metrics, evidence, tolerances."""

@@ -1,0 +1,1 @@
+"""Seeded checkpoints: shapes, and their files. `python -m parity.synth` writes one."""

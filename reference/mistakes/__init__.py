@@ -1,0 +1,1 @@
+"""What implementations get wrong, one at a time, put into the oracle. `python -m reference.mistakes` lists them."""

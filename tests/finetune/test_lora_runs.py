@@ -1,0 +1,164 @@
+"""Whole LoRA runs through the command line: resumed bit by bit, an adapter picked up again, refusals in one line."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import safetensors.torch
+import torch
+
+from finetune.build import fresh_weights
+from finetune.metrics import read_metrics
+from finetune.prepare.stories import stories
+from finetune.prepare.tokenizer import train_tokenizer
+from finetune.run import base_name, run_entry
+from finetune.text import ENTRY
+from finetune.train import Loop
+from nanollama.__main__ import COMMANDS
+from nanollama.checkpoint import open_checkpoint, write_meta
+from nanollama.checkpoint.adapter import CONFIG, TENSORS
+from nanollama.cli import run as run_command
+from nanollama.model import ModelConfig
+from nanollama.tokenizer import open_tokenizer
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stories, and a base with its tokenizer."""
+    folder, texts = tmp_path_factory.mktemp("lora"), stories(40)
+    (folder / "stories.txt").write_text("<|endoftext|>".join(texts))
+    train_tokenizer(texts, 300, folder / "t.model")
+    words = open_tokenizer(folder / "t.model").vocab_size
+    config = ModelConfig(
+        dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=words, hidden_dim=48, max_seq_len=128, tied=True
+    )
+    weights = fresh_weights(config, torch.Generator().manual_seed(0))
+    write_meta(folder / "base", config, weights, tokenizer=folder / "t.model")
+    return folder
+
+
+def run(home: Path, out: Path, *flags: str) -> int | str | None:
+    """The exit code of a run of 8 steps with dropout, in this process."""
+    line = ["--data", str(home / "stories.txt"), "--ckpt", str(home / "base"), "--cache", str(home / "cache")]
+    small = "--method lora --seq_len 64 --batch_size 2 --max_steps 8 --lr 0.01 --lora_dropout 0.1 --threads 1"
+    argv = ["text", *line, *small.split(), "--out", str(out), *flags]
+    with patch.object(sys, "argv", argv), pytest.raises(SystemExit) as caught:
+        run_entry(ENTRY)
+    return caught.value.code
+
+
+@pytest.fixture(scope="module")
+def straight(home: Path) -> Path:
+    assert run(home, home / "straight") == 0
+    return home / "straight"
+
+
+def test_an_interrupted_run_resumes_bit_by_bit(
+    home: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Loop.step
+
+    def interrupted(loop: Loop, stop: int) -> tuple[dict[str, float], int]:
+        if loop.progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            stop = signal.SIGTERM
+        return step(loop, stop)
+
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patched:
+        patched.setattr(Loop, "step", interrupted)
+        assert run(home, out) == 128 + signal.SIGTERM
+    [saved] = (out / "checkpoints").iterdir()
+    names = set(safetensors.torch.load_file(saved / "model.safetensors"))
+    assert names
+    assert all(name.endswith((".lora_A", ".lora_B")) for name in names)
+    states = {name.partition(":")[0] for name in safetensors.torch.load_file(saved / "optimizer.safetensors")}
+    assert states == names
+    assert run(home, out, "--resume") == 0
+    losses = [[e["loss"] for e in read_metrics(o / "metrics.jsonl") if "loss" in e] for o in (out, straight)]
+    assert losses[0] == losses[1]
+    mine, theirs = (safetensors.torch.load_file(o / "adapter" / TENSORS) for o in (out, straight))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    merged = [open_checkpoint(o / "final").weights for o in (out, straight)]
+    assert all(torch.equal(merged[0][name], merged[1][name]) for name in merged[1])
+
+
+def test_an_adapter_is_picked_up_again(home: Path, straight: Path, tmp_path: Path) -> None:
+    adapter = str(straight / "adapter")
+    assert run(home, tmp_path / "on", "--adapter", adapter, "--lr", "1e-12") == 0
+    before, after = (safetensors.torch.load_file(o / "adapter" / TENSORS) for o in (straight, tmp_path / "on"))
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
+
+
+def test_an_adapter_names_its_base_by_a_path_that_holds_from_anywhere(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    assert run(Path("."), tmp_path / "out", "--max_steps", "1") == 0
+    said = json.loads((tmp_path / "out" / "adapter" / CONFIG).read_text())
+    assert said["base_model_name_or_path"] == str((home / "base").resolve())
+    assert base_name("meta-llama/Llama-3.2-1B") == "meta-llama/Llama-3.2-1B"
+
+
+def generated(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int | str | None, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        run_command(COMMANDS, ["generate", "--prompt", "Once", "--max_new_tokens", "12", "--json", *flags])
+    said = capsys.readouterr()
+    return caught.value.code, said.out, said.err
+
+
+def test_generate_with_the_adapter_says_what_the_merged_model_says(
+    home: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = str(home / "base"), str(straight / "adapter")
+    texts = []
+    for flags in (["--ckpt", base, "--adapter", adapter], ["--ckpt", str(straight / "final")], ["--ckpt", base]):
+        code, out, err = generated(capsys, *flags)
+        assert code == 0, err
+        texts.append(json.loads(out)["answers"][0]["tokens"])
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_folder_that_is_no_adapter_is_one_line(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = generated(capsys, "--ckpt", str(home / "base"), "--adapter", str(home / "base"))
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "is a whole checkpoint (it holds no adapter_config.json): open it with --ckpt" in err
+
+
+def test_the_folder_of_a_run_names_the_adapter_in_it(
+    home: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = generated(capsys, "--ckpt", str(home / "base"), "--adapter", str(straight))
+    assert code == 2
+    assert err == f"error: {straight}: is no adapter, but {straight / 'adapter'} is: give that folder\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--lora_targets w9", "lora target w9: expected all, attention"),
+        ("--lora_targets output", "the head is tied"),
+        ("--lora_targets ,", "--lora_targets names no matrix"),
+        ("--lora_rank 0", "--lora_rank 0: expected at least 1"),
+        ("--lora_dropout 1", "--lora_dropout 1.0: expected at least 0 and less than 1"),
+        ("--adapter nowhere", "nowhere: does not exist: expected the folder of an adapter"),
+        ("--method full --adapter nowhere", "--adapter goes with --method lora or qlora, not full"),
+        ("--adapter ADAPTER --lora_rank 4", "--adapter ADAPTER has rank 8"),
+    ],
+)
+def test_unusable_flags_are_one_line(
+    home: Path, straight: Path, tmp_path: Path, flags: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = str(straight / "adapter")
+    assert run(home, tmp_path / "out", *flags.replace("ADAPTER", adapter).split()) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert message.replace("ADAPTER", adapter) in said
+    assert not (tmp_path / "out").exists()
