@@ -179,8 +179,7 @@ def steps_alone(bench: Bench, llama: Llama, prompts: list[list[int]]) -> float:
     """Steps a second of what decodes, without sampling and without a word to the host."""
     sampling = Sampling(max_new_tokens=NEW_TOKENS)
     rows = [Row(i, 0, ids, sampling, None, llama.config.max_seq_len) for i, ids in enumerate(prompts)]
-    step = llama.steps.choose(len(rows), NEW_TOKENS)
-    cache, logits = prefill(llama.model, rows)
+    step, (cache, logits) = llama.steps.choose(len(rows), NEW_TOKENS - 1), prefill(llama.model, rows)
     ids, positions = logits.argmax(-1), torch.full((len(rows),), PROMPT_TOKENS, device=bench.device)
     for _ in range(3):
         step(ids, positions, cache)
