@@ -1,4 +1,4 @@
-# make check | test | lint | interop | real: each sets itself up from nothing but Python >= 3.10, git and make.
+# make check | test | lint | interop | peers | real: each sets itself up from nothing but Python >= 3.10, git and make.
 # make gpu installs nothing: it takes a Python whose torch sees a CUDA device, as the machine has it.
 #   make check TORCH_INDEX=URL   takes torch from that package index (say, a CPU-only one)
 #   make check PYTHON=python3.12 uses that Python for the virtual environment
@@ -13,13 +13,15 @@ WORKERS ?= 2
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell sed -n 's/^ *"\(torch[><=][^"]*\)".*/\1/p' pyproject.toml)
+# Those that install from PyPI and need nothing else.
+PEERS := transformers-sdpa,litgpt,torchtune,keras-hub,keras-hub-eps
 PYTHON_FILES := nanollama reference parity finetune benchmarks tests
 
 # .venv's Python where its torch sees a CUDA device, else the machine's own.
 SEES_CUDA := import sys, torch; sys.exit(not torch.cuda.is_available())
 GPU_PYTHON ?= $(or $(shell $(BIN)/python -c '$(SEES_CUDA)' 2>/dev/null && echo $(BIN)/python),python3)
 
-.PHONY: check test lint interop real gpu setup clean
+.PHONY: check test lint interop peers real gpu setup clean
 .DELETE_ON_ERROR:
 
 check: setup
@@ -37,6 +39,10 @@ lint: setup
 interop: setup
 	@if ls tests/interop/test_*.py >/dev/null 2>&1; then $(MAKE) --no-print-directory .venv/.interop && \
 	  $(BIN)/python -m pytest tests/interop $(ARGS); else echo "make interop: there are no interop tests yet"; fi
+
+# Public implementations from PyPI, each in an environment of its own: one that judges otherwise than docs/peers.md fails.
+peers: setup
+	$(BIN)/python -m parity.peers --envs .venv/peers --only $(PEERS)
 
 # A trained model through every command. Its JSON is kept in benchmarks/results/.
 real: .venv/.real

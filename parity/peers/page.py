@@ -28,9 +28,11 @@ def markdown(rows: dict[str, dict[str, Any]], environment: str) -> str:
         "# Public implementations, judged",
         "",
         "Made by `python -m parity.peers --json benchmarks/results/peers.json --markdown docs/peers.md`; do not edit. "
-        "Each row is a wrapper of at most 60 lines under `parity/peers/`, judged by `parity.check` on a seeded "
-        "checkpoint (4 layers, dim 128, 8 heads, 2 kv heads) whose shape is that of Llama 2, 3, 3.1 or 3.2, against "
-        "Meta's code and transformers. *rho* is the error of the logits by that of the references, at most 2; *KL* is "
+        "Each row is a wrapper of at most 60 lines under `parity/peers/` or, where it says *no wrapper*, the "
+        "project's own file as `--candidate torch:FILE.py:Class`, with not a line written; judged by `parity.check` "
+        "on a seeded checkpoint (4 layers, dim 128, 8 heads, 2 kv heads) whose shape is that of Llama 2, 3, 3.1 or "
+        "3.2, against Meta's code and transformers. *rho* is the error of the logits by that of the references, at "
+        "most 2; *KL* is "
         "from the float64 oracle. fp32 stands before bf16 where both were run.",
         "",
         f"{environment}. What needs packages gets an environment of its own, made by the command; what is no "

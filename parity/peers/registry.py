@@ -9,7 +9,7 @@ class Peer:
 
     name: str  # of the row: what --only takes
     of: str  # whose it is, and which part of it
-    candidate: str
+    candidate: str  # {clone} in it is the folder of the clone
     checkpoint: str  # of CHECKPOINTS in run.py
     versioned_by: str  # the distribution whose version names it, or the clone's folder
     dtypes: str = "fp32,bf16"
@@ -24,6 +24,9 @@ class Peer:
 
 KERAS = ("keras", "keras-hub", "absl-py", "namex", "h5py", "optree", "ml-dtypes", "kagglehub", "kagglesdk")
 JAX = ("jax", "jaxlib", "opt-einsum", "ml-dtypes", "scipy", "einops")
+LIT = ("litgpt", "lightning", "lightning-utilities", "torchmetrics")
+TUNE = ("torchtune", "torchao==0.15.0", "omegaconf", "antlr4-python3-runtime")
+MLX = ("mlx-lm", "mlx", "mlx-cpu")
 PORTS = "parity.peers"
 
 PEERS: tuple[Peer, ...] = (
@@ -58,6 +61,10 @@ x = np.random.default_rng(0).standard_normal((1, 128)).astype(np.float32)
 rounded = gguf.dequantize(gguf.quantize(x, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0)
 print(np.abs(x - rounded).max())
 """),
+    Peer("llama.cpp-default-declared", "llama.cpp, its default cache, declared", f"{PORTS}.llamacpp_port:declared",
+         "3.1-gguf-fp32", "llama-cpp-python", "fp32", conditions='`kv = attention_dtype = "fp16"`'),
+    Peer("llama.cpp-q8_0-declared", "llama.cpp, Q8_0 file, declared", f"{PORTS}.llamacpp_port:q8_0", "3.1-gguf-q8_0",
+         "llama-cpp-python", "fp32", conditions='`integers = activations = "int8/32"`, cache in float32'),
     Peer("keras-hub", "KerasHub, torch backend", f"{PORTS}.keras_hub_port:load", "3.1-hf", "keras-hub", packages=KERAS,
          finding="**A bug**: its converter of Hugging Face folders drops `rms_norm_eps`; every model gets 1e-6",
          repeat="""
@@ -109,4 +116,35 @@ import llama31, torch
 plain = 1 / 500000.0 ** (torch.arange(0, 16, 2)[:8].float() / 16)
 print((plain / llama31.apply_scaling(plain)).max())  # 8, whatever the checkpoint says
 """),
+    Peer("litgpt", "LitGPT, its GPT and its converter", f"{PORTS}.litgpt_port:load", "3.1-hf", "litgpt", packages=LIT),
+    Peer("torchtune", "torchtune, llama3_1 and its converter", f"{PORTS}.torchtune_port:load", "3.1-hf", "torchtune",
+         packages=TUNE),
+    Peer("mlx-lm", "mlx-lm on MLX's CPU build", f"{PORTS}.mlx_lm_port:load", "3.1-hf", "mlx-lm", packages=MLX),
+    Peer("llama3.np", "llama3.np, NumPy, a kv head a query head", f"{PORTS}.llama3_np_port:load", "2-mha-meta",
+         "llama3.np", "fp32", clone="likejazz/llama3.np"),
+    Peer("gpt-fast", "gpt-fast, no wrapper", "torch:{clone}/model.py:Transformer", "3.1-meta", "gpt-fast",
+         clone="pytorch-labs/gpt-fast"),
+    Peer("llm.c", "llm.c, train_llama3.py, no wrapper", "torch:{clone}/train_llama3.py:LLaMA", "3.1-meta", "llm.c",
+         clone="karpathy/llm.c"),
+    Peer("nano-llama31-torch", "nano-llama31, no wrapper", "torch:{clone}/llama31.py:Transformer", "3.1-meta",
+         "nano-llama31", packages=("fire",), clone="karpathy/nano-llama31"),
+    Peer("llama2.c", "llama2.c, model.py, no wrapper", "torch:{clone}/model.py:Transformer", "2-gqa-meta", "llama2.c",
+         clone="karpathy/llama2.c"),
+    Peer("llama2.c-3", "llama2.c, model.py, on Llama 3, no wrapper", "torch:{clone}/model.py:Transformer", "3-meta",
+         "llama2.c", clone="karpathy/llama2.c",
+         finding="A limit that it does not say: RoPE's base is 10,000 always, `ModelArgs` has none",
+         repeat="""
+# In the folder of the clone.
+import inspect, model
+print(inspect.signature(model.ModelArgs))  # no base
+print(inspect.signature(model.precompute_freqs_cis), "freqs_cis(" in inspect.getsource(model.Transformer))
+"""),
+    Peer("pytorch-llama", "pytorch-llama, no wrapper", "torch:{clone}/model.py:Transformer", "2-gqa-meta",
+         "pytorch-llama", clone="hkproj/pytorch-llama"),
+    Peer("lit-llama", "lit-llama, no wrapper", "torch:{clone}/lit_llama/model.py:LLaMA", "2-lit-meta", "lit-llama",
+         packages=LIT, clone="Lightning-AI/lit-llama",
+         conditions="a checkpoint of its eps, 1e-5, and its hidden size, a multiple of 256"),
+    Peer("llms-from-scratch", "LLMs-from-scratch, no wrapper",
+         "torch:{clone}/pkg/llms_from_scratch/llama3.py:Llama3Model", "3.1-eps-meta", "LLMs-from-scratch",
+         clone="rasbt/LLMs-from-scratch", conditions="a checkpoint of its eps, 1e-5"),
 )  # fmt: skip

@@ -14,7 +14,7 @@ from parity.contract import UsageError
 from parity.peers.registry import Peer
 from parity.run.prompts import seeded
 from parity.synth.checkpoint import synthesise
-from parity.synth.shapes import SHAPES, Shape
+from parity.synth.shapes import SHAPES, Shape, resized
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKS = "logits,kl,argmax,greedy,cache,metamorphic"
@@ -28,6 +28,11 @@ CHECKPOINTS: dict[str, tuple[Shape, str, str]] = {
     "3.1-gguf-q8_0": (replace(_TINY, hidden_dim=384), "gguf", "q8_0"),
     "3-gguf-fp32": (replace(SHAPES["tiny-3"], n_layers=4), "gguf", "fp32"),
     "3.2-meta": (replace(_TINY, rope_factor=32.0), "meta", ""),
+    "3-meta": (replace(SHAPES["tiny-3"], n_layers=4), "meta", ""),
+    "3.1-eps-meta": (replace(_TINY, norm_eps=1e-5), "meta", ""),
+    "2-mha-meta": (replace(SHAPES["tiny-llama2"], n_kv_heads=8, norm_eps=1e-5), "meta", ""),
+    "2-lit-meta": (resized(SHAPES["tiny-llama2"], n_kv_heads=8, norm_eps=1e-5, hidden_dim=512), "meta", ""),
+    "2-gqa-meta": (SHAPES["tiny-llama2"], "meta", ""),
     "2-mha-hf": (replace(SHAPES["tiny-llama2"], n_kv_heads=8), "hf", ""),
     "2-gqa-hf": (SHAPES["tiny-llama2"], "hf", ""),
 }
@@ -55,10 +60,11 @@ def run(peer: Peer, folder: Path, envs: Path, clones: Path | None) -> Row:
     """Judge one peer. folder: of checkpoints and reports; envs: of environments; clones: of repositories."""
     path = [str(ROOT)]
     if peer.clone:
-        clone = (clones or Path()) / peer.clone.rpartition("/")[2]
+        clone = (clones or Path()).resolve() / peer.clone.rpartition("/")[2]
         if clones is None or not clone.is_dir():
             return Row(peer.name, why=f"needs a clone: git clone github.com/{peer.clone} into --clones FOLDER")
         path.append(str(clone))
+        peer = replace(peer, candidate=peer.candidate.replace("{clone}", str(clone)))
     try:
         python = environment(peer, envs)
         report = check(peer, python, made(peer.checkpoint, folder), folder, os.pathsep.join(path))
@@ -150,7 +156,7 @@ def row(peer: Peer, report: dict[str, Any], version: str) -> Row:
         results = [r for r in report["results"] if r["dtype"] == dtype]
         bad = any(r["status"] in ("fail", "error") for r in results)
         judged = any(r["status"] == "pass" for r in results)
-        good = "quantized" if report["quantized"] else "pass"
+        good = "quantized" if any("int" in q["scheme"] for q in report["quantized"]) else "pass"
         verdicts[dtype] = "fail" if bad else good if judged else "not covered"
         values = [
             r["value"] for r in results if (r["check"], r["metric"]) == ("logits", "rho") and r["value"] is not None

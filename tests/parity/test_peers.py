@@ -43,7 +43,8 @@ def test_a_wrapper_has_at_most_60_lines_and_the_function_that_its_row_names(cand
 
 
 def test_every_row_has_its_own_name_a_known_checkpoint_and_a_reproduction_of_what_is_wrong() -> None:
-    assert len({p.name for p in PEERS}) == len(PEERS) >= 6
+    assert len({p.name for p in PEERS}) == len(PEERS) >= 20
+    assert len({p.clone for p in PEERS if p.candidate.startswith("torch:")}) >= 5  # judged with no line written
     assert {p.checkpoint for p in PEERS} <= peers.CHECKPOINTS.keys()
     assert all(bool(p.finding) == bool(p.repeat) for p in PEERS)
     for peer in PEERS:
@@ -89,6 +90,16 @@ def test_a_missing_clone_is_a_row_that_says_how(tmp_path: Path) -> None:
     row = peers.run(CLONED, tmp_path, tmp_path, None)
     assert row.verdicts is None and f"git clone github.com/{CLONED.clone}" in row.why
     assert command.unexpected(CLONED, row) is None
+
+
+def test_a_file_of_a_clone_is_the_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(peers, "check", lambda peer, *rest: asked.append(peer.candidate) or report())
+    monkeypatch.setattr(peers, "made", lambda name, folder: folder / name)
+    (tmp_path / "port").mkdir()
+    peer = Peer("x", "x", "torch:{clone}/model.py:Llama", "3.1-meta", "port", "fp32", clone="someone/port")
+    peers.run(peer, tmp_path, tmp_path, tmp_path)
+    assert asked == [f"torch:{tmp_path}/port/model.py:Llama"]
 
 
 def test_a_peer_that_cannot_be_run_is_a_row_with_its_last_words(tmp_path: Path) -> None:
