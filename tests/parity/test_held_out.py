@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from parity.measure.evidence import Evidence
-from parity.mutants import evaluate, failed, family, measure_references, row_of
+from parity.mutants import family
+from parity.mutants.evaluate import evaluate, failed, measure_references, row_of
 from parity.synth.checkpoint import synthesise
 from parity.synth.shapes import SHAPES
 from ports.held_out import RIGHT, WRONG, bare, loader
