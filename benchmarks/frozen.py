@@ -295,7 +295,7 @@ def main(
     before = read_record(against / name) if against else None
     if store:
         store.mkdir(parents=True, exist_ok=True)
-    after = {"schema": SCHEMA, "machine": machine(), "cases": run_cases(cases, jobs)}
+    after: dict[str, Any] = {"schema": SCHEMA, "machine": machine(), "cases": run_cases(cases, jobs)}
     if store:
         broken = [f"{case} {found}" for case, found in after["cases"].items() if isinstance(found, str)]
         if broken:
