@@ -56,10 +56,10 @@ def _shown(value: object) -> str:
 
 def differences(before: dict[str, Any], after: dict[str, Any], *, bitwise: bool) -> list[Difference]:
     """What differs between the cases of two records. `bitwise` is False for records of two machines."""
-    return [Difference(*found) for found in _walk(before, after, bitwise, ())]
+    return list(_walk(before, after, bitwise, ()))
 
 
-def _walk(before: Any, after: Any, bitwise: bool, way: tuple[str, ...]) -> Iterator[tuple[str, str, object, object]]:
+def _walk(before: Any, after: Any, bitwise: bool, way: tuple[str, ...]) -> Iterator[Difference]:
     if isinstance(before, dict) and isinstance(after, dict):
         for key in dict.fromkeys((*before, *after)):
             if bitwise or key != ROUNDED:
@@ -68,7 +68,7 @@ def _walk(before: Any, after: Any, bitwise: bool, way: tuple[str, ...]) -> Itera
         for i, pair in enumerate(zip(before, after, strict=True)):
             yield from _walk(*pair, bitwise, (*way, str(i)))
     elif not _same(before, after, bitwise):
-        yield way[0], ".".join(way[1:]) or "the whole case", before, after
+        yield Difference(way[0], ".".join(way[1:]) or "the whole case", before, after)
 
 
 def _same(before: object, after: object, bitwise: bool) -> bool:
