@@ -34,7 +34,8 @@ MADV_PAGEOUT = 21  # Linux's
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight (N, K) -> int8 (N, K) and fp32 scales (N,), weight ~ int8 * scale."""
     weight = weight.float()
-    scales = weight.abs().amax(dim=1) / 127  # (N,)
+    # By a tensor: CUDA multiplies by the reciprocal of a plain number, one rounding more than a CPU.
+    scales = weight.abs().amax(dim=1) / weight.new_tensor(127)  # (N,)
     rounded = (weight / scales.clamp(min=1e-30).unsqueeze(1)).round_().clamp_(-127, 127)
     return rounded.to(torch.int8), scales
 
