@@ -293,9 +293,10 @@ def transformers_generate(folder: str, kind: str) -> tuple[Generate, int]:
     import torch
     import transformers
 
+    from nanollama.checkpoint.weights import DTYPES
+
     transformers.logging.set_verbosity_error()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[kind]
-    model = transformers.LlamaForCausalLM.from_pretrained(Path(folder) / "hf", dtype=dtype).eval()
+    model = transformers.LlamaForCausalLM.from_pretrained(Path(folder) / "hf", dtype=DTYPES[kind]).eval()
     model.generation_config.eos_token_id = None
 
     class Times(list[float]):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parity.contract import DTYPES
+
 PRECISION_RAD = 0.1  # angle errors below this are rounding, above it another formula
 IMPRECISE = 0.25  # the part of it that a named way to lose precision may leave
 CLOSE = 0.1  # an explanation may leave this part of the angle error
@@ -122,7 +124,7 @@ def _bands(scaling: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]
                 yield f"RoPE's {key} looks like {value:g}, the config says {(scaling or {})[key]:g}", other
 
 
-LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LOW = {name: DTYPES[name] for name in ("bf16", "fp16")}
 
 
 def imprecise(angle: Tensor, at: Tensor, config: dict[str, Any]) -> str | None:

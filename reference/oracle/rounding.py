@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reference.files.weights import Unusable
+from reference.files.weights import DTYPES, Unusable
 
 Round = Callable[[Tensor], Tensor]
 
 FLOATS = {
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
+    **{name: DTYPES[name] for name in ("fp16", "bf16")},
     "fp8": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
