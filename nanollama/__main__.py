@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nanollama.cli import run
 from nanollama.gate import read_prompts
+from nanollama.machine import peak_memory_bytes
 from nanollama.options import Drawing, ModelOptions, say
 
 # Of --dtype: floats, and what the gguf package quantizes to.
@@ -165,7 +166,7 @@ def _speed(prompt_tokens: int, lengths: list[int], start: float, first: float, e
         "prefill_tokens_per_s": prompt_tokens / (first - start),
         "decode_tokens": decoded,
         "decode_tokens_per_s": decoded / (end - first) if decoded else None,
-        "peak_memory_bytes": _peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(),
     }
 
 
@@ -176,16 +177,6 @@ def _speed_line(speed: dict[str, float | None]) -> str:
     if speed["peak_memory_bytes"]:
         parts.append(f"peak memory {speed['peak_memory_bytes'] / 2**30:.2f} GiB")
     return "; ".join(parts)
-
-
-def _peak_memory_bytes() -> int | None:
-    """Most memory that the process held, mapped weights that were touched included; None where it cannot be known."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 COMMANDS: dict[str, Callable[..., object]] = {

@@ -6,7 +6,6 @@ sample.py stay files that work when copied alone.
 
 import ast
 import importlib.util
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -124,21 +123,6 @@ def test_a_planted_circle_is_found() -> None:
 
 def test_no_file_is_longer_than_400_lines() -> None:
     assert [module for module, path in modules() if len(path.read_text(encoding="utf-8").splitlines()) > 400] == []
-
-
-@pytest.mark.parametrize(
-    ("said", "where"),
-    [
-        (r"\bargparse\b|from fire import", ["nanollama.cli"]),
-        (r"user_cache_dir|get\(\"(XDG_CACHE_HOME|NANOLLAMA_CACHE)", ["nanollama.machine"]),
-        (r"\"bf16\": torch\.bfloat16", ["finetune.config", "nanollama.checkpoint.weights"]
-         + ["parity.contract", "reference.files.weights"]),
-    ],
-    ids=["one parser of command lines", "one rule for the cache folder", "one table of dtypes a package"],
-)  # fmt: skip
-def test_what_is_said_once_stays_in_its_place(said: str, where: list[str]) -> None:
-    found = [module for module, path in modules() if re.search(said, path.read_text(encoding="utf-8"))]
-    assert sorted(module for module in found if not within(module, "benchmarks")) == where
 
 
 def test_the_rules_are_read_from_real_files() -> None:

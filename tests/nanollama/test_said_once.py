@@ -1,4 +1,4 @@
-"""What is written once: the rule of the cache folder, the names of dtypes."""
+"""What is written once: the parser of command lines, the rule of the cache folder, the names of dtypes."""
 
 import ast
 import re
@@ -26,15 +26,29 @@ def names_dtypes(node: ast.AST) -> bool:
     return (texts[0] and dtypes[1]) or (texts[1] and dtypes[0])
 
 
+def test_one_module_parses_command_lines() -> None:
+    found = [
+        path
+        for path in files_of("nanollama", "parity", "finetune", "reference", "benchmarks")
+        if re.search(r"\bargparse\b|from fire import", path.read_text(encoding="utf-8"))
+    ]
+    assert [str(path.relative_to(REPOSITORY)) for path in found] == ["nanollama/cli.py"]
+
+
 def test_one_module_says_where_the_cache_folder_is() -> None:
     packages = ("nanollama", "parity", "finetune", "reference", "benchmarks")
     found = [path for path in files_of(*packages) if FOLDER_RULE.search(path.read_text(encoding="utf-8"))]
     assert [str(path.relative_to(REPOSITORY)) for path in found] == ["nanollama/machine.py"]
 
 
-def test_nanollama_names_its_dtypes_once() -> None:
-    trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in files_of("nanollama")}
-    assert [stem for stem, tree in trees.items() for node in ast.walk(tree) if names_dtypes(node)] == ["weights"]
+@pytest.mark.parametrize(
+    ("package", "where"),
+    [("nanollama", "weights"), ("reference", "weights"), ("parity", "contract"), ("finetune", "config")],
+)
+def test_a_package_names_its_dtypes_once(package: str, where: str) -> None:
+    files = [path for path in files_of(package) if path.parent.name != "peers"]  # wrappers speak their peer's names
+    trees = [(path.stem, ast.parse(path.read_text(encoding="utf-8"))) for path in files]
+    assert [stem for stem, tree in trees for node in ast.walk(tree) if names_dtypes(node)] == [where]
 
 
 @pytest.mark.parametrize(
