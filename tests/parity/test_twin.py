@@ -54,7 +54,7 @@ def test_a_twins_weights_are_those_of_synth_with_quiet_blocks(format: str, tmp_p
 
 
 def test_a_block_of_rows_is_the_same_however_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parity.synth.BLOCK_ELEMENTS", 7 * LLAMA31.dim)  # blocks of seven rows
+    monkeypatch.setattr("parity.synth.checkpoint.BLOCK_ELEMENTS", 7 * LLAMA31.dim)  # blocks of seven rows
     found = twin.stimulus(LLAMA31, torch.float32, 0)
     whole = found["tok_embeddings.weight"]
     assert whole.shape == (LLAMA31.vocab_size, LLAMA31.dim)
