@@ -2,8 +2,8 @@
 
     python -m benchmarks.frozen --small --store benchmarks/frozen     # ends: benchmarks/frozen/small.json: 9 cases
     python -m benchmarks.frozen --small --against benchmarks/frozen   # ends: 9 cases, nothing differs (bit for bit, ...
-    python -m benchmarks.frozen --store before                        # all of it
-    python -m benchmarks.frozen --against before --only texts         # some cases alone
+    python -m benchmarks.frozen --store before                        # all of it, 20 minutes on two cores
+    python -m benchmarks.frozen --against before --only "texts;kit"   # some cases alone
 
 Every case runs the commands as a user types them, one thread a process, and keeps what they wrote without seconds,
 memory and folders. On the machine of the record, with its torch, every float is compared bit for bit; on another one,
@@ -217,6 +217,10 @@ def check_wrong(work: Work, *, port: str) -> dict[str, Any]:
 
 
 INT8 = ("--candidate", "parity.candidates.quantized:int8", "--max_new_tokens", 16)
+# The gradient of this one's embedding is rounded so coarsely that the two references differ by more than the bound:
+# another machine, another verdict.
+CHECKS = "config,weights,rope,ops,taps,logits,bitwise,kl,argmax,greedy,cache,metamorphic"
+UNTRAINED = ("--dtype", "fp32", "--checks", CHECKS)
 TINY = ("tiny", *MEMBER)
 # The longest first, since several run side by side.
 SMALL: dict[str, Callable[[Work], Any]] = {
@@ -224,7 +228,7 @@ SMALL: dict[str, Callable[[Work], Any]] = {
     "mutants 1 and 14": partial(mutants, flags=("--only", "1,14")),
     "texts": texts,
     "check int8": partial(check, shape=TINY, flags=(*INT8, "--references", "meta")),
-    "check hf": partial(check, shape=("tiny-llama2", *MEMBER, "--format", "hf"), flags=("--dtype", "fp32")),
+    "check hf": partial(check, shape=("tiny-llama2", *MEMBER, "--format", "hf"), flags=UNTRAINED),
     "training": training,
     "kit fp32": partial(kit, dtypes="fp32"),
     "check wrong eps, logits alone": partial(check_wrong, port="bare_with_wrong_eps"),

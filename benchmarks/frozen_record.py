@@ -117,7 +117,7 @@ def kept_of_report(report: dict[str, Any]) -> dict[str, Any]:
 
     How many mistakes were tried as explanations depends on the time that it takes, and with it which come second.
     """
-    decided = ("noise_floor", "rho", "training")
+    decided = ("noise_floor", "rho", "training", "quantized")
     results = by_name(report["results"], ("check", "gate", "reference", "dtype", "path", "metric", "checkpoint"))
     kept = {key: value for key, value in report.items() if key not in (*decided, "results")}
     if explained := (report.get("first_divergence") or {}).get("explained"):
@@ -127,12 +127,16 @@ def kept_of_report(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def by_name(rows: list[dict[str, Any]], naming: tuple[str, ...]) -> dict[str, Any]:
-    """Rows under a name that their own fields make. Where a value is a float, so are its place and reason rounded."""
+    """Rows under a name that their own fields make.
+
+    Where something was judged, its place and reason are rounding's (the worst element, how many tokens are decided);
+    the reason of a check that was skipped, or that ended in an error, is not.
+    """
     named: dict[str, Any] = {}
     for row in rows:
         name = unused(" ".join(str(row[key]) for key in naming if row.get(key) is not None), named)
         rest = {key: value for key, value in row.items() if key not in naming}
-        if isinstance(row.get("value"), float):
+        if row.get("status") in ("pass", "fail"):
             rest[ROUNDED] = {key: rest.pop(key, None) for key in ("where", "reason")}
         named[name] = rest
     return named

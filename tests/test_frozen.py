@@ -147,6 +147,18 @@ def test_how_many_mistakes_there_was_time_for_is_no_difference() -> None:
     assert kept[0] == kept[1] and kept[0]["first_divergence"]["explained"]["best"][0]["mistake"] == "eps"
 
 
+def reasoned(status: str, reason: str) -> dict[str, Any]:
+    """A record's cases: a report whose one result has that reason."""
+    return {"check": kept_of_report({"results": [{**RESULT, "status": status, "reason": reason}]})}
+
+
+@pytest.mark.parametrize(("status", "lines"), [("pass", 0), ("fail", 0), ("skip", 1), ("error", 1)])
+def test_the_reason_of_what_was_not_judged_is_compared_on_every_machine(status: str, lines: int) -> None:
+    before, after = reasoned(status, "335 of 430"), reasoned(status, "332 of 430")
+    assert len(differences(before, after, bitwise=False)) == lines
+    assert len(differences(before, after, bitwise=True)) == 1
+
+
 def test_floats_are_compared_on_the_machine_of_the_record_alone() -> None:
     before = {"machine": HERE, "cases": {"a": {"x": 0.5}}}
     found, how = compare(before, {"machine": HERE, "cases": {"a": {"x": 0.75}}})
