@@ -35,7 +35,7 @@ class TrainConfig:
     on_bad: Literal["stop", "skip"] = "stop"  # finetune.chat: what becomes of dialogues that cannot be used
     tokenizer: str | None = None  # a tokenizer file; else the checkpoint's, else one is trained on the data
     vocab_size: int = 0  # words of the tokenizer that is trained on the data; 0: the preset's
-    cache: str | None = None  # folder of downloads and token shards; else $NANOLLAMA_CACHE or ~/.cache/nanollama
+    cache: str | None = None  # of downloads and token shards; else $NANOLLAMA_CACHE or nanollama/ in the user's caches
     workers: int = 0  # processes that tokenize; 0: one per core
     # Model
     ckpt: str | None = None  # start from this checkpoint (Meta or Hugging Face folder, hub id)

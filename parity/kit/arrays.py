@@ -56,7 +56,7 @@ class Gate:
     dtype: str  # the run dtype whose noise this is
     check: str
     gate: str  # of docs/parity.md
-    metric: str  # how it is computed: METRICS in kit_check.py
+    metric: str  # how it is computed: METRICS in kit/check.py
     label: str  # what reports call it
     unit: str
     first: int

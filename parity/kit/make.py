@@ -167,7 +167,7 @@ def fill(source: Source, out: Path) -> dict[str, Any]:
     table = table_of(ev, source.notices)
     table["checkpoint"] |= {"path": source.name, "format": source.checkpoint.format}
     writer.finish(table)
-    (out / "README.md").write_text(files("parity").joinpath("kit_readme.txt").read_text("utf-8"), encoding="utf-8")
+    (out / "README.md").write_text(files("parity.kit").joinpath("readme.txt").read_text("utf-8"), encoding="utf-8")
     write_manifest(out)
     return table
 

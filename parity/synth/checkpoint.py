@@ -1,4 +1,4 @@
-"""Seeded checkpoints of any published Llama shape, made to show errors: see `VALUES` for the rules of the stimulus.
+"""Seeded checkpoints of any published Llama shape, made to show errors: how, stands above `SMALL_ROWS`.
 
     python -m parity.synth --shape tiny --out /tmp/tiny        # prints: /tmp/tiny: 33,711,232 parameters, meta, ...
     python -m parity.synth --dim 96 --heads 6 --kv_heads 3 --hidden 200 --eps 1e-6 --vocab 512 --out /tmp/odd

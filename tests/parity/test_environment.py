@@ -91,8 +91,8 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Python that has its standard library alone, and a candidate written for it: "PYTHON FILE"."""
     folder = tmp_path_factory.mktemp("bare")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
-    (folder / "training.py").write_text("greeting = 'mine'\n")
-    (folder / "bare_port.py").write_text(f"import training; assert training.greeting == 'mine'\n{PLAIN}")
+    (folder / "contract.py").write_text("greeting = 'mine'\n")
+    (folder / "bare_port.py").write_text(f"import contract; assert contract.greeting == 'mine'\n{PLAIN}")
     return f"{folder / 'venv/bin/python'} {folder / 'bare_port.py'}"
 
 

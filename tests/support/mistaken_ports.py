@@ -13,8 +13,6 @@ from nanollama.speed.quantize import load_quantized
 from parity.mutants.edits import forward
 from parity.mutants.edits.edit import Edit, linears, norms, override, with_attention, with_table
 
-Attend = Callable[..., Tensor]
-
 
 def masked(see: Callable[[Tensor, Tensor], Tensor]) -> Edit:
     """Another mask: see(t (T, 1), s (T,)) -> True where seen."""
@@ -114,10 +112,6 @@ def normed(eps: float) -> Edit:
             norm.eps = eps
 
     return edit
-
-
-def final_eps(nano: Any) -> None:
-    nano.model.norm.eps = 1e-2
 
 
 def gelu(nano: Any) -> None:
