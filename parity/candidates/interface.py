@@ -1,8 +1,9 @@
 """The candidate interface as one table: what a candidate may have, what it returns, and which check it feeds.
 
 The harness asks through `Interface`, which looks the table up; docs/parity.md's tables are printed from it, and what a
-report says about a missing method stands in it. To add a method, add a row, and ask for it in the driver that runs
-such a candidate: parity/run/whole.py, streamed.py or tokens.py.
+report says about a missing method stands in it. To add a method, add a row, and ask for it where its like is asked:
+config, weights, RoPE and ids in parity/run/run_candidate.py, logits and taps in a driver (whole.py, streamed.py,
+tokens.py), operations in teacher_forcing.py, training in training.py. docs/architecture.md says what else.
 
     python -m parity.candidates.interface        # prints: | method | check | returns | ...
 """

@@ -1,4 +1,7 @@
-"""The checks, registered by name. To add one: write a function Evidence -> Iterator[Result] and put it in CHECKS."""
+"""The checks, registered by name. To add one: write a function Evidence -> Iterator[Result] and put it in CHECKS.
+
+Their order is that of diagnosis: the first check that fails is the one that kills a mutant (greedy counts as the last).
+"""
 
 from collections.abc import Callable, Iterator
 

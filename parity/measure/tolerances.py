@@ -2,6 +2,9 @@
 
 Ratios compare the candidate's error with the error that the reference itself makes at the same place, so 1 means "as
 good as the reference". Loosening a bound needs an entry in docs/LOG.md that says what was measured.
+
+G3.logits also bounds G7 (cache, metamorphic), and G4 the adapter merge of G8; kits take their factors from here. Where
+nothing may differ at all (G0, bitwise, reruns) the bound is a 0 in the check itself.
 """
 
 from dataclasses import dataclass

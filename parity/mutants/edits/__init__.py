@@ -1,7 +1,8 @@
 """The registry of mutants and of benign variants: what `python -m parity.mutants` runs, one entry each.
 
 To add one, write the edit (forward.py, decoding.py, text.py, benign.py) and list it here with the check that has to
-kill it, where it has to be found, and the dtypes in which rounding leaves it visible.
+kill it (the first that fails, in the order of CHECKS), where it has to be found, and the dtypes in which rounding
+leaves it visible. A sibling of another mutant takes its number and a letter from a to e.
 """
 
 from collections.abc import Callable
