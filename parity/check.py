@@ -32,7 +32,7 @@ from parity.run.request import (
 
 if TYPE_CHECKING:
     from parity.candidates.nano.checkpoint import Description
-    from parity.candidates.probe import Probed
+    from parity.candidates.probe import Candidate, Probed
     from parity.report.model import Absent, CheckpointEntry, Report
 
 
@@ -61,7 +61,7 @@ class Flags:
 
 def request_of(flags: Flags) -> Request:
     """The flags as a request; what can be refused before any work is. Raises UsageError."""
-    from parity.candidates import resolve
+    from parity.candidates import is_python, resolve
     from parity.candidates.server.endpoint import server_name
     from parity.checks import CHECKS
 
@@ -91,7 +91,8 @@ def request_of(flags: Flags) -> Request:
         from parity.candidates.environment import within as in_environment
 
         request = replace(request, candidate=in_environment(flags.candidate_python, flags.candidate))
-    resolve(request.candidate)
+    if not is_python(request.candidate):  # else its own process imports it, and says what is wrong
+        resolve(request.candidate)
     return request
 
 
@@ -152,21 +153,22 @@ def write_reports(flags: Flags, report: "Report") -> None:
 def check(request: Request) -> "Report":
     """Run everything and return the report. The candidate is probed first: a typo in it costs seconds."""
     from parity.candidates.nano.checkpoint import describe
-    from parity.candidates.probe import probe_in_process
+    from parity.candidates.probe import probe_in_process, start_candidate
     from parity.machine import Clock, workspace
     from parity.report import unjudged
     from parity.report.model import CheckpointEntry
     from parity.synth.embedded import embedded_checkpoint
 
     clock = Clock()
-    checkpoint = describe(request.ckpt or str(embedded_checkpoint()), request.tokenizer)
-    path = request.ckpt or "embedded default"
-    entry = CheckpointEntry(path, checkpoint.format, checkpoint.config, checkpoint.parameters, checkpoint.verified)
     with workspace() as folder:
-        probed = probe_in_process(request.candidate, checkpoint, request.dtypes, request.device, folder)
-        if probed is not None and probed.stops(request.dtypes):
-            return unjudged.report(request, probed, checkpoint, entry, clock())
-        report = compare(request, checkpoint, entry, probed, folder, clock)
+        with start_candidate(request.candidate, folder) as candidate:
+            checkpoint = describe(request.ckpt or str(embedded_checkpoint()), request.tokenizer)
+            path, config = request.ckpt or "embedded default", checkpoint.config
+            entry = CheckpointEntry(path, checkpoint.format, config, checkpoint.parameters, checkpoint.verified)
+            probed = probe_in_process(candidate, checkpoint, request.dtypes, request.device)
+            if probed is not None and probed.stops(request.dtypes):
+                return unjudged.report(request, probed, checkpoint, entry, clock())
+            report = compare(request, checkpoint, entry, candidate, probed, folder, clock)
         return twin.merge(report, check_twin(request, checkpoint, probed, folder / "twin"))
 
 
@@ -174,37 +176,39 @@ def check_twin(request: Request, checkpoint: "Description", probed: "Probed | No
     """The report of the same candidate on the checkpoint's seeded twin, or why there is none."""
     from parity.candidates.nano.checkpoint import describe
     from parity.candidates.nano.twin import write
-    from parity.candidates.probe import probe_in_process
+    from parity.candidates.probe import probe_in_process, start_candidate
     from parity.machine import Clock
     from parity.report.model import Absent
 
     clock = Clock()
     if why := twin.absent(request, checkpoint):
         return why
-    try:
-        path = write(checkpoint, folder / "checkpoint")
-        made = replace(describe(str(path), None), tokenizer=None)  # its prompts are ids
-        again = probe_in_process(request.candidate, made, request.dtypes, request.device, folder)
-    except UsageError as error:
-        return Absent("none", str(error))
-    if why := twin.unfit(probed, again, request.dtypes):
-        return why
-    try:
-        entry = twin.entry(checkpoint.path, made)
-        return compare(twin.ask_twin(request), made, entry, again, folder / "run", clock)
-    except (Crash, UsageError) as error:
-        return Absent("error", str(error))
+    with start_candidate(request.candidate, folder) as candidate:
+        try:
+            path = write(checkpoint, folder / "checkpoint")
+            made = replace(describe(str(path), None), tokenizer=None)  # its prompts are ids
+            again = probe_in_process(candidate, made, request.dtypes, request.device)
+        except UsageError as error:
+            return Absent("none", str(error))
+        if why := twin.unfit(probed, again, request.dtypes):
+            return why
+        try:
+            entry = twin.entry(checkpoint.path, made)
+            return compare(twin.ask_twin(request), made, entry, candidate, again, folder / "run", clock)
+        except (Crash, UsageError) as error:
+            return Absent("error", str(error))
 
 
 def compare(
     request: Request,
     checkpoint: "Description",
     entry: "CheckpointEntry",
+    candidate: "Candidate | None",
     probed: "Probed | None",
     folder: Path,
     clock: Callable[[], float],
 ) -> "Report":
-    """A plan, its traces, their results, the report."""
+    """A plan, its traces, their results, the report. candidate: its process, where it has one already."""
     from parity.checks.verdict import crash_results, fails_behind_rope, run_checks_fairly
     from parity.explain.ask import explain
     from parity.machine import cache_folder
@@ -213,7 +217,8 @@ def compare(
     from parity.run.runner import Runner
 
     made = plan(request, checkpoint, folder, probed.max_positions if probed else None)
-    runner = Runner(made, folder, sys.stderr.isatty(), trace_cache(cache_folder()) if request.cache else None)
+    cache = trace_cache(cache_folder()) if request.cache else None
+    runner = Runner(made, folder, sys.stderr.isatty(), cache, candidate.waiting if candidate else {})
     ev, results = run_checks_fairly(runner.run(), request.checks)
     if fails_behind_rope(results):
         ev = explain(ev, runner)

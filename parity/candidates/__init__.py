@@ -15,6 +15,16 @@ from parity.contract import UsageError
 Load = Callable[[str, torch.dtype, str], Any]
 
 
+def labels(name: str) -> list[str | None]:
+    """The labels of the candidate's paths. A user's code is not imported for it."""
+    return list(resolve(name)) if name == "nanollama" else [None]
+
+
+def is_python(name: str) -> bool:
+    """Whether resolving the name imports code of the user's."""
+    return ":" in name and not name.startswith(("cmd:", "hf:", "env:", "http://", "https://"))
+
+
 def resolve(name: str) -> dict[str | None, Load]:
     """The candidate's paths by label (None: its only one). Raises UsageError for a name that leads nowhere."""
     if name == "nanollama":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from parity.candidates import resolve
+from parity.candidates import Load, resolve
 from parity.contract import Case, UsageError
 from parity.run.run_candidate import record
 from parity.trace import Trace, TraceWriter
@@ -24,11 +24,12 @@ def progress(stage: str, done: float) -> None:
     print(json.dumps({"stage": stage, "done": round(done, 4)}), flush=True)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], load: Load | None = None) -> int:
+    """load: what NAME and PATH lead to, where that is imported already."""
     name, path, case_file, out, *forced = argv
     faulthandler.enable()  # a process that dies says where
     try:
-        load = resolve(name)[None if path == "-" else path]
+        load = load or resolve(name)[None if path == "-" else path]
         case = Case.read(Path(case_file))
         torch.set_num_threads(case.threads)
         torch.backends.cuda.matmul.allow_tf32 = False

@@ -1,18 +1,23 @@
 """A candidate loaded and asked for three tokens before anything slow runs, so that a typo costs seconds.
 
-    python -m parity.candidates.probe NAME CASE.json OUT     # writes OUT/probe.json; progress as the references do
+    python -m parity.candidates.probe NAME OUT < CASE.json     # a case of one line; writes OUT/probe.json
 
-In a process of its own: what a candidate allocates is gone before the references begin, and it may die.
+In a process of its own, since it may die. Of a small checkpoint the same process then stays for the candidate's run,
+whose arguments are a second line of its standard input: importing torch costs a second try more than anything else.
+Of a large one it ends. Either way, what the candidate allocated is gone before the references begin.
 """
 
+import gc
 import json
+import os
 import sys
+import time
 import zlib
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
@@ -20,8 +25,8 @@ from parity.candidates import answers
 from parity.candidates.crash import Crashed, Failure, Unasked, Wrong, failure
 from parity.candidates.interface import Interface, declared, declared_dtypes, load_candidate, refuse_undeclared
 from parity.contract import Case, UsageError
-from parity.machine import threads_for, too_large
-from parity.run.process import Crash, start_process, wait_any
+from parity.machine import SMALL_BYTES, threads_for, too_large
+from parity.run.process import POLL_S, Crash, Process, start_process
 
 if TYPE_CHECKING:
     from parity.candidates.nano.checkpoint import Description
@@ -90,14 +95,60 @@ def ask(candidate: Interface, case: Case) -> int | None:
         return None
 
 
+# --- The process -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Candidate:
+    """A candidate's process: it imports at once, is probed when its case is known, and may stay for its run."""
+
+    process: Process
+    out: Path
+
+    @property
+    def waiting(self) -> dict[str, Process]:
+        """By its job's label, the process that stayed; nothing of one that has ended."""
+        return {} if self.process.poll() else {self.process.label: self.process}
+
+    def probe(self, case: Case, stays: bool) -> Probed:
+        """Raises UsageError; a process that dies is a failure of the candidate. stays: else the process ends."""
+        self.process.say(json.dumps(asdict(case)))
+        if not stays:
+            self.process.feed("")
+        answer = self.out / FILE
+        while not self.process.poll():
+            if stays and answer.is_file():
+                return Probed(**json.loads(answer.read_text()))
+            time.sleep(POLL_S)
+        try:
+            self.process.finish()
+        except Crash as crash:
+            reason = f"{crash}, while it was loaded and asked for {TOKENS} tokens"
+            return Probed(failures=[Failure("logits", "G3", "error", reason, case.dtypes[0]).as_json()])
+        return Probed(**json.loads(answer.read_text()))
+
+
+@contextmanager
+def start_candidate(name: str, folder: Path) -> Iterator[Candidate | None]:
+    """The process of a candidate that is about to be probed; None of nanollama, which is ours."""
+    if name == "nanollama":
+        yield None
+        return
+    out, silent = folder / "probe", lambda label, stage, done: None
+    out.mkdir(parents=True, exist_ok=True)
+    arguments, log = [name, str(out)], folder / "candidate.log"
+    with start_process("candidate", "parity.candidates.probe", arguments, log, silent, fed=True) as process:
+        yield Candidate(process, out)
+
+
 def probe_in_process(
-    name: str, checkpoint: "Description", dtypes: Sequence[str], device: str, folder: Path
+    candidate: Candidate | None, checkpoint: "Description", dtypes: Sequence[str], device: str
 ) -> Probed | None:
     """A candidate loaded and asked before the references run; None of nanollama, which is ours.
 
-    Raises UsageError; a process that dies is a failure of the candidate.
+    Its process stays where memory holds several models. Raises UsageError.
     """
-    if name == "nanollama":
+    if candidate is None:
         return None
     case = Case(
         str(checkpoint.path.resolve()),
@@ -107,37 +158,42 @@ def probe_in_process(
         too_large=too_large(checkpoint.parameters, dtypes),
         vocab_size=checkpoint.config["vocab_size"],
     )
-    out, silent = folder / "probe", lambda label, stage, done: None
-    file = case.write(folder / "probe-case.json")
-    arguments = [name, str(file), str(out)]
-    with start_process("candidate", "parity.candidates.probe", arguments, folder / "probe.log", silent) as process:
-        try:
-            wait_any([process]).finish()
-        except Crash as crash:
-            reason = f"{crash}, while it was loaded and asked for {TOKENS} tokens"
-            return Probed(failures=[Failure("logits", "G3", "error", reason, case.dtypes[0]).as_json()])
-    return Probed(**json.loads((out / FILE).read_text()))
+    return candidate.probe(case, stays=checkpoint.stored_bytes <= SMALL_BYTES)
 
 
 def main(argv: list[str]) -> int:
+    """Import, probe, and run as `python -m parity.candidates` does, if its arguments come."""
     import faulthandler
 
     from parity.candidates import resolve
+    from parity.candidates.__main__ import main as run
 
     faulthandler.enable()
-    name, case_file, out = argv
+    name, out = argv
+    told = take_input()
     try:
-        case = Case.read(Path(case_file))
-        torch.set_num_threads(case.threads)
         load = next(iter(resolve(name).values()))
-        print(json.dumps({"stage": "probing", "done": 0.1}), flush=True)
+        case = Case(**json.loads(told.readline()))
+        torch.set_num_threads(case.threads)
         found = probe(load, case)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    Path(out).mkdir(parents=True, exist_ok=True)
-    (Path(out) / FILE).write_text(json.dumps(found.__dict__))
-    return 0
+    gc.collect()  # a model may hold itself
+    unfinished = Path(out) / f"{FILE}.part"
+    unfinished.write_text(json.dumps(asdict(found)))
+    unfinished.replace(Path(out) / FILE)
+    arguments = told.readline()
+    return run(json.loads(arguments), load) if arguments else 0
+
+
+def take_input() -> TextIO:
+    """Standard input for us alone: a candidate that reads it finds nothing."""
+    told = os.fdopen(os.dup(0))
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return told
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -41,6 +42,17 @@ class Pair:
     @property
     def labels(self) -> dict[str, Any]:
         return {"reference": self.reference, "dtype": self.dtype, "path": self.path}
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """torch's kernels on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Kept:
@@ -85,21 +97,24 @@ class Evidence:
 
         Single-threaded kernels side by side keep their speed on a busy machine, where threads inside one do not.
         """
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(self.oracle_rows, dict.fromkeys(dtypes)))
-                runs = [(trace, dtype) for dtype, _, trace in self.per_dtype() if dtype in dtypes]
-                known = (*self.references.values(), *self.rounded.values(), *([self.coarse] if self.coarse else ()))
-                runs += [(trace, dtype) for trace in known for dtype in dtypes if dtype in trace.meta["dtypes"]]
-                list(pool.map(lambda run: self.measured(*run), runs))
-                pairs = [pair for pair in self.pairs() if pair.dtype in dtypes]
-                list(pool.map(lambda job: self.pairwise(*job), [(p, t) for p in pairs for t in self.shared(p)]))
-                list(pool.map(self.listed, pairs))
-                list(pool.map(lambda job: self.error_at(*job), [x for x in self._extras() if x[1] in dtypes]))
-        finally:
-            torch.set_num_threads(before)
+        with single_threaded(), ThreadPoolExecutor(workers) as pool:
+            list(pool.map(self.oracle_rows, dict.fromkeys(dtypes)))
+            runs = [(trace, dtype) for dtype, _, trace in self.per_dtype() if dtype in dtypes]
+            known = (*self.references.values(), *self.rounded.values(), *([self.coarse] if self.coarse else ()))
+            runs += [(trace, dtype) for trace in known for dtype in dtypes if dtype in trace.meta["dtypes"]]
+            list(pool.map(lambda run: self.measured(*run), runs))
+            pairs = [pair for pair in self.pairs() if pair.dtype in dtypes]
+            list(pool.map(lambda job: self.pairwise(*job), [(p, t) for p in pairs for t in self.shared(p)]))
+            list(pool.map(self.listed, pairs))
+            list(pool.map(lambda job: self.error_at(*job), [x for x in self._extras() if x[1] in dtypes]))
+
+    def measure_references(self, dtypes: list[str]) -> None:
+        """What of this needs no candidate: it can be done while one runs."""
+        with single_threaded():
+            for dtype in dtypes:
+                for trace in self.references.values():
+                    if dtype in trace.meta["dtypes"]:
+                        self.measured(trace, dtype)
 
     # --- Parties -----------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ Single-threaded processes go side by side, one a core; many-threaded ones one af
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 from parity.contract import UsageError
 from parity.machine import cores
 from parity.run.cache import TraceCache
-from parity.run.jobs import Job, case_file
+from parity.run.jobs import Job, awaited, case_file
 from parity.run.process import Crash, Process, start_process, wait_any
 from parity.run.progress import Bar
 from parity.run.run_candidate import last_asked
@@ -42,14 +42,19 @@ class RunLog:
 
 
 class Executor:
-    """Runs the jobs of one run; `log` says what they cost. cache: of the references' and the oracle's traces."""
+    """Runs the jobs of one run; `log` says what they cost. cache: of the references' and the oracle's traces.
 
-    def __init__(self, folder: Path, threads: int, progress: bool, cache: TraceCache | None) -> None:
+    waiting: by job label, processes that were started before their job was known.
+    """
+
+    def __init__(
+        self, folder: Path, threads: int, progress: bool, cache: TraceCache | None, waiting: Mapping[str, Process] = {}
+    ) -> None:
         self.folder, self.progress, self.cache = folder, progress, cache
         self.at_once = cores() if threads == 1 else 1
         self.log = RunLog()
         self.traces: dict[str, Trace] = {}  # by job label
-        self.waiting: dict[str, Process] = {}  # started ahead of their case; by job label
+        self.waiting = dict(waiting)
 
     @contextmanager
     def show(self, jobs: int) -> Iterator[None]:
@@ -64,7 +69,7 @@ class Executor:
     def start_ahead(self, jobs: list[Job]) -> Iterator[None]:
         """Imports take seconds: let these begin with them. Each gets its case when a job of its label is executed."""
         with ExitStack() as stack:
-            self.waiting = {job.label: self._start(stack, job) for job in jobs}
+            self.waiting |= {job.label: self._start(stack, job) for job in jobs}
             yield
 
     def execute(self, jobs: list[Job]) -> dict[str, Trace]:
@@ -143,7 +148,8 @@ class Executor:
     def _begin(self, stack: ExitStack, job: Job) -> Process:
         if (process := self.waiting.pop(job.label, None)) is None:
             return self._start(stack, job)
-        process.feed(case_file(self.folder, job.label).read_text())
+        process.on_progress = self.bar
+        process.feed(awaited(job, self.folder))
         return process
 
     def _start(self, stack: ExitStack, job: Job) -> Process:

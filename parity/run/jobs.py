@@ -1,11 +1,13 @@
 """The processes of a run: what each is called, what it is started with, and where it leaves its trace."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from parity.contract import Case
 
+CANDIDATE = "parity.candidates"  # the module that runs one
 CANDIDATE_KEYS = ("prompt_lengths", "too_large", "vocab_size", "context")  # of a case, which references need not know
 # A case's questions that do not depend on the dtype, left out: asked once.
 NO_IDENTITY: dict[str, Any] = {"texts": None, "corpus": [], "dialogs": [], "weights": False, "spare_prompts": None}
@@ -45,4 +47,11 @@ def candidate_job(folder: Path, name: str, path: str | None, case: Case, forced:
     label = f"candidate {path or ''}".strip()
     out = folder / label.replace(" ", "-")
     file = case.write(case_file(folder, out.name))
-    return Job(label, "parity.candidates", (name, path or "-", str(file), str(out), *map(str, forced)), out)
+    return Job(label, CANDIDATE, (name, path or "-", str(file), str(out), *map(str, forced)), out)
+
+
+def awaited(job: Job, folder: Path) -> str:
+    """What a process that was started before its job reads on standard input: its case; a candidate, its arguments."""
+    if job.module == CANDIDATE:
+        return json.dumps(job.arguments) + "\n"
+    return case_file(folder, job.label).read_text()

@@ -43,10 +43,17 @@ class Process:
         self.reader.start()
 
     def feed(self, text: str) -> None:
-        """What the process waits for on its standard input. One that has ended already tells why in `finish`."""
+        """The rest of what the process waits for on its standard input. One that has ended tells why in `finish`."""
         assert self.popen.stdin is not None
         with contextlib.suppress(BrokenPipeError), self.popen.stdin as pipe:
             pipe.write(text)
+
+    def say(self, line: str) -> None:
+        """One line of it, of several."""
+        assert self.popen.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.popen.stdin.write(line + "\n")
+            self.popen.stdin.flush()
 
     def _read(self) -> None:
         assert self.popen.stdout is not None
@@ -121,6 +128,9 @@ def start_process(
         if popen.poll() is None:
             popen.kill()
             popen.wait()
+        if popen.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                popen.stdin.close()
         process.reader.join()
 
 

@@ -7,12 +7,14 @@ the other, so that memory and disk hold one model and a few traces.
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from parity.candidates import resolve
+from parity.candidates import labels
 from parity.candidates.conditions import Conditions
 from parity.checks.verdict import run_checks
 from parity.contract import Case, Status, UsageError
@@ -24,7 +26,7 @@ from parity.measure.tolerances import TABLE_ULP
 from parity.run.cache import TraceCache
 from parity.run.execute import TEXTS, Executor, RunLog
 from parity.run.jobs import NO_IDENTITY, Job, candidate_job, reference_job
-from parity.run.process import Crash
+from parity.run.process import Crash, Process
 from parity.run.request import Plan
 from parity.run.teacher_forcing import cut
 from parity.trace import Trace
@@ -33,10 +35,17 @@ from parity.trace import Trace
 class Runner:
     """The stages of one run: each makes its jobs of what those before left, and returns the evidence with its own."""
 
-    def __init__(self, plan: Plan, folder: Path, progress: bool = False, cache: TraceCache | None = None) -> None:
-        """cache: of the references' and the oracle's traces; not used for large checkpoints."""
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        progress: bool = False,
+        cache: TraceCache | None = None,
+        waiting: Mapping[str, Process] = {},
+    ) -> None:
+        """cache: of the references' and the oracle's traces; not used for large checkpoints. waiting: see Executor."""
         self.plan, self.folder = plan, folder
-        self.executor = Executor(folder, plan.case.threads, progress, None if plan.large else cache)
+        self.executor = Executor(folder, plan.case.threads, progress, None if plan.large else cache, waiting)
         self.log.notices += plan.notices
 
     @property
@@ -45,7 +54,7 @@ class Runner:
 
     def run(self) -> Evidence:
         """Raises UsageError for unusable input and process.Crash when a reference fails."""
-        paths, dtypes = list(resolve(self.plan.candidate)), self.plan.case.dtypes
+        paths, dtypes = labels(self.plan.candidate), self.plan.case.dtypes
         first, *later = [[dtype] for dtype in dtypes] if self.plan.large else [dtypes]
         with self.executor.show((1 + len(later)) * (len(self.plan.references) + 1 + len(paths))):
             ev = self._candidates(self._references(first), first, paths, identified=False)
@@ -130,7 +139,8 @@ class Runner:
         """
         for group in [[path] for path in paths] if self.plan.large else [paths]:
             jobs = {p: self._candidate_job(p, ev, dtypes, not identified and p == paths[0]) for p in group}
-            traces = self.executor.execute(list(jobs.values()))
+            with nullcontext() if self.plan.large else references_measured(ev, dtypes):
+                traces = self.executor.execute(list(jobs.values()))
             found = {path: traces[job.label] for path, job in jobs.items() if job.label in traces}
             ev = self._with_rounded(replace(ev, candidates=ev.candidates | found), traces.values())
             ev = self._measure(ev, dtypes)
@@ -209,6 +219,15 @@ class Runner:
     def _job(self, module: str, case: Case | None = None, label: str | None = None) -> Job:
         """Without a case, the process waits for it."""
         return reference_job(self.folder, module, label or module, case)
+
+
+@contextmanager
+def references_measured(ev: Evidence, dtypes: list[str]) -> Iterator[None]:
+    """Measure the references while the block waits for the candidate, which has a process of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        measured = pool.submit(ev.measure_references, dtypes)
+        yield
+        measured.result()
 
 
 def in_doubt(ev: Evidence, dtypes: list[str]) -> bool:

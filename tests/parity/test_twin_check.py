@@ -12,7 +12,7 @@ from checkpoint_cases import LLAMA31, make_weights, write
 from nanollama.cli import read
 from parity import check
 from parity.candidates.nano.checkpoint import describe
-from parity.candidates.probe import probe_in_process
+from parity.candidates.probe import probe_in_process, start_candidate
 from parity.mutants import matrix
 from parity.mutants.evaluate import with_twin
 from parity.report.model import Absent, CheckpointEntry, Report, Tokens
@@ -124,7 +124,8 @@ def test_a_candidate_that_has_no_twin_gets_a_plain_word(
     flags = ["--ckpt", str(trained), "--candidate", f"{tmp_path}/stubborn.py:{attribute}", "--dtype", "fp32"]
     request = check.request_of(read(check.Flags, flags))
     described = describe(str(trained), None)
-    found = probe_in_process(request.candidate, described, ["fp32"], "cpu", tmp_path)
+    with start_candidate(request.candidate, tmp_path) as candidate:
+        found = probe_in_process(candidate, described, ["fp32"], "cpu")
     outcome = check.check_twin(request, described, found, tmp_path / "twin")
     assert isinstance(outcome, Absent) and outcome.status == "none"
     assert said in outcome.why
