@@ -40,6 +40,10 @@ def halved_scale(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
     return exact_attention(q / math.sqrt(q.shape[-1]), k, v, mask)
 
 
+def warmer(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return exact_attention(1.01 * q, k, v, mask)
+
+
 def blind_to_itself(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     T = q.shape[1]
     see = torch.ones(1, T, T, dtype=torch.bool).tril(-1)
@@ -74,6 +78,7 @@ CASES: list[tuple[str, Edit, str, str]] = [
     ("another factor", with_table(other_factor), "layers.0.q_rope", "factor of 4"),
     ("another direction", with_table(other_way), "layers.0.q_rope", "wrong direction"),
     ("scaled twice", with_attention(halved_scale), "layers.0.attn_mix", "divided by head_dim"),
+    ("scores 1% too large", with_attention(warmer), "layers.0.attn_mix", "scores are 1.01 times"),
     ("blind to itself", with_attention(blind_to_itself), "layers.0.attn_mix", "no token sees itself"),
     ("gelu", gelu, "layers.0.ffn_mix", "GELU"),
     ("norm without weight", no_weight, "layers.0.attn_norm", "weight is not applied"),
