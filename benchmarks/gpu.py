@@ -40,7 +40,7 @@ PACKAGES = ("torch", "triton", "transformers", "tokenizers", "llama_models", "fa
 
 def main(
     *,
-    sections: list[str] | None = None,  # of checks, attention, decode, training, parity; default: all
+    sections: list[str] | None = None,  # checks, attention, decode, training, parity; several by repeating it
     rehearse: bool = False,  # tiny models on the CPU: tries the script, measures nothing
 ) -> int:
     """GPU tests, then decoding, training and parity figures, each beside its limit."""

@@ -58,26 +58,10 @@ def transformers_logits(
     import transformers
     from transformers.models.llama import modeling_llama
 
+    from nanollama.checkpoint.hf import make_hf_config
     from nanollama.checkpoint.names import hf_name, is_rotary, to_hf_rows
 
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if scaling := config.rope_scaling:
-        rope |= {"rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor}
-        rope |= {"high_freq_factor": scaling.high_freq_factor}
-        rope["original_max_position_embeddings"] = scaling.original_context
-    like = transformers.LlamaConfig(
-        hidden_size=config.dim,
-        num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
-        intermediate_size=config.hidden_dim,
-        vocab_size=config.vocab_size,
-        rms_norm_eps=config.norm_eps,
-        max_position_embeddings=config.max_seq_len,
-        rope_parameters=rope,
-        tie_word_embeddings=config.tied,
-    )
+    like = transformers.LlamaConfig.from_dict(make_hf_config(config, dtype))
     like._attn_implementation = attention
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(like).eval()

@@ -13,7 +13,8 @@ import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
@@ -111,15 +112,22 @@ DECODINGS = [
 
 
 def decode_items(bench: Bench) -> Iterator[Item]:
+    yield from beside_limit("memory", "read_bytes_per_s", partial(read_rate, bench), DECODINGS, partial(decode, bench))
+
+
+def beside_limit(
+    name: str, key: str, measure: Callable[[], float], ways: Sequence[Any], run: Callable[[Any, float], dict[str, Any]]
+) -> Iterator[Item]:
+    """The limit, measured first under `name` as `key`, then each way beside it: `run(way, limit)`."""
     limit: dict[str, float] = {}
 
-    def memory() -> dict[str, Any]:
-        limit["read"] = read_rate(bench)
-        return {"read_bytes_per_s": limit["read"]}
+    def measured() -> dict[str, Any]:
+        limit[key] = measure()
+        return dict(limit)
 
-    yield "memory", memory
-    for way in DECODINGS:
-        yield way.name, lambda way=way: decode(bench, way, limit["read"])  # type: ignore[misc]
+    yield name, measured
+    for way in ways:
+        yield way.name, lambda way=way: run(way, limit[key])  # type: ignore[misc]
 
 
 def read_rate(bench: Bench) -> float:
@@ -217,15 +225,8 @@ TRAININGS = [
 
 
 def training_items(bench: Bench) -> Iterator[Item]:
-    limit: dict[str, float] = {}
-
-    def products() -> dict[str, Any]:
-        limit["flops"] = matmul_rate(bench)
-        return {"matmul_flops_per_s": limit["flops"]}
-
-    yield "matrix products", products
-    for way in TRAININGS:
-        yield way.name, lambda way=way: train(bench, way, limit["flops"])  # type: ignore[misc]
+    rate = partial(matmul_rate, bench)
+    yield from beside_limit("matrix products", "matmul_flops_per_s", rate, TRAININGS, partial(train, bench))
 
 
 def matmul_rate(bench: Bench) -> float:

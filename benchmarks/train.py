@@ -169,21 +169,11 @@ def transformers_model(shape: str, batch: Any, compiled: bool) -> tuple[Any, Cal
     import torch
     import transformers
 
+    from nanollama.checkpoint.hf import make_hf_config
     from nanollama.checkpoint.names import hf_name, is_rotary, to_hf_rows
 
     config, weights = weights_of(shape)
-    like = transformers.LlamaConfig(
-        hidden_size=config.dim,
-        num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads,
-        intermediate_size=config.hidden_dim,
-        vocab_size=config.vocab_size,
-        rms_norm_eps=config.norm_eps,
-        max_position_embeddings=1024,
-        tie_word_embeddings=config.tied,
-        use_cache=False,
-    )
+    like = transformers.LlamaConfig.from_dict(make_hf_config(config, torch.float32) | {"use_cache": False})
     model = transformers.LlamaForCausalLM(like).train()
     state = {hf_name(n): to_hf_rows(w, config.head_dim) if is_rotary(n) else w for n, w in weights.items()}
     model.load_state_dict(state, strict=not config.tied)
