@@ -63,7 +63,9 @@ def main(
     """Decode speed of one row on CPU, ours and others, and its share of what the memory allows."""
     wanted = engines or [name for name in ENGINES if is_installed(name)]
     if unknown := [name for name in wanted if name not in ENGINES]:
-        raise ValueError(f"engine {unknown[0]!r} is unknown: expected one of {', '.join(ENGINES)}")
+        raise ValueError(
+            f"engine {unknown[0]!r} is unknown: expected one of {', '.join(ENGINES)}; repeat --engines for several"
+        )
     with TemporaryDirectory() as folder:
         found = compare(wanted, shape, threads, tokens, rounds, Path(folder))
     if json:

@@ -54,7 +54,9 @@ def main(
         return 0
     chosen = sections or list(BUDGETS)
     if unknown := [name for name in chosen if name not in BUDGETS]:
-        raise ValueError(f"section {unknown[0]!r} is unknown: expected one of {', '.join(BUDGETS)}")
+        raise ValueError(
+            f"section {unknown[0]!r} is unknown: expected one of {', '.join(BUDGETS)}; repeat --sections for several"
+        )
     report = Report(result_path(), rehearse)
     report.found["environment"] = environment(torch)
     for name in chosen:
