@@ -21,6 +21,7 @@ from nanollama.model import ModelConfig
 METHODS = ("full", "norms", "no_embeddings", "lora", "qlora")
 LORA_METHODS = ("lora", "qlora")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of --dtype and --weights
+MESH = ("dp", "fsdp", "tp")  # processes along each dimension, see finetune/mesh.py
 FROM_PRESET = ("seq_len", "batch_size", "lr", "max_steps", "vocab_size")  # 0: what the preset says
 
 
@@ -73,6 +74,9 @@ class TrainConfig:
     device: str = "auto"  # cpu, cuda, mps; auto: cuda where there is one
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the computation
     weights: Literal["fp32", "bf16"] = "fp32"  # bf16: states and computation too, every update rounded stochastically
+    dp: int = 0  # copies of the model among the processes of torchrun, each on its own rows; 0: the rest of them
+    fsdp: int = 0  # shards of weights, gradients and states, each on its own rows; 0: 1, or with --dp the rest
+    tp: int = 0  # parts of each layer, on the same rows; 0: 1
     threads: int = 0  # CPU threads; 0: torch's choice; recorded, since another number rounds differently
     compile: bool = False  # torch.compile the model
     activation_checkpointing: bool = False  # recompute each block in the backward pass instead of keeping it
@@ -90,7 +94,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("accumulate", "save_every", "eval_every", "eval_tokens", "lora_rank"):
             _at_least(self, name, 1)
-        for name in ("lr", "min_lr", "weight_decay", "grad_clip", "dropout", "sample_every", "seed", *FROM_PRESET):
+        for name in (
+            "lr",
+            "min_lr",
+            "weight_decay",
+            "grad_clip",
+            "dropout",
+            "sample_every",
+            "seed",
+            *MESH,
+            *FROM_PRESET,
+        ):
             _at_least(self, name, 0)
         _at_least(self, "warmup_steps", -1)
         if self.seq_len == 1:
