@@ -6,6 +6,7 @@ divides its loss by the number of valid tokens on all of them.
     torchrun --nproc_per_node 4 -m finetune.tinystories --init 110M --fsdp 2 --tp 2
 """
 
+import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -115,11 +116,18 @@ def open_world(device: str, sizes: MeshSizes | None = None) -> World:
     dist.init_process_group("nccl" if name == "cuda" else "gloo")
     if name == "cuda":
         torch.cuda.set_device(local)
-    sizes = sizes or MeshSizes(dp=size)
+    return make_world(f"cuda:{local}" if name == "cuda" else name, rank, sizes or MeshSizes(dp=size))
+
+
+def make_world(device: str, rank: int, sizes: MeshSizes) -> World:
+    """Of a rank that has met the others."""
     mesh = None
     if sizes.is_sharded:
-        mesh = init_device_mesh(name, (sizes.dp, sizes.fsdp, sizes.tp), mesh_dim_names=DIMENSIONS)
-    return World(torch.device(name, local) if name == "cuda" else torch.device(name), rank, size, sizes, mesh)
+        # It advises to merge two small reductions into one, once for each kind, on every rank.
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+        shape = (sizes.dp, sizes.fsdp, sizes.tp)
+        mesh = init_device_mesh(device.partition(":")[0], shape, mesh_dim_names=DIMENSIONS)
+    return World(torch.device(device), rank, dist.get_world_size(), sizes, mesh)
 
 
 def _sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

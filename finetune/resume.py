@@ -30,12 +30,13 @@ from finetune.config import TrainConfig, from_json, merge_resumed, to_json
 from finetune.data.files import write_atomically
 from finetune.data.packing import Cursor
 from finetune.errors import UserError
-from finetune.gather import Whole, like, local, part_of
+from finetune.gather import Whole, local
 from finetune.optim import trained
 from finetune.parallelize import World, world_size
 from nanollama.checkpoint.staging import Stage, staged
 from nanollama.checkpoint.streams import write_safetensors
 from nanollama.checkpoint.weights import Lazy
+from nanollama.tensor_parallel import like, part_of
 
 CONFIG = "config.json"
 SCHEMA = "nanollama.run/1"  # of state.json

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.build import mixed_precision, wrap_
+from finetune.config import DTYPES
 from finetune.data.documents import Documents
 from finetune.data.packing import Batch, Cursor, Packer
 from finetune.errors import TrainingStopped, UserError
@@ -27,8 +28,10 @@ from finetune.metrics import Metrics, StepMetrics, flops_per_token, peak_bytes, 
 from finetune.optim import StepInBackward, learning_rate, make_optimizer, mixed_seed, set_learning_rate_, trained
 from finetune.parallelize import World, no_sync
 from finetune.resume import Progress, RunFolder, saved_tensors
-from finetune.sharding import rest_
+from finetune.sharding import rest_, sum_partial_
+from nanollama.checkpoint.weights import Weights
 from nanollama.model import Transformer
+from nanollama.tensor_parallel import fill_
 from nanollama.tokenizer import Tokenizer
 
 
@@ -44,6 +47,7 @@ class Setup:
     fingerprint: str  # of the data
     world: World
     sample: Callable[[Transformer], str]  # a text that the model continues
+    unread: Weights | None = None  # of a model on the meta device: read when it is sharded, each rank its own part
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,8 @@ class Loop:
         held_out = Packer(setup.val, config.seq_len, doc_mask=masked)
         self.held_out = hold_out(held_out, setup.tokenizer, config.eval_tokens)
         self.loss_model = wrap_(model, config, self.world)
+        if setup.unread is not None:
+            fill_(model, setup.unread, DTYPES[config.weights], self.world.device)
         self.optimizer = make_optimizer(model, config)
         self.parameters = list(trained(model).values())
         self.in_backward = StepInBackward(self.optimizer) if config.optimizer_in_backward else None
@@ -235,4 +241,6 @@ def accumulate_(
                 loss = loss_model(on_device.tokens, on_device.labels, on_device.positions, on_device.doc_ids)
             (loss / labels).backward()
         nats += loss.detach().to(nats.device)
+    if world.sizes.tp > 1:
+        sum_partial_(loss_model.parameters())
     return nats

@@ -46,6 +46,8 @@ class Flags:
     candidate_python: str | None = None  # run it under this Python: VENV/bin/python, with packages of its own
     model: str | None = None  # of a server that has several: the one to ask
     api_key: str | None = None  # the environment variable that holds a server's key
+    tp: int = 1  # nanollama over so many processes, each with a part of every layer, is the candidate
+    fsdp: int = 1  # nanollama over so many processes, each with a shard of the weights, is the candidate
     references: str = "meta,hf"  # comma list of meta, hf
     dtype: str = "fp32,bf16"  # comma list of fp32, bf16, fp16
     device: Literal["cpu", "cuda", "mps"] = "cpu"  # where the references and the candidate run
@@ -65,7 +67,7 @@ def request_of(flags: Flags) -> Request:
     from parity.candidates.server.endpoint import server_name
     from parity.checks import CHECKS
 
-    candidate = server_name(flags.candidate, model=flags.model, api_key=flags.api_key, tokenizer=flags.tokenizer)
+    candidate = server_name(distributed(flags), model=flags.model, api_key=flags.api_key, tokenizer=flags.tokenizer)
     request = Request(
         candidate,
         flags.ckpt,
@@ -94,6 +96,17 @@ def request_of(flags: Flags) -> Request:
     if not is_python(request.candidate):  # else its own process imports it, and says what is wrong
         resolve(request.candidate)
     return request
+
+
+def distributed(flags: Flags) -> str:
+    """The candidate that is asked for, nanollama over processes where --tp or --fsdp say so. Raises UsageError."""
+    if flags.tp == flags.fsdp == 1:
+        return flags.candidate
+    if flags.candidate != "nanollama" or min(flags.tp, flags.fsdp) < 1:
+        raise UsageError(f"--tp {flags.tp} --fsdp {flags.fsdp}: numbers of processes of nanollama itself, 1 or more")
+    from parity.candidates.nano.distributed import name_of
+
+    return name_of(flags.fsdp, flags.tp)
 
 
 def require_writable(flag: str, path: Path | None) -> None:
