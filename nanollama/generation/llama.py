@@ -82,7 +82,7 @@ class Llama:
             # In one dtype: a GGUF may keep norms as fp32 beside bf16 matrices.
             model = Transformer.from_weights(config, weights, dtype=wanted or weights.dtype, device=device)
         else:
-            model = load_quantized(config, weights, quantize, dtype=wanted).to(device)
+            model = load_quantized(config, weights, quantize, dtype=wanted or weights.dtype, device=device)
         return cls(model.eval(), opened, compile=compile, say=say, drafter=drafter)
 
     @property
