@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nanollama.cli import execute, from_config
+from nanollama.printable import complain
 from parity.contract import UsageError
 from parity.run import twin
 from parity.run.process import Crash
@@ -126,7 +127,7 @@ def run(flags: Flags) -> int:
     try:
         report = check(request)
     except Crash as crash:  # of a reference: nothing was judged
-        print(f"error: {crash} (NANOLLAMA_DEBUG=1 shows all of it)", file=sys.stderr)
+        complain(crash, " (NANOLLAMA_DEBUG=1 shows all of it)")
         return 3
     from parity.checks.verdict import EXIT_CODES
     from parity.report import terminal
