@@ -51,15 +51,17 @@ def cut(text: str, limit: int) -> str:
 def printable_all(value: T) -> T:
     """A report with every text in it printable: in lists, dicts (keys too) and dataclasses."""
     found: Any = value
-    if type(value) is str:
-        found = printable(value, LINE_CHARACTERS)
-    elif type(value) in (list, tuple):
-        found = type(value)(map(printable_all, cast(Iterable[Any], value)))
-    elif type(value) is dict:
-        found = {printable_all(key): printable_all(entry) for key, entry in value.items()}
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        texts = {f.name: printable_all(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        found = dataclasses.replace(value, **texts)
+    if type(found) is str:
+        found = printable(found, LINE_CHARACTERS)
+    elif type(found) is list:
+        found = [printable_all(entry) for entry in found]
+    elif type(found) is tuple:
+        found = tuple(printable_all(entry) for entry in found)
+    elif type(found) is dict:
+        found = {printable_all(key): printable_all(entry) for key, entry in found.items()}
+    elif dataclasses.is_dataclass(found) and not isinstance(found, type):
+        texts = {f.name: printable_all(getattr(found, f.name)) for f in dataclasses.fields(found) if f.init}
+        found = dataclasses.replace(found, **texts)
     return cast(T, found)
 
 
