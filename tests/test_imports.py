@@ -22,7 +22,7 @@ ALLOWED = {
     "nanollama.model": (),
     "nanollama.generation.sample": (),
     "nanollama.cli": ("nanollama.__version__",),
-    "nanollama.gate": (),
+    "nanollama.gate": ("nanollama.gate",),
     "nanollama.machine": (),
     "nanollama.gguf_header": ("nanollama.gate",),
     "nanollama.vocabulary": ("nanollama.vocabulary", "nanollama.gguf_header", "nanollama.gate"),
