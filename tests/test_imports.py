@@ -22,7 +22,7 @@ ALLOWED = {
     "nanollama.model": (),
     "nanollama.generation.sample": (),
     "nanollama.cli": ("nanollama.__version__", "nanollama.printable"),
-    "nanollama.gate": ("nanollama.printable",),
+    "nanollama.gate": ("nanollama.gate", "nanollama.printable"),
     "nanollama.printable": (),
     "nanollama.machine": (),
     "nanollama.gguf_header": ("nanollama.gate",),
