@@ -12,7 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nanollama.vocabulary.value import TokenType, Vocabulary
+from nanollama import gate
+from nanollama.gate import documents
+from nanollama.vocabulary.value import TokenizerError, TokenType, Vocabulary
 
 MAX_FILE_BYTES = 2**22
 NAMED = ("tokenizer_config.json", "special_tokens_map.json")
@@ -90,10 +92,14 @@ def _template(files: dict[str, bytes]) -> str | None:
 
 
 def _read(path: Path) -> bytes:
+    """Nothing where there is no file; raises TokenizerError for one that is not to be read."""
     try:
-        return path.read_bytes() if path.is_file() and path.stat().st_size <= MAX_FILE_BYTES else b""
+        gate.require_file(path)
+        return documents.read_bytes(path, MAX_FILE_BYTES) if path.is_file() else b""
     except OSError:
         return b""
+    except gate.CheckpointError as error:
+        raise TokenizerError(str(error)) from None
 
 
 def json_object(data: bytes | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from nanollama.gate import CheckpointError, tokenizers
 from nanollama.vocabulary import spoken
 from nanollama.vocabulary.charsmap import check_charsmap
 from nanollama.vocabulary.value import BYTE_PIECES, MAX_TOKENS, TokenizerError, TokenType, Vocabulary, byte_alphabet
@@ -47,12 +48,10 @@ def parse(data: bytes) -> Vocabulary:
 def _load(data: bytes) -> dict[str, Any]:
     """The file's content, the shape of what is used of it checked."""
     try:
-        content = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"not a usable tokenizer.json: not valid JSON: {error}") from None
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict):
-        raise TokenizerError('JSON, but no tokenizer: it has no "model"')
+        content = tokenizers.load(data, "")
+    except CheckpointError as error:
+        raise TokenizerError(str(error).removeprefix(": ")) from None
+    model = content["model"]
     # The oldest files do not name the type.
     kind = model.setdefault("type", "BPE" if "merges" in model else "Unigram" if "unk_id" in model else None)
     if kind not in ("BPE", "Unigram") or (kind == "BPE" and not isinstance(model.get("merges"), list)):

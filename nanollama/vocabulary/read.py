@@ -33,16 +33,17 @@ from nanollama.vocabulary.spoken import pattern_of
 from nanollama.vocabulary.value import (
     BYTE_PIECES,
     MAX_FILE_BYTES,
+    MAX_TOKEN_BYTES,
     SPACE,
     TokenizerError,
     TokenType,
     Vocabulary,
     check_count,
+    check_lengths,
     llama3_special_tokens,
 )
 
 UNIGRAM, BPE = 1, 2  # sentencepiece's TrainerSpec.ModelType
-MAX_TOKEN_BYTES = 65_535  # Llama 2's longest is 27
 
 
 def read(path: str | Path) -> Vocabulary:
@@ -50,14 +51,19 @@ def read(path: str | Path) -> Vocabulary:
     path = Path(path)
     try:
         if _is_gguf(path):
-            return with_declared(from_gguf(_header_keys(path)), [])
+            return with_declared(_checked(from_gguf(_header_keys(path)), path), [])
         data = _read_bytes(path)
         folders = [path.parent, *([path.parent.parent] if path.parent.name == "original" else [])]
-        return with_declared(replace(parse(data), data=data), folders)
+        return with_declared(_checked(replace(parse(data), data=data), path), folders)
     except OSError as error:
         raise TokenizerError(f"tokenizer {path}: cannot be read: {error.strerror}") from None
     except (TokenizerError, UnicodeDecodeError, struct.error) as error:
         raise TokenizerError(f"tokenizer {path}: {' '.join(str(error).split())[:360]}") from None
+
+
+def _checked(vocabulary: Vocabulary, path: Path) -> Vocabulary:
+    check_lengths(vocabulary)
+    return replace(vocabulary, where=str(path))
 
 
 def _is_gguf(path: Path) -> bool:
@@ -205,6 +211,11 @@ def from_sentencepiece(data: bytes) -> Vocabulary:
     ):
         if is_there:
             raise TokenizerError(f"it was trained with {name}, which is not supported")
+    for name in ("bos_id", "eos_id", "unk_id", "pad_id"):
+        if not -1 <= getattr(trainer, name) < len(model.pieces):
+            raise TokenizerError(
+                f"its {name} is {getattr(trainer, name)}: expected -1 or one of {len(model.pieces)} ids"
+            )
     check_charsmap(normalizer.precompiled_charsmap)
     # A piece that is not UTF-8 arrives as bytes; check_pieces refuses it.
     tokens = [p.piece.encode() if isinstance(p.piece, str) else p.piece for p in model.pieces]
