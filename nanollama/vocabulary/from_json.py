@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from nanollama.gate import CheckpointError, tokenizers
 from nanollama.vocabulary import spoken
-from nanollama.vocabulary.charsmap import check_charsmap
 from nanollama.vocabulary.added import Declared
+from nanollama.vocabulary.charsmap import check_charsmap
 from nanollama.vocabulary.value import BYTE_PIECES, MAX_TOKENS, TokenizerError, TokenType, Vocabulary, byte_alphabet
 
 DEEPEST = 32  # of nested normalizers and the like; Rust's recursion is not limited
