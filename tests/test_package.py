@@ -5,7 +5,6 @@ from pathlib import Path
 from subprocess import run
 
 import pytest
-import tomllib
 
 from nanollama import program
 
@@ -14,6 +13,7 @@ SCRIPTS = {"nanollama": "generate", "parity": "check", "finetune": "text"}
 
 
 def settings() -> dict:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no reader of TOML")
     return tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
 
 
