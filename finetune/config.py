@@ -74,6 +74,7 @@ class TrainConfig:
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the computation
     weights: Literal["fp32", "bf16"] = "fp32"  # bf16: states and computation too, every update rounded stochastically
     threads: int = 0  # CPU threads; 0: torch's choice; recorded, since another number rounds differently
+    collective_timeout_s: int = 600  # of several ranks: seconds that one waits for the others before the run ends
     compile: bool = False  # torch.compile the model
     activation_checkpointing: bool = False  # recompute each block in the backward pass instead of keeping it
     offload_activations: bool = False  # with it: what is kept waits in the CPU's memory, not in the GPU's
@@ -88,7 +89,7 @@ class TrainConfig:
     export: Literal["hf"] | None = None  # also write final-hf/, a Hugging Face folder
 
     def __post_init__(self) -> None:
-        for name in ("accumulate", "save_every", "eval_every", "eval_tokens", "lora_rank"):
+        for name in ("accumulate", "save_every", "eval_every", "eval_tokens", "lora_rank", "collective_timeout_s"):
             _at_least(self, name, 1)
         for name in ("lr", "min_lr", "weight_decay", "grad_clip", "dropout", "sample_every", "seed", *FROM_PRESET):
             _at_least(self, name, 0)
@@ -225,7 +226,7 @@ def init_shape(config: TrainConfig, vocab_size: int) -> ModelConfig:
 # Fields that may differ between a run and its continuation: they change what is seen and kept, not what is computed.
 FREE = frozenset(
     ("resume", "out", "cache", "workers", "save_every", "eval_every", "eval_tokens", "sample_every", "prompt")
-    + ("tensorboard", "wandb", "export")
+    + ("tensorboard", "wandb", "export", "collective_timeout_s")
 )
 
 

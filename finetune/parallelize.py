@@ -4,10 +4,14 @@ averaged, since each rank divides its loss by the number of valid tokens on all 
     torchrun --nproc_per_node 2 -m finetune.tinystories --init 15M
 """
 
+import faulthandler
+import itertools
 import os
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -16,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from finetune.errors import UserError
+from finetune.peers import Peers, meet, wait_for
 
 T = TypeVar("T")
 
@@ -27,6 +32,9 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
+    store: dist.Store | None = None  # where there are peers
+    peers: Peers | None = None
+    calls: Iterator[int] = field(default_factory=itertools.count)  # of from_main
 
     @property
     def is_main(self) -> bool:
@@ -49,12 +57,20 @@ class World:
         return int(largest)
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What `make` returns on the main rank, on every rank."""
-        if self.size == 1:
+        """What `make` returns on the main rank, on every rank; they wait for as long as it takes, and it lives."""
+        if self.store is None:
             return make()
-        box = [make() if self.is_main else None]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]  # type: ignore[return-value]
+        key = f"from_main/{next(self.calls)}"
+        if self.is_main:
+            made = make()
+            self.store.set(key, pickle.dumps(made))
+            return made
+        wait_for(self.store, key)
+        return pickle.loads(self.store.get(key))  # type: ignore[no-any-return]
+
+    def guard(self, act: Callable[[], int]) -> int:
+        """`act()`, an exit code; when a rank dies or hangs meanwhile, every process ends, with a line that names it."""
+        return self.peers.guard(act) if self.peers else act()
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -74,8 +90,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def open_world(device: str) -> World:
-    """Join the ranks that torchrun started, if it did. Raises UserError for a device that is not there."""
+def open_world(device: str, limit_s: float = 600) -> World:
+    """Join the ranks that torchrun started, if it did. Raises UserError for a device that is not there.
+
+    limit_s: how long a rank waits for the others in one collective.
+    """
     name = device.partition(":")[0]
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: no CUDA device is there: use --device cpu")
@@ -87,10 +106,28 @@ def open_world(device: str) -> World:
     if size == 1:
         return World(torch.device(device))
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    dist.init_process_group("nccl" if name == "cuda" else "gloo")
     if name == "cuda":
         torch.cuda.set_device(local)
-    return World(torch.device(name, local) if name == "cuda" else torch.device(name), rank, size)
+        record_flights()
+    faulthandler.enable()  # NCCL's watchdog aborts a process whose collective takes too long: say where it was
+    store = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=max(limit_s, 60)))))[0]
+    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{size}"  # torchrun's store outlives the processes
+    ours = dist.PrefixStore(f"finetune/{attempt}", store)
+    peers = meet(ours, rank, size, int(os.environ.get("LOCAL_RANK", rank)), os.environ["MASTER_ADDR"], limit_s)
+    dist.init_process_group(
+        "nccl" if name == "cuda" else "gloo",
+        store=dist.PrefixStore(f"group/{attempt}", store),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=limit_s),
+    )
+    return World(torch.device(name, local) if name == "cuda" else torch.device(name), rank, size, ours, peers)
+
+
+def record_flights() -> None:
+    """Let NCCL's watchdog write down the last collectives of every rank when one takes too long, unless told else."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
 
 def _sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

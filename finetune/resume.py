@@ -53,6 +53,7 @@ class RunFolder:
 
     path: Path
     config: TrainConfig
+    micro_batches: int = 0  # in a step, on all ranks together, as the run was begun; 0: as the config and the ranks say
 
     def save(self, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str) -> None:
         """Write a checkpoint, then remove the older ones. Raises CheckpointError when the disk refuses; they stay then.
@@ -141,7 +142,7 @@ def begin(entry: str, config: TrainConfig) -> RunFolder:
 
 
 def resume(entry: str, given: TrainConfig, defaults: TrainConfig) -> RunFolder:
-    """The folder of the run that `--resume` continues, its config with what of `given` may differ.
+    """The folder of the run that `--resume` continues, its config with what of `given` may differ; the ranks may, too.
 
     defaults: the entry's; a flag that has its default counts as not given. Raises UserError.
     """
@@ -156,10 +157,8 @@ def resume(entry: str, given: TrainConfig, defaults: TrainConfig) -> RunFolder:
     if saved.pop("entry") != entry:
         raise UserError(f"--out {given.out}: holds a run of another entry: resume it with the command that began it")
     ranks = saved.pop("world_size")
-    if ranks != world_size():
-        raise UserError(f"--resume continues a run of {ranks} processes: start as many")
     config = merge_resumed(given, from_json(saved, path), defaults)
-    return RunFolder(path.parent, replace(config, out=str(path.parent)))
+    return RunFolder(path.parent, replace(config, out=str(path.parent)), config.accumulate * ranks)
 
 
 def checkpoints(out: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from finetune.config import LORA_METHODS, TrainConfig, resolve
 from finetune.data.files import write_atomically
 from finetune.errors import TrainingStopped, UserError
 from finetune.evaluate import Score, bigram, whole
+from finetune.launcher import folder_of_the_first_start, remember_folder, to_continue
 from finetune.lora import adapter_of, merged_weights
 from finetune.parallelize import World, default_device, open_world
 from finetune.prepare.cache import Prepared, Say, cache_folder, prepare
@@ -62,22 +63,32 @@ def run_entry(entry: Entry) -> None:
 
 def run(entry: Entry, given: TrainConfig) -> int:
     """The whole run; returns the exit code. Raises UserError, or another ValueError, for what the user can mend."""
+    if begun := folder_of_the_first_start():
+        given = replace(given, out=begun, resume=True)
     folder = resume(entry.name, given, TrainConfig(**entry.defaults)) if given.resume else None
     config = folder.config if folder else complete(entry, given)
-    out = Path(given.out or ".")
-    with closing(open_world(config.device)) as world:
-        try:
-            folder = folder or world.from_main(lambda: begin(entry.name, config))
-            out = folder.path
-            return train_in(entry, folder, world)
-        except TrainingStopped as stopped:
-            _complain(world, f"{stopped}\ncontinue with: {_command(entry)} --out {given.out or out} --resume")
-            return stopped.code
-        except (OSError, CheckpointError) as error:
-            if not _is_full_disk(error):
-                raise
-            _complain(world, f"error: {_full_disk(error, out)}")
-            return 1
+    with closing(open_world(config.device, config.collective_timeout_s)) as world:
+        return world.guard(lambda: run_on(entry, config, folder, world))
+
+
+def run_on(entry: Entry, config: TrainConfig, folder: RunFolder | None, world: World) -> int:
+    """`run` on this rank, in the folder of the run to resume or in a new one."""
+    out = Path(config.out or ".")
+    try:
+        folder = folder or world.from_main(lambda: begin(entry.name, config))
+        out = folder.path
+        if world.peers:
+            world.peers.advice = lambda: f"; {_last_good(out)}: continue with {to_continue(entry.name, out)}"
+            remember_folder(out)
+        return train_in(entry, folder, world)
+    except TrainingStopped as stopped:
+        _complain(world, f"{stopped}\ncontinue with: {to_continue(entry.name, out)}")
+        return stopped.code
+    except (OSError, CheckpointError) as error:
+        if not _is_full_disk(error):
+            raise
+        _complain(world, f"error: {_full_disk(error, out)}")
+        return 1
 
 
 def complete(entry: Entry, given: TrainConfig) -> TrainConfig:
@@ -93,9 +104,7 @@ def train_in(entry: Entry, folder: RunFolder, world: World) -> int:
     with folder.forgotten_if_refused(world):
         setup, prepared = _set_up(entry, folder, world, say)
         outcome = train(setup)
-        if world.is_main:
-            finish(entry, setup, prepared, outcome, say)
-        world.barrier()
+        world.from_main(lambda: finish(entry, setup, prepared, outcome, say))
     return 0
 
 
@@ -132,9 +141,12 @@ def _is_full_disk(error: OSError | CheckpointError) -> bool:
 def _full_disk(error: OSError | CheckpointError, out: Path) -> str:
     """One line for a disk that takes no more, at whatever moment."""
     what = f"{error.filename or out}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    return f"{what}; {_last_good(out)}: make room, then continue with --resume"
+
+
+def _last_good(out: Path) -> str:
     left = checkpoints(out)
-    good = f"the last good checkpoint is {left[-1]}" if left else "no checkpoint was saved before"
-    return f"{what}; {good}: make room, then continue with --resume"
+    return f"the last good checkpoint is {left[-1]}" if left else "no checkpoint was saved before"
 
 
 def suggest(entry: Entry, given: TrainConfig) -> TrainConfig:

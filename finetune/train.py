@@ -21,6 +21,7 @@ from finetune.data.documents import Documents
 from finetune.data.packing import Batch, Cursor, Packer
 from finetune.errors import TrainingStopped, UserError
 from finetune.evaluate import HeldOut, Score, evaluate, hold_out, loss_model_of
+from finetune.launcher import started_by_torchrun
 from finetune.memory import plan_memory
 from finetune.metrics import Metrics, StepMetrics, flops_per_token, peak_bytes, peak_flops
 from finetune.optim import StepInBackward, learning_rate, make_optimizer, mixed_seed, set_learning_rate_, trained
@@ -52,7 +53,11 @@ class Outcome:
 
 
 class StopSignals:
-    """SIGINT and SIGTERM set `caught`, and the loop stops behind the step; a second one acts as usual."""
+    """SIGINT and SIGTERM set `caught`, and the loop stops behind the step; a second one acts as usual.
+
+    Under torchrun it does not: what is typed there comes from the terminal and once more from torchrun, which itself
+    ends what does not stop in 30 s.
+    """
 
     def __init__(self) -> None:
         self.caught = 0
@@ -62,8 +67,9 @@ class StopSignals:
         return self
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        self.caught = number
-        self._restore()
+        self.caught = self.caught or number
+        if not started_by_torchrun():
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self.before.items():
@@ -163,11 +169,13 @@ class Loop:
 
     def _take(self, cursor: Cursor) -> StepData:
         """The rows of a step from `cursor` on. The ranks take turns with micro-batches of them, so k ranks see what
-        one rank sees in k times as many.
+        one rank sees in k times as many; where they do not come out even, some ranks end with empty rows.
         """
         size, world = self.config.batch_size, self.world
-        rows, behind = self.packer.take(cursor, size * self.config.accumulate * world.size)
+        count = self.setup.folder.micro_batches or self.config.accumulate * world.size
+        rows, behind = self.packer.take(cursor, size * count)
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        parts += [[[]] * size] * (-count % world.size)
         batches = [self.packer.batch(part) for part in parts[world.rank :: world.size]]
         return StepData(rows, [b.pinned() for b in batches] if world.device.type == "cuda" else batches, behind)
 
@@ -211,9 +219,8 @@ class Loop:
         return evaluate(model, self.held_out, self.world, self.config.batch_size, self.autocast)
 
     def save(self) -> None:
-        if self.world.is_main:
-            self.setup.folder.save(self.progress, self.setup.model, self.optimizer, self.setup.fingerprint)
-        self.world.barrier()
+        setup = self.setup
+        self.world.from_main(lambda: setup.folder.save(self.progress, setup.model, self.optimizer, setup.fingerprint))
 
 
 def accumulate_(
