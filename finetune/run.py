@@ -21,13 +21,16 @@ from finetune.config import LORA_METHODS, TrainConfig, resolve
 from finetune.data.files import write_atomically
 from finetune.errors import TrainingStopped, UserError
 from finetune.evaluate import Score, bigram, whole
+from finetune.gather import Whole, gathering
 from finetune.launcher import folder_of_the_first_start, remember_folder, to_continue
-from finetune.lora import adapter_of, merged_weights
-from finetune.parallelize import World, default_device, open_world
+from finetune.lora import adapter_of, merged_when_read
+from finetune.mesh import mesh_sizes
+from finetune.parallelize import World, default_device, open_world, world_size
 from finetune.prepare.cache import Prepared, Say, cache_folder, prepare
 from finetune.prepare.corpus import Source
 from finetune.report import write_report
 from finetune.resume import RunFolder, begin, checkpoints, resume
+from finetune.sharding import refuse_unshardable, rest_
 from finetune.train import Outcome, Setup, train
 from nanollama.chat import encode_chat
 from nanollama.checkpoint import CheckpointError
@@ -67,7 +70,9 @@ def run(entry: Entry, given: TrainConfig) -> int:
         given = replace(given, out=begun, resume=True)
     folder = resume(entry.name, given, TrainConfig(**entry.defaults)) if given.resume else None
     config = folder.config if folder else complete(entry, given)
-    with closing(open_world(config.device, config.collective_timeout_s)) as world:
+    sizes = mesh_sizes(config.dp, config.fsdp, config.tp, world_size=world_size())
+    refuse_unshardable(config, sizes)
+    with closing(open_world(config.device, sizes, config.collective_timeout_s)) as world:
         return world.guard(lambda: run_on(entry, config, folder, world))
 
 
@@ -104,7 +109,8 @@ def train_in(entry: Entry, folder: RunFolder, world: World) -> int:
     with folder.forgotten_if_refused(world):
         setup, prepared = _set_up(entry, folder, world, say)
         outcome = train(setup)
-        world.from_main(lambda: finish(entry, setup, prepared, outcome, say))
+        finish(entry, setup, prepared, outcome, say)
+        world.wait_for_main()
     return 0
 
 
@@ -214,18 +220,25 @@ def describe(folder: RunFolder, prepared: Prepared, model: Transformer, world: W
     say(f"model: {begun}: {parameters:,} parameters, {prepared.vocabulary.size:,} words; --method {config.method}")
     if config.offload_activations and config.device == "cpu":
         say("--offload_activations: activations of a run on the CPU are in its memory already")
-    ranks = f" on each of {world.size} ranks" if world.size > 1 else ""
+    ranks = f" on each of {world.data_size} ranks" if world.data_size > 1 else ""
+    ranks += f", mesh {world.sizes}" if world.mesh else ""
     rows = f"{config.batch_size} x {config.accumulate} rows of {config.seq_len} tokens"
     say(f"run: {folder.path}: {config.max_steps} steps of {rows}{ranks}")
 
 
 def finish(entry: Entry, setup: Setup, prepared: Prepared, outcome: Outcome, say: Say) -> None:
-    """The final model, the report and what to type next."""
-    out = setup.folder.path
-    write_model(setup, prepared.tokenizer)
+    """The final model, the report and what to type next. All ranks bring their shards; the main one writes."""
+    out, world = setup.folder.path, setup.world
+    rest_(setup.model)
+    with gathering(dict(setup.model.named_parameters()), world) as whole:
+        if whole is not None:
+            write_model(setup, prepared.tokenizer, whole)
+    text = setup.sample(setup.model) if world.is_main or world.mesh else ""
+    if not world.is_main:
+        return
     beaten = bigram(prepared.train, outcome.held_out, prepared.vocabulary.size)
     write_atomically(out / "summary.json", json.dumps(summary(outcome, beaten), indent=2).encode())
-    say(f"sample: {setup.sample(setup.model)}")
+    say(f"sample: {text}")
     say(
         f"held-out bits per byte: {outcome.score.bpb:.4f}; a bigram model fitted on the training text: {beaten.bpb:.4f}"
     )
@@ -242,17 +255,20 @@ def finish(entry: Entry, setup: Setup, prepared: Prepared, outcome: Outcome, say
         say(f"  {command}")
 
 
-def write_model(setup: Setup, tokenizer: Path) -> None:
-    """final/ with adapters merged in, final-hf/ where asked for, and the adapter."""
+def write_model(setup: Setup, tokenizer: Path, whole: Whole) -> None:
+    """final/ with adapters merged in, final-hf/ where asked for, and the adapter.
+
+    whole: gives a parameter in one piece.
+    """
     config, out, model = setup.folder.config, setup.folder.path, setup.model
-    weights = merged_weights(model)
+    weights = merged_when_read(model, whole)
     for folder, write in ((out / "final", write_meta), (out / "final-hf", write_hf)):
         if folder.exists():
             shutil.rmtree(folder)  # of this run, when it is resumed after its end
         if folder.name == "final" or config.export == "hf":
             write(folder, model.config, weights, tokenizer=tokenizer)
     if config.method in LORA_METHODS:
-        write_adapter(out / "adapter", adapter_of(model), model.config, base=base_name(config.ckpt or ""))
+        write_adapter(out / "adapter", adapter_of(model, whole), model.config, base=base_name(config.ckpt or ""))
 
 
 def _next_commands(entry: Entry, final: Path, prompt: str) -> list[str]:
