@@ -49,8 +49,10 @@ def _launcher_words() -> list[str]:
     for i, word in enumerate(line):
         if Path(word).name in TORCHRUN:
             return ["torchrun", *line[i + 1 :]]
+    if "-m" not in sys.orig_argv:
+        return []
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return ["torchrun", "--nproc_per_node", ranks, *sys.orig_argv[sys.orig_argv.index("-m") :]] if line else []
+    return ["torchrun", "--nproc_per_node", ranks, *sys.orig_argv[sys.orig_argv.index("-m") :]]
 
 
 def remember_folder(out: Path) -> None:

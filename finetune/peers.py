@@ -87,7 +87,7 @@ class Peers:
         """Wait for the thread to end this process, where the error is but the echo of what another rank did."""
         code = {KeyboardInterrupt: 130, SystemExit: getattr(error, "code", 1)}.get(type(error), 1)
         code = 2 if isinstance(error, ValueError) else code
-        wait_s = 0.0 if isinstance(error, (KeyboardInterrupt, SystemExit)) else ANSWER_S / 2
+        wait_s = 0.0 if isinstance(error, (KeyboardInterrupt, SystemExit)) else ANSWER_S / 2 + SEEN_S
         if isinstance(error, ValueError):
             wait_s = 1.0 if self.rank else 0.0  # most likely rank 0 refuses the same, and its line is enough
         if wait_s:

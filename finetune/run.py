@@ -111,6 +111,7 @@ def train_in(entry: Entry, folder: RunFolder, world: World) -> int:
         outcome = train(setup)
         finish(entry, setup, prepared, outcome, say)
         world.wait_for_main()
+        world.barrier()  # the main rank's end may be that of the store that the others ask
     return 0
 
 
