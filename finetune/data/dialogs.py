@@ -22,6 +22,7 @@ from finetune.data.rows import ROW_SUFFIXES, Row, hub_rows, read_rows
 from finetune.data.shapes import Dialogue, as_dialogue
 from finetune.errors import UserError
 from nanollama.chat import encode_chat, template_source
+from nanollama.printable import printable
 from nanollama.tokenizer import Tokenizer
 
 
@@ -78,7 +79,7 @@ def read_dialogs(
     report_bad(bad, len(encoded) + len(bad), on_bad, say)
     if unread:
         counted = [f"{key} ({count:,})" for key, count in unread.most_common()]
-        say(f"data: keys beside the dialogues that are left unread: {', '.join(counted)}")
+        say(f"data: keys beside the dialogues that are left unread: {printable(', '.join(counted))}")
     if not encoded:
         raise UserError(f"--data {path}: holds no dialogue: one JSON object with messages a line")
     train = [dialogue for i, dialogue in enumerate(encoded) if not is_held_out(i)]
@@ -108,7 +109,7 @@ def report_bad(bad: Sequence[str], count: int, on_bad: str, say: Say, what: str 
         more = f"; the first {NAMED}" if len(bad) > NAMED else ""
         say(f"data: {many}{' and are left out' if on_bad == 'skip' else ''}{more}:")
         for line in bad[:NAMED]:
-            say(f"  {line}")
+            say(f"  {printable(line)}")
     if on_bad == "stop":
         raise UserError(f"{bad[0]} ({many}; --on_bad skip leaves {'it' if len(bad) == 1 else 'them'} out)")
 
