@@ -175,7 +175,7 @@ def _write_steps(writer: KitWriter, steps: dict[str, Tensor], weights: dict[str,
 def table_of(ev: Evidence, notices: list[str]) -> dict[str, Any]:
     """kit.json but for its arrays and gates: what a port needs to know first, and where the numbers come from."""
     lengths = [len(tokens) for tokens in ev.oracle.sequences]
-    hyper = {k: v for k, v in (ev.case.training or {}).items() if k != "batches"}
+    hyper = {k: v for k, v in (ev.case.training or {}).items() if k not in ("batches", "preferences")}
     short = f"the longest sequence has {max(lengths)} tokens: in 16 bits a wrong RoPE scaling hides below {LONG_TOKENS}"
     return {
         "config": ev.oracle.meta["config"],
