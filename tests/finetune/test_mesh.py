@@ -22,7 +22,7 @@ from finetune.errors import UserError
 from finetune.mesh import MeshSizes, mesh_sizes
 from finetune.parallelize import World
 from mesh_cases import ALONE, Mesh, sizes_of, train, worst_gradient, worst_loss
-from ranks import run_ranks
+from rank_group import run_ranks
 
 BOUND = 3.0  # G8: of the worst gradient and the worst loss, in noises
 

@@ -14,7 +14,7 @@ from mesh_files import answer_in_training, answers, run_steps, states, work
 from nanollama.checkpoint import open_checkpoint, write_meta
 from nanollama.generation.llama import Llama
 from nanollama.generation.parallel import load_parallel
-from ranks import run_ranks
+from rank_group import run_ranks
 
 MESHES = {"fsdp": Mesh(), "tp": Mesh(), "tp lora": Mesh(method="lora")}  # as one process runs them
 
