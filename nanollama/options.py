@@ -37,9 +37,7 @@ class ModelOptions:
     adapter: Path | None = None  # folder of a LoRA adapter (PEFT's format) to add to the checkpoint
     dtype: Literal["fp32", "bf16", "fp16"] | None = None  # of weights and computation; default: as stored
     device: Literal["cpu", "cuda", "mps"] = "cpu"  # where the model runs
-    quantize: Literal["int8", "int4"] | None = (
-        None  # weights as integers; int4 computes in bf16 where no --dtype is given
-    )
+    quantize: Literal["int8", "int4"] | None = None  # weights as integers; int4 computes in bf16 without --dtype
     compile: Literal["auto", "on", "off"] = "auto"  # the decode step; auto: where it wins back its time
     draft: str | None = None  # a smaller checkpoint with the same vocabulary, which guesses tokens ahead
     tp: int = 1  # parts of each layer, one a process: torchrun --nproc_per_node TP -m nanollama ...
