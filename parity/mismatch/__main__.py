@@ -75,7 +75,7 @@ def first_tokens(columns: Columns, count: int) -> Columns:
     if not any(inside):
         raise UsageError(f"none of the first {count} tokens is listed: raise --max_tokens")
     mask = columns.sequence.new_tensor(inside).bool()
-    return Columns(kept, *(x[mask] for x in (columns.sequence, columns.position, columns.a, columns.b)))
+    return Columns(kept, columns.sequence[mask], columns.position[mask], columns.a[mask], columns.b[mask])
 
 
 def ask(columns: Columns, ckpt: str, dtypes: tuple[str, str], threads: int, seconds: float) -> dict[str, Any]:

@@ -12,8 +12,9 @@ columns.safetensors holds sequence (N,) and position (N,) of the tokens, a and b
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,29 +92,22 @@ def at(values: Tensor, tokens: Tensor) -> Tensor:
 
 # --- What is not in the table of mistakes ----------------------------------------------------------------------------
 
-Answer = tuple[str, Callable[[], Tensor]]
+Answer = tuple[str, Tensor]  # a mistake, and the log-probabilities (N,) that it gives
 
 
 def samplings(logits: Tensor, tokens: Tensor) -> Iterator[Answer]:
     """As samplers change a distribution before its log-probabilities are taken."""
     for temperature in TEMPERATURES:
         scaled = (logits / temperature).log_softmax(-1)
-        heat = f"at temperature {temperature:g}"
-        if temperature != 1:
-            yield f"log-probabilities are taken {heat}", lambda scaled=scaled: at(scaled, tokens)
-        also = f", {heat}" if temperature != 1 else ""
+        heat = "" if temperature == 1 else f" at temperature {temperature:g}"
+        if heat:
+            yield f"log-probabilities are taken{heat}", at(scaled, tokens)
         ranked = scaled.sort(dim=-1, descending=True).values.exp().cumsum(-1)
         for p in TOP_P:
-            name = f"log-probabilities are renormalised to top-p {p:g}{also}"
-            yield name, lambda scaled=scaled, ranked=ranked, p=p: kept_mass(scaled, tokens, nucleus(ranked, p))
+            yield f"log-probabilities are renormalised to top-p {p:g}{heat}", kept(scaled, tokens, nucleus(ranked, p))
         for k in TOP_K:
-            name = f"log-probabilities are renormalised to top-k {k}{also}"
-            yield (
-                name,
-                lambda scaled=scaled, ranked=ranked, k=k: kept_mass(
-                    scaled, tokens, ranked[:, min(k, ranked.shape[1]) - 1]
-                ),
-            )
+            mass = ranked[:, min(k, ranked.shape[1]) - 1]
+            yield f"log-probabilities are renormalised to top-k {k}{heat}", kept(scaled, tokens, mass)
 
 
 def nucleus(ranked: Tensor, p: float) -> Tensor:
@@ -122,31 +116,29 @@ def nucleus(ranked: Tensor, p: float) -> Tensor:
     return ranked.gather(1, count)[:, 0]
 
 
-def kept_mass(log_probs: Tensor, tokens: Tensor, mass: Tensor) -> Tensor:
+def kept(log_probs: Tensor, tokens: Tensor, mass: Tensor) -> Tensor:
     return at(log_probs, tokens) - mass.log()
 
 
 def roundings(logits: Tensor, tokens: Tensor) -> Iterator[Answer]:
     for name, low in HALVES.items():
-        yield f"the logits are rounded to {name}", lambda low=low: at(low(logits).log_softmax(-1), tokens)
-        yield (
-            f"the log-probabilities are computed in {name}",
-            lambda low=low: low(at(low(logits).log_softmax(-1), tokens)),
-        )
+        rounded = at(low(logits).log_softmax(-1), tokens)
+        yield f"the logits are rounded to {name}", rounded
+        yield f"the log-probabilities are computed in {name}", low(rounded)
     right = at(logits.log_softmax(-1), tokens)
-    yield "log-probabilities are to base 2, not e", lambda: right / math.log(2)
-    yield "log-probabilities are to base 10, not e", lambda: right / math.log(10)
-    yield "probabilities are given, not their logarithms", lambda: right.exp()
-    yield "negative log-probabilities are given", lambda: -right
+    yield "log-probabilities are to base 2, not e", right / math.log(2)
+    yield "log-probabilities are to base 10, not e", right / math.log(10)
+    yield "probabilities are given, not their logarithms", right.exp()
+    yield "negative log-probabilities are given", -right
 
 
 def displaced(columns: Columns, right: Tensor) -> Iterator[Answer]:
     """Each value stands at the next or the previous listed token of its sequence."""
     same = columns.sequence[1:] == columns.sequence[:-1]
-    for name, source in (("late", right[:-1]), ("early", right[1:])):
-        moved = right.clone()
-        (moved[1:] if name == "late" else moved[:-1])[same] = source[same]
-        yield f"each log-probability stands one token {name}", lambda moved=moved: moved
+    late, early = right.clone(), right.clone()
+    late[1:][same], early[:-1][same] = right[:-1][same], right[1:][same]
+    yield "each log-probability stands one token late", late
+    yield "each log-probability stands one token early", early
 
 
 def batches(listing: Listing) -> Iterator[Answer]:
@@ -158,19 +150,19 @@ def batches(listing: Listing) -> Iterator[Answer]:
         return listing.read(listing.logits(replace(right, sequences=changed), shift))
 
     if all(len(s) > 2 for s in sequences) and int(listing.columns.position.min()) > 1:
-        yield "the first token (BOS) is missing", lambda: read([s[1:] for s in sequences], [-1] * len(sequences))
-    yield "the first token (BOS) is there twice", lambda: read([s[:1] + s for s in sequences], [1] * len(sequences))
+        yield "the first token (BOS) is missing", read([s[1:] for s in sequences], [-1] * len(sequences))
+    yield "the first token (BOS) is there twice", read([s[:1] + s for s in sequences], [1] * len(sequences))
     pads = [longest - len(s) for s in sequences]
     if any(pads):
         yield (
             "padding on the left is attended to",
-            lambda: read([[0] * n + s for n, s in zip(pads, sequences, strict=True)], pads),
+            read([[0] * n + s for n, s in zip(pads, sequences, strict=True)], pads),
         )
     if len(sequences) > 1:
         before = [sequences[i - 1] if i else [] for i in range(len(sequences))]
         yield (
             "each document sees the one before it: packed without a mask",
-            lambda: read([a + b for a, b in zip(before, sequences, strict=True)], [len(a) for a in before]),
+            read([a + b for a, b in zip(before, sequences, strict=True)], [len(a) for a in before]),
         )
 
 
@@ -192,13 +184,12 @@ def explain(listing: Listing, dtypes: dict[str, str], bound: float, seconds: flo
     found: dict[str, dict[str, float]] = {
         side: {} for side, x in columns.sides.items() if not rms(x - right) <= bound * floors[dtypes[side]]
     }
-    answers = [*roundings(logits, tokens), *displaced(columns, right), *batches(listing), *samplings(logits, tokens)]
-    answers += [(m.name, lambda m=m: listing.with_mistake(m)) for m in table]
+    cheap = roundings(logits, tokens), displaced(columns, right), batches(listing), samplings(logits, tokens)
     asked = 0
-    for name, answer in answers:
+    for name, values in chain(*cheap, ((m.name, listing.with_mistake(m)) for m in table)):
         if time.perf_counter() - started > seconds or all(max(f.values(), default=0) > ENOUGH for f in found.values()):
             break
-        values, asked = answer(), asked + 1
+        asked += 1
         for side, shares in found.items():
             shares[name] = share(columns.sides[side], right, values)
     return {
@@ -206,7 +197,6 @@ def explain(listing: Listing, dtypes: dict[str, str], bound: float, seconds: flo
         "floors": floors,
         "found": {side: sorted(f.items(), key=lambda item: -item[1])[:KEPT] for side, f in found.items()},
         "asked": asked,
-        "of": len(answers),
         "seconds": round(time.perf_counter() - started, 2),
     }
 

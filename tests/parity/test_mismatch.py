@@ -139,6 +139,8 @@ CAUSES = {
 @pytest.mark.parametrize("cause", ["temperature", *(pytest.param(c, marks=pytest.mark.slow) for c in [*CAUSES][1:])])
 def test_the_side_that_is_wrong_is_named_with_its_cause(folder: Path, cause: str) -> None:
     given = sampled(model(folder), 0.7) if cause == "top-p" else sequences()
+    if cause == "top-p" and given[0][2:] == given[0][2:3] * 28:
+        pytest.skip("this model says one token for ever: a nucleus of one")
     right, other = honest(folder, given), listed(wrong(folder, cause), given)
     if cause in ("no BOS", "top-p"):  # the first token was given, not drawn; or BOS stands before nothing
         right, other = ([[None, None, *row[2:]] for row in rows] for rows in (right, other))
