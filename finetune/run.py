@@ -21,6 +21,7 @@ from finetune.config import LORA_METHODS, TrainConfig, resolve
 from finetune.data.files import write_atomically
 from finetune.errors import TrainingStopped, UserError
 from finetune.evaluate import Score, bigram, whole
+from finetune.lock import held
 from finetune.lora import adapter_of, merged_weights
 from finetune.parallelize import World, default_device, open_world
 from finetune.prepare.cache import Prepared, Say, cache_folder, prepare
@@ -69,7 +70,8 @@ def run(entry: Entry, given: TrainConfig) -> int:
         try:
             folder = folder or world.from_main(lambda: begin(entry.name, config))
             out = folder.path
-            return train_in(entry, folder, world)
+            with held(out, world):
+                return train_in(entry, folder, world)
         except TrainingStopped as stopped:
             _complain(world, f"{stopped}\ncontinue with: {_command(entry)} --out {given.out or out} --resume")
             return stopped.code
