@@ -30,12 +30,12 @@ from finetune.data.packing import Cursor
 from finetune.errors import UserError
 from finetune.optim import trained
 from finetune.parallelize import World, world_size
+from finetune.restore import SCHEMA, check_checkpoint, check_config_types, read_file, taken, with_older
 from nanollama.checkpoint.staging import Stage, staged
 from nanollama.checkpoint.streams import write_safetensors
 from nanollama.checkpoint.weights import lazy
 
 CONFIG = "config.json"
-SCHEMA = "nanollama.run/1"  # of state.json
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,16 @@ class RunFolder:
 
     def restore_(self, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str) -> Progress:
         """Load the newest checkpoint; a run without any starts at step 0. Raises UserError."""
-        self._clean()
         found = checkpoints(self.path)
         if not found:
+            self._clean()
             return Progress()
         folder = found[-1]
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if state.get("schema") != SCHEMA:
-            raise UserError(f"{folder}: state.json has schema {state.get('schema')!r}: expected {SCHEMA!r}")
-        if state["data"] != fingerprint:
-            raise UserError(f"{folder}: the data or its tokenizer has changed since this run was saved: bring it back")
+        try:
+            state = check_checkpoint(folder, self.config, trained(model), fingerprint)
+        except UserError as error:
+            raise with_older(error, folder, found[-2] if len(found) > 1 else None) from None
+        self._clean()
         device = next(model.parameters()).device
         weights, parameters = _read_tensors(folder / "model.safetensors", device), trained(model)
         if weights.keys() != parameters.keys():
@@ -100,10 +100,9 @@ class RunFolder:
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
         _restore_optimizer_(
-            optimizer, parameters, _read_tensors(folder / "optimizer.safetensors", device), state["optimizer"]
+            optimizer, parameters, _read_tensors(folder / "optimizer.safetensors", device), state.scalars
         )
-        progress = state["progress"]
-        return Progress(progress["step"], progress["tokens"], Cursor(**progress["cursor"]))
+        return Progress(state.step, state.tokens, state.cursor)
 
     def _clean(self) -> None:
         """Remove what a kill left behind: half-written checkpoints, and older ones than the newest."""
@@ -152,12 +151,14 @@ def resume(entry: str, given: TrainConfig, defaults: TrainConfig) -> RunFolder:
         raise UserError(
             f"--out {given.out}: holds no run to resume (config.json is missing): drop --resume to start one"
         )
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    if saved.pop("entry") != entry:
+    saved = read_file(path)
+    if taken(saved, "entry", str, path) != entry:
         raise UserError(f"--out {given.out}: holds a run of another entry: resume it with the command that began it")
-    ranks = saved.pop("world_size")
+    ranks = taken(saved, "world_size", int, path)
     if ranks != world_size():
         raise UserError(f"--resume continues a run of {ranks} processes: start as many")
+    saved = {key: value for key, value in saved.items() if key not in ("entry", "world_size")}
+    check_config_types(saved, path)
     config = merge_resumed(given, from_json(saved, path), defaults)
     return RunFolder(path.parent, replace(config, out=str(path.parent)))
 
