@@ -88,9 +88,11 @@ class RunFolder:
             return Progress()
         folder = found[-1]
         try:
-            state = check_checkpoint(folder, self.config, trained(model), fingerprint)
+            state = check_checkpoint(folder, self.config, trained(model))
         except UserError as error:
             raise with_older(error, folder, found[-2] if len(found) > 1 else None) from None
+        if state.data != fingerprint:
+            raise UserError(f"{folder}: the data or its tokenizer has changed since this run was saved: bring it back")
         self._clean()
         device = next(model.parameters()).device
         weights, parameters = _read_tensors(folder / "model.safetensors", device), trained(model)
