@@ -2,7 +2,7 @@
 
 Types, ranges, shapes and dtypes are held against the model, the config and the data; nothing is bent to fit.
 
-    state = check_checkpoint(folder, config, trained(model), fingerprint)    # UserError, or what state.json says
+    state = check_checkpoint(folder, config, trained(model))    # UserError, or what state.json says
 """
 
 import types
@@ -27,6 +27,7 @@ from nanollama.gate.documents import read_json
 
 SCHEMA = "nanollama.run/1"  # of state.json
 MAX_COUNT = 1 << 62
+PLACES = frozenset(("data", "tokenizer", "ckpt", "adapter", "init"))  # files may be moved: their content is compared
 # safetensors' names of what a run stores.
 DTYPES = STORED_DTYPES | {"I8": torch.int8, "U8": torch.uint8}
 
@@ -39,6 +40,7 @@ class State:
     tokens: int
     cursor: Cursor
     scalars: Mapping[str, float]
+    data: str  # fingerprint
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -86,17 +88,13 @@ def check_config_types(saved: dict[str, Any], where: Path) -> None:
             raise UserError(f"{where}: {field.name} is {gate.shown(value)}: expected {_kind_name(kind)}")
 
 
-def check_checkpoint(
-    folder: Path, config: TrainConfig, parameters: Mapping[str, nn.Parameter], fingerprint: str
-) -> State:
+def check_checkpoint(folder: Path, config: TrainConfig, parameters: Mapping[str, nn.Parameter]) -> State:
     """What the checkpoint's state.json says, once all its files fit this run. Raises UserError that names the file."""
     path = folder / "state.json"
     found = read_file(path)
     if found.get("schema") != SCHEMA:
         raise UserError(f"{path}: has schema {gate.shown(found.get('schema'))}: expected {SCHEMA!r}")
     _check_same_config(taken(found, "config", dict, path), config, path)
-    if taken(found, "data", str, path) != fingerprint:
-        raise UserError(f"{folder}: the data or its tokenizer has changed since this run was saved: bring it back")
     state = _progress(found, config, path)
     if folder.name != f"step_{state.step:08d}":
         raise UserError(
@@ -113,7 +111,7 @@ def _check_same_config(saved: dict[str, Any], config: TrainConfig, path: Path) -
     check_config_types(saved, path)
     for field in fields(TrainConfig):
         value = getattr(config, field.name)
-        if field.name not in FREE and field.name in saved and saved[field.name] != value:
+        if field.name not in FREE | PLACES and field.name in saved and saved[field.name] != value:
             what = f"was written with {field.name} {gate.shown(saved[field.name])}, the run's config.json says"
             raise UserError(f"{path}: {what} {gate.shown(value)}: bring back the one that is right")
 
@@ -131,7 +129,7 @@ def _progress(found: dict[str, Any], config: TrainConfig, path: Path) -> State:
         if type(value) not in (int, float) or value != int(value) or not 0 < value <= step:
             what = f"optimizer.{name[:80]} is {gate.shown(value)}: expected the steps taken, 1 to {step}"
             raise UserError(f"{path}: {what}")
-    return State(step, tokens, Cursor(epoch, window, row), scalars)
+    return State(step, tokens, Cursor(epoch, window, row), scalars, taken(found, "data", str, path))
 
 
 def _count(found: dict[str, Any], key: str, most: int, path: Path) -> int:

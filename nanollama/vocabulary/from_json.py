@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from nanollama.gate import CheckpointError, tokenizers
 from nanollama.vocabulary import spoken
+from nanollama.vocabulary.added import Declared
 from nanollama.vocabulary.charsmap import check_charsmap
 from nanollama.vocabulary.value import BYTE_PIECES, MAX_TOKENS, TokenizerError, TokenType, Vocabulary, byte_alphabet
 
@@ -18,9 +19,13 @@ DEEPEST = 32  # of nested normalizers and the like; Rust's recursion is not limi
 Kind = Literal["bpe", "spm", "unigram"]
 
 
-def parse(data: bytes) -> Vocabulary:
-    """The vocabulary of a tokenizer.json; raises TokenizerError where its shape is not one."""
+def parse(data: bytes, declared: Declared = Declared()) -> Vocabulary:
+    """The vocabulary of a tokenizer.json, with what is declared beside it as its added tokens.
+
+    Raises TokenizerError where its shape is not one.
+    """
     content = _load(data)
+    more = _not_listed(content, declared)
     model, listed = content["model"], content.get("added_tokens") or []
     texts, added = _texts(model, listed), {token["id"]: token for token in listed}
     kind: Kind = "unigram" if model["type"] == "Unigram" else "bpe" if _uses(content, "ByteLevel") else "spm"
@@ -41,8 +46,20 @@ def parse(data: bytes) -> Vocabulary:
         add_bos=begins is not None,
         add_dummy_prefix='"Prepend"' in normalizer or ('"Metaspace"' in normalizer and '"never"' not in normalizer),
         format="json",
+        data=json.dumps(content, ensure_ascii=False).encode() if more else b"",
         content=content,
     )
+
+
+def _not_listed(content: dict[str, Any], declared: Declared) -> bool:
+    """Adds to the list of added tokens what is declared elsewhere; whether there was any."""
+    vocab, listed = content["model"].get("vocab"), content.get("added_tokens") or []
+    if not isinstance(vocab, dict):
+        return False
+    ids = vocab | {token["content"]: token["id"] for token in listed}
+    more = declared.of_vocabulary(ids, {token["content"] for token in listed})
+    content["added_tokens"] = sorted([*listed, *more], key=lambda token: token["id"])
+    return bool(more)
 
 
 def _load(data: bytes) -> dict[str, Any]:

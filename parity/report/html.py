@@ -12,10 +12,11 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup
 
 from nanollama.printable import printable_all
-from parity.contract import Result, tap_names
+from parity.contract import Result
 from parity.measure.tolerances import BOUNDS
 from parity.report.model import Report
 from parity.report.terminal import number
+from reference.protocol import tap_names
 
 WIDTH, HEIGHT = 1150, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 64  # of the plot, in pixels
