@@ -22,7 +22,13 @@ from nanollama.gate.tokenizers import Guard, is_known, load
 from reference.files.weights import Unusable, through_gate
 
 # What transformers looks for in a folder by itself. Weights are no documents and have checks of their own.
-DOCUMENTS = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+DOCUMENTS: tuple[str, ...] = (
+    "config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
 DOCUMENTS += ("generation_config.json", "chat_template.json", "processor_config.json", "preprocessor_config.json")
 TEXTS = ("chat_template.jinja", "merges.txt", "tokenizer.model")
 TEMPLATE_S, TEMPLATE_BYTES = 10.0, 4 << 20
