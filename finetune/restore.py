@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from finetune.config import FREE, TrainConfig
-from finetune.data.packing import Cursor, Packer
+from finetune.data.packing import Cursor, Packing
 from finetune.errors import UserError
 from finetune.optim import new_moments
 from nanollama import gate
@@ -178,11 +178,9 @@ def _check_scalars(state: State, parameters: Mapping[str, nn.Parameter], path: P
         raise UserError(f"{path}: optimizer {what} {gate.shown(different[0])}: it is not as this run wrote it")
 
 
-def check_cursor(packer: Packer, cursor: Cursor) -> None:
-    """Raises UserError for a place that these data do not have: looking for its row would never end."""
-    rows = packer.window(cursor.epoch, cursor.window)
-    before = packer.window(cursor.epoch, cursor.window - 1) if cursor.window and not rows else rows
-    if cursor.row > len(rows) or (cursor.row and cursor.row == len(rows)) or (cursor.window and not before):
+def check_cursor(packer: Packing, cursor: Cursor) -> None:
+    """Raises UserError for a place that these data do not have."""
+    if not packer.holds(cursor):
         what = f"epoch {cursor.epoch}, window {cursor.window}, row {cursor.row}"
         raise UserError(f"state.json: its cursor ({what}) is no place in these data: it is of another run")
 
