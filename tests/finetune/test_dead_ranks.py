@@ -13,7 +13,7 @@ import pytest
 
 from finetune.prepare.stories import stories
 from finetune.resume import checkpoints
-from ranks import Ranks, losses, steps_done
+from rank_processes import Ranks, losses, steps_done
 
 SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 48}
 MANY = "100000"  # steps: more than are waited for
