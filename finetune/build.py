@@ -196,8 +196,13 @@ def _matrices(model: Transformer) -> list[torch.Tensor]:
 # --- Wraps: the model knows of none ----------------------------------------------------------------------------------
 
 
-def wrap_(model: Transformer, config: TrainConfig, world: World) -> nn.Module:
-    """Everything that `config` puts around the model, in the order in which it has to be."""
+def wrap_(
+    model: Transformer,
+    config: TrainConfig,
+    world: World,
+    loss_model: Callable[[Transformer], nn.Module] = LossModel,
+) -> nn.Module:
+    """Everything that `config` puts around the model, in the order in which it has to be; loss_model: the last."""
     select_trained_(model, config.method)
     if config.dropout:
         add_dropout_(model, config.dropout)
@@ -206,7 +211,7 @@ def wrap_(model: Transformer, config: TrainConfig, world: World) -> nn.Module:
     if config.compile:
         compile_blocks_(model)
     shard_(model, config, world)
-    return replicate(LossModel(model).train(), world)
+    return replicate(loss_model(model).train(), world)
 
 
 def mixed_precision(config: TrainConfig, device: torch.device) -> torch.autocast:

@@ -48,6 +48,9 @@ class TrainConfig:
     lora_dropout: float = 0.0  # on what the adapters read
     adapter: str | None = None  # lora and qlora: start from this adapter; its rank, alpha and targets are the run's
     chat_rows: Literal["auto", "reinit", "keep"] = "keep"  # chat words' rows become the mean; auto: untrained ones
+    # Preferences (finetune.preference)
+    loss: Literal["dpo", "ipo", "dpo_norm", "orpo"] = "dpo"  # dpo_norm, ipo: by length; orpo: without a reference
+    beta: float = 0.0  # how far the margin of an answer counts; 0: 0.1, and 5 for dpo_norm
     # Run
     out: str | None = None  # folder of the run; else out/ENTRY-TIME
     resume: bool = False  # continue the run in --out, bit by bit
@@ -97,6 +100,7 @@ class TrainConfig:
         for name in ("accumulate", "save_every", "eval_every", "eval_tokens", "lora_rank", "collective_timeout_s"):
             _at_least(self, name, 1)
         for name in (
+            "beta",
             "lr",
             "min_lr",
             "weight_decay",
@@ -262,6 +266,18 @@ def merge_resumed(given: TrainConfig, saved: TrainConfig, defaults: TrainConfig)
             )
         free[f.name] = new
     return replace(saved, **free)
+
+
+# Fields that mean something to one entry alone.
+OWNED = {"loss": "preference", "beta": "preference"}
+
+
+def refuse_foreign(entry: str, config: TrainConfig) -> None:
+    """Raises UserError for a flag that this entry would not look at."""
+    usual = TrainConfig()
+    for name, owner in OWNED.items():
+        if owner != entry and getattr(config, name) != getattr(usual, name):
+            raise UserError(f"--{name} is finetune.{owner}'s: finetune.{entry} has no use for it")
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:

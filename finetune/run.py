@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from finetune.build import Start, adapt_, build_model, open_start
-from finetune.config import LORA_METHODS, TrainConfig, resolve
+from finetune.config import LORA_METHODS, TrainConfig, refuse_foreign, resolve
 from finetune.data.files import write_atomically
 from finetune.errors import TrainingStopped, UserError
 from finetune.evaluate import Score, bigram, whole
@@ -57,6 +57,8 @@ class Entry:
     suggested: dict[str, int] = field(default_factory=dict)  # of what is left open, where the start is left open too
     make: Callable[[TrainConfig, Path, Say], Prepared] | None = None  # (config, tokenizer, say), in place of shards
     talks: bool = False  # the model answers messages; else it continues text
+    recipe: Callable[[TrainConfig], TrainConfig] = lambda config: config  # fills what is left open, or refuses
+    ready: Callable[[Setup, Say], Setup] = lambda setup, say: setup  # what else is made of model and data
     larger: tuple[str, ...] = ()  # flags of larger runs, printed at the end of a default run
 
 
@@ -99,7 +101,8 @@ def run_on(entry: Entry, config: TrainConfig, folder: RunFolder | None, world: W
 def complete(entry: Entry, given: TrainConfig) -> TrainConfig:
     """A new run's config, with what was left to the entry, the preset and the device filled in. Raises UserError."""
     device = default_device() if given.device == "auto" else given.device
-    return resolve(suggest(entry, given), device, given.threads or torch.get_num_threads())
+    refuse_foreign(entry.name, given)
+    return resolve(suggest(entry, entry.recipe(given)), device, given.threads or torch.get_num_threads())
 
 
 def train_in(entry: Entry, folder: RunFolder, world: World) -> int:
@@ -108,6 +111,7 @@ def train_in(entry: Entry, folder: RunFolder, world: World) -> int:
     torch.set_num_threads(config.threads)
     with folder.forgotten_if_refused(world):
         setup, prepared = _set_up(entry, folder, world, say)
+        setup = entry.ready(setup, say)
         outcome = train(setup)
         finish(entry, setup, prepared, outcome, say)
         world.wait_for_main()
