@@ -4,7 +4,7 @@
 
 What is judged is finetune's own loop over copies (DDP), shards (FSDP2) or parts of layers (TP), against the same loop
 in one process: every mutant by the first of CHECKS that fails. The floor of the gradients is what one process itself
-makes of another order of sums (whole batches for micro-batches).
+makes of another order of sums: whole batches for micro-batches, and features, heads and hidden units turned round.
 """
 
 from collections.abc import Iterator
@@ -27,6 +27,7 @@ CHECKS = {
     "resumed": "the losses behind a save and a resume",
 }
 LOSS_BOUND = 10.0**-STEP_DIGITS
+DROPOUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -87,23 +88,29 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Truth:
-    """One process, in two orders of sums."""
+    """One process, and how far it departs from itself when it sums in another order."""
 
     right: Measured
-    other: Measured
+    with_dropout: Measured
+    floors: dict[str, float]  # of each gradient, relative to its size
 
 
 def make_truth() -> Truth:
-    return Truth(train_alone(Job()), train_alone(Job(rows=4)))
+    right, floors = train_alone(Job()), dict[str, float]()
+    for other in (train_alone(Job(rows=4)), train_alone(Job(turned=True))):
+        for name, gradient in right.gradients.items():
+            departs = _rms(other.gradients[name] - gradient) / _rms(gradient)
+            floors[name] = max(floors.get(name, UNIT["fp32"] / 2), departs)
+    return Truth(right, train_alone(Job(dropout=DROPOUT)), floors)
 
 
-def judge(truth: Truth, found: Measured) -> dict[str, float]:
+def judge(truth: Truth, job: Job, found: Measured) -> dict[str, float]:
     """Each of CHECKS -> the measured difference in % of its bound."""
-    right = truth.right
+    right = truth.with_dropout if job.dropout else truth.right
     return {
         "labels": 0.0 if found.labels == right.labels else 1e9,
         "loss": _losses(found.losses[:1], right.losses[:1]),
-        "gradients": max(_gradients(truth, found)),
+        "gradients": max(_gradients(truth.floors, found, right)),
         "norm": _losses(found.norms[:1], right.norms[:1]),
         "steps": _losses(found.losses, right.losses),
         "resumed": _losses(found.resumed, right.resumed),
@@ -117,15 +124,14 @@ def _losses(found: list[float], right: list[float]) -> float:
     return max(100 * abs(a - b) / (LOSS_BOUND * abs(b)) for a, b in zip(found, right, strict=True))
 
 
-def _gradients(truth: Truth, found: Measured) -> Iterator[float]:
-    """G8.grad, with one process in another order as the reference and one process as the truth."""
-    for name, right in truth.right.gradients.items():
-        mine, other = found.gradients.get(name), truth.other.gradients[name]
-        if mine is None or mine.shape != right.shape:
+def _gradients(floors: dict[str, float], found: Measured, right: Measured) -> Iterator[float]:
+    """G8.grad, with one process as the truth and one that sums in another order as the reference."""
+    for name, gradient in right.gradients.items():
+        mine = found.gradients.get(name)
+        if mine is None or mine.shape != gradient.shape:
             yield 1e9
             continue
-        floor = max(_rms(other - right), UNIT["fp32"] * _rms(right) / 2)
-        yield 100 * _rms(mine - right) / floor / BOUNDS["G8.grad"].value
+        yield 100 * _rms(mine - gradient) / (_rms(gradient) * floors[name]) / BOUNDS["G8.grad"].value
 
 
 def _rms(x: Any) -> float:
@@ -145,7 +151,7 @@ def evaluate(mutants: list[RankMutant], variants: list[RankVariant], progress: b
     try:
         entries = [*mutants, *variants]
         bar = tqdm(entries, disable=not progress, leave=False, desc="training over two ranks")
-        found = [judge(truth, ranks.run(entry.job)) for entry in bar]
+        found = [judge(truth, entry.job, ranks.run(entry.job)) for entry in bar]
     finally:
         ranks.close()
     return {

@@ -31,13 +31,13 @@ def ranks() -> Iterator[Ranks]:
 
 @pytest.mark.parametrize("mutant", [slow_but(m.number in QUICK, m, m.number) for m in MUTANTS])
 def test_mutant_over_ranks_is_killed_by_the_check_named_for_it(mutant: RankMutant, truth: Truth, ranks: Ranks) -> None:
-    percent = distributed.judge(truth, ranks.run(mutant.job))
+    percent = distributed.judge(truth, mutant.job, ranks.run(mutant.job))
     assert distributed.killer(percent) == mutant.killed_by, percent
 
 
 @pytest.mark.parametrize("variant", [slow_but(v in (COPIES, SHARDS), v, v.what) for v in VARIANTS])
 def test_benign_variant_over_ranks_passes(variant: RankVariant, truth: Truth, ranks: Ranks) -> None:
-    percent = distributed.judge(truth, ranks.run(variant.job))
+    percent = distributed.judge(truth, variant.job, ranks.run(variant.job))
     assert distributed.killer(percent) is None, percent
 
 
@@ -49,13 +49,13 @@ def test_every_edit_is_used_and_every_number_is_one_mutants() -> None:
 
 
 def test_a_training_that_is_missing_something_is_killed(truth: Truth) -> None:
-    assert distributed.killer(distributed.judge(truth, truth.right)) is None
-    assert distributed.killer(distributed.judge(truth, Measured())) == "labels"
+    assert distributed.killer(distributed.judge(truth, Job(), truth.right)) is None
+    assert distributed.killer(distributed.judge(truth, Job(), Measured())) == "labels"
     right = truth.right
     short = Measured(right.losses, right.labels, right.norms, right.gradients, right.resumed[:-1])
-    assert distributed.killer(distributed.judge(truth, short)) == "resumed"
+    assert distributed.killer(distributed.judge(truth, Job(), short)) == "resumed"
     nan = Measured([float("nan")] * 4, right.labels, right.norms, right.gradients, right.resumed)
-    assert distributed.killer(distributed.judge(truth, nan)) == "loss"
+    assert distributed.killer(distributed.judge(truth, Job(), nan)) == "loss"
 
 
 def test_a_rank_that_breaks_is_an_error_and_no_kill(ranks: Ranks) -> None:

@@ -48,7 +48,9 @@ class Job:
     fsdp: int = 1
     tp: int = 1
     edit: str | None = None
+    dropout: float = 0.0
     rows: int = 1  # in a micro-batch, of the step's four
+    turned: bool = False  # features, heads and hidden units in the other order: the same function, other sums
 
     @property
     def accumulate(self) -> int:
@@ -91,7 +93,7 @@ def train(job: Job, world: World, folder: Path) -> Measured:
         if job.edit:
             EDITS[job.edit](together)
         loop = make_loop(job, world, folder)
-        with patch.object(loop, "_clip_", _noting(loop, out)):
+        with patch.object(loop, "_clip_", _noting(loop, out, job.turned)):
             for step in range(1, STEPS + 1):
                 _step(loop, out, out.losses)
                 if step == SAVED_AT:
@@ -104,14 +106,26 @@ def train(job: Job, world: World, folder: Path) -> Measured:
 
 def make_loop(job: Job, world: World, folder: Path) -> Loop:
     config = TrainConfig(
-        init="260K", seq_len=40, batch_size=job.rows, accumulate=job.accumulate, max_steps=STEPS, lr=0.01,
+        init="260K", seq_len=40, batch_size=job.rows, accumulate=job.accumulate, max_steps=STEPS, lr=0.01, dropout=job.dropout,
         warmup_steps=0, grad_clip=0.5, save="sharded", dp=job.dp, fsdp=job.fsdp, tp=job.tp,
     )  # fmt: skip
     weights = fresh_weights(SHAPE, torch.Generator().manual_seed(0))
-    model = Transformer.from_weights(SHAPE, {n: w * PEAK if w.ndim > 1 else w for n, w in weights.items()})
+    weights = {n: w * PEAK if w.ndim > 1 else w for n, w in weights.items()}
+    weights = {n: turn(n, w) for n, w in weights.items()} if job.turned else weights
+    model = Transformer.from_weights(SHAPE, weights)
     data: Any = Documents(0)
     run = RunFolder(folder, resolve(config, "cpu", 1))
     return Loop(Setup(run, model, data, data, data, "data", world, str))
+
+
+def turn(name: str, weight: Tensor) -> Tensor:
+    """A weight, or its gradient, with features, hidden units and whole heads in the other order; twice is nothing."""
+    kind, d = name.split(".")[-2], SHAPE.head_dim
+    if kind in ("wq", "wk", "wv"):
+        return weight.view(-1, d, SHAPE.dim).flip(0, 2).reshape(weight.shape)
+    if kind == "wo":
+        return weight.view(SHAPE.dim, -1, d).flip(0, 1).reshape(weight.shape)
+    return weight.flip(1) if kind in ("tok_embeddings", "output") else weight.flip(tuple(range(weight.ndim)))
 
 
 def _step(loop: Loop, out: Measured, losses: list[float]) -> None:
@@ -122,7 +136,7 @@ def _step(loop: Loop, out: Measured, losses: list[float]) -> None:
     out.norms.append(measured.grad_norm)
 
 
-def _noting(loop: Loop, out: Measured) -> Any:
+def _noting(loop: Loop, out: Measured, turned: bool) -> Any:
     """The true clipping, with a look at the first step's gradients before it."""
     clip = loop._clip_
 
@@ -130,6 +144,7 @@ def _noting(loop: Loop, out: Measured) -> Any:
         if not out.gradients:
             named = dict(loop.setup.model.named_parameters())
             out.gradients = {n: full(p.grad).clone() for n, p in named.items() if p.grad is not None}
+            out.gradients = {n: turn(n, g) if turned else g for n, g in out.gradients.items()}
         return clip()
 
     return noted
