@@ -26,6 +26,7 @@ from finetune.lora import add_lora_, add_rows_, quantize_base_, wear_
 from finetune.loss import LossModel
 from finetune.optim import select_trained_
 from finetune.parallelize import World, replicate
+from finetune.sharding import shard_
 from nanollama.checkpoint import Checkpoint, open_checkpoint
 from nanollama.checkpoint.adapter import Adapter, read_adapter
 from nanollama.model import Context, ModelConfig, Transformer
@@ -209,6 +210,7 @@ def wrap_(
         checkpoint_blocks_(model, offload=config.offload_activations and world.device.type != "cpu")
     if config.compile:
         compile_blocks_(model)
+    shard_(model, config, world)
     return replicate(loss_model(model).train(), world)
 
 

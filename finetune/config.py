@@ -21,6 +21,7 @@ from nanollama.model import ModelConfig
 METHODS = ("full", "norms", "no_embeddings", "lora", "qlora")
 LORA_METHODS = ("lora", "qlora")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of --dtype and --weights
+MESH = ("dp", "fsdp", "tp")  # processes along each dimension, see finetune/mesh.py
 FROM_PRESET = ("seq_len", "batch_size", "lr", "max_steps", "vocab_size")  # 0: what the preset says
 
 
@@ -76,7 +77,11 @@ class TrainConfig:
     device: str = "auto"  # cpu, cuda, mps; auto: cuda where there is one
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the computation
     weights: Literal["fp32", "bf16"] = "fp32"  # bf16: states and computation too, every update rounded stochastically
+    dp: int = 0  # copies of the model among the processes of torchrun, each on its own rows; 0: the rest of them
+    fsdp: int = 0  # shards of weights, gradients and states, each on its own rows; 0: 1, or with --dp the rest
+    tp: int = 0  # parts of each layer, on the same rows; 0: 1
     threads: int = 0  # CPU threads; 0: torch's choice; recorded, since another number rounds differently
+    collective_timeout_s: int = 600  # of several ranks: seconds that one waits for the others before the run ends
     compile: bool = False  # torch.compile the model
     activation_checkpointing: bool = False  # recompute each block in the backward pass instead of keeping it
     offload_activations: bool = False  # with it: what is kept waits in the CPU's memory, not in the GPU's
@@ -91,7 +96,7 @@ class TrainConfig:
     export: Literal["hf"] | None = None  # also write final-hf/, a Hugging Face folder
 
     def __post_init__(self) -> None:
-        for name in ("accumulate", "save_every", "eval_every", "eval_tokens", "lora_rank"):
+        for name in ("accumulate", "save_every", "eval_every", "eval_tokens", "lora_rank", "collective_timeout_s"):
             _at_least(self, name, 1)
         for name in (
             "beta",
@@ -102,6 +107,7 @@ class TrainConfig:
             "dropout",
             "sample_every",
             "seed",
+            *MESH,
             *FROM_PRESET,
         ):
             _at_least(self, name, 0)
@@ -235,10 +241,11 @@ def init_shape(config: TrainConfig, vocab_size: int) -> ModelConfig:
     return ModelConfig(**{**common, **shape})
 
 
-# Fields that may differ between a run and its continuation: they change what is seen and kept, not what is computed.
+# Fields that may differ between a run and its continuation: they change what is seen and kept, and on how many ranks,
+# not what is computed.
 FREE = frozenset(
     ("resume", "out", "cache", "workers", "save_every", "eval_every", "eval_tokens", "sample_every", "prompt")
-    + ("tensorboard", "wandb", "export")
+    + ("tensorboard", "wandb", "export", "collective_timeout_s", "dp", "fsdp", "tp")
 )
 
 

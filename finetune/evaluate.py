@@ -59,9 +59,10 @@ def evaluate(model: nn.Module, held_out: HeldOut, world: World, batch_size: int,
     """Score `model` (a LossModel or what compiles it) on the held-out rows, shared among the ranks."""
     was_training = model.training
     model.eval()
-    mine = held_out.rows[world.rank :: world.size]
+    mine = held_out.rows[world.data_rank :: world.data_size]
+    most = -(-len(held_out.rows) // world.data_size)  # rows of any rank: shards are gathered by all ranks together
     nats, tokens = 0.0, 0
-    for i in range(0, len(mine), batch_size):
+    for i in range(0, most, batch_size):
         rows = mine[i : i + batch_size]
         batch = held_out.packer.batch(rows + [[]] * (batch_size - len(rows))).to(world.device)
         with autocast:

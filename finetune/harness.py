@@ -28,7 +28,7 @@ def run_tasks(
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UserError("--tasks needs the package lm-eval: pip install 'nanollama[eval]'") from None
+        raise UserError("--tasks needs the package lm-eval: pip install 'llama-parity[eval]'") from None
     files = [Path(name) for name in names if name.endswith((".yaml", ".yml"))]
     for file in files:
         if not file.is_file():

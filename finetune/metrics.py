@@ -65,7 +65,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError(
-                "--tensorboard needs the package tensorboard: pip install 'nanollama[tensorboard]'"
+                "--tensorboard needs the package tensorboard: pip install 'llama-parity[tensorboard]'"
             ) from None
         self.writer = SummaryWriter(str(out / "tensorboard"))
 
@@ -82,7 +82,7 @@ class WandB:
         try:
             import wandb  # type: ignore[import-not-found,unused-ignore]
         except ImportError:
-            raise UserError("--wandb needs the package wandb: pip install 'nanollama[wandb]'") from None
+            raise UserError("--wandb needs the package wandb: pip install 'llama-parity[wandb]'") from None
         # The run's folder is its name there too, so a resumed run continues its own curves.
         self.run = wandb.init(project="nanollama", id=out.name, resume="allow", dir=str(out), config=to_json(config))
 

@@ -21,12 +21,15 @@ from finetune.data.documents import Documents
 from finetune.data.packing import Cursor, MicroBatch
 from finetune.errors import TrainingStopped, UserError
 from finetune.evaluate import HeldOut, Score, hold_out, loss_model_of
+from finetune.gather import full, gathering
+from finetune.launcher import started_by_torchrun
 from finetune.memory import plan_memory
 from finetune.metrics import Metrics, StepMetrics, flops_per_token, peak_bytes, peak_flops
 from finetune.objective import NEXT_TOKEN, Objective
 from finetune.optim import StepInBackward, learning_rate, make_optimizer, mixed_seed, set_learning_rate_, trained
 from finetune.parallelize import World, no_sync
-from finetune.resume import Progress, RunFolder
+from finetune.resume import Progress, RunFolder, saved_tensors
+from finetune.sharding import rest_
 from nanollama.model import Transformer
 from nanollama.tokenizer import Tokenizer
 
@@ -54,7 +57,11 @@ class Outcome:
 
 
 class StopSignals:
-    """SIGINT and SIGTERM set `caught`, and the loop stops behind the step; a second one acts as usual."""
+    """SIGINT and SIGTERM set `caught`, and the loop stops behind the step; a second one acts as usual.
+
+    Under torchrun it does not: what is typed there comes from the terminal and once more from torchrun, which itself
+    ends what does not stop in 30 s.
+    """
 
     def __init__(self) -> None:
         self.caught = 0
@@ -64,8 +71,9 @@ class StopSignals:
         return self
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        self.caught = number
-        self._restore()
+        self.caught = self.caught or number
+        if not started_by_torchrun():
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self.before.items():
@@ -80,8 +88,8 @@ def train(setup: Setup) -> Outcome:
     config, world = setup.folder.config, setup.world
     loop = Loop(setup)
     with StopSignals() as signals, Metrics(setup.folder, world, loop.progress.step) as metrics:
-        plan = plan_memory(setup.model, config, world.device)
-        metrics.say(plan.text())
+        plan = None if world.mesh else plan_memory(setup.model, config, world.device)
+        metrics.say(plan.text() if plan else "memory plan: none is made for a sharded run")
         score = None
         while loop.progress.step < config.max_steps:
             measured, stop = loop.step(signals.caught)
@@ -91,14 +99,15 @@ def train(setup: Setup) -> Outcome:
             if step % config.eval_every == 0 or is_last:
                 score = loop.evaluate()
                 metrics.write_score(step, score)
-            if config.sample_every and step % config.sample_every == 0 and world.is_main:
-                metrics.say(f"step {step}: {setup.sample(setup.model)}")
+            if config.sample_every and step % config.sample_every == 0 and (world.is_main or world.mesh):
+                metrics.say(f"step {step}: {setup.sample(setup.model)}")  # over shards by all ranks together
             if step % config.save_every == 0 or is_last or stop:
                 loop.save()
             if stop and not is_last:
                 name = signal.Signals(stop).name
                 raise TrainingStopped(f"stopped by {name} after step {step}, which is saved", 128 + stop)
-        metrics.say(f"memory: {peak_bytes(world.device) / 1e6:,.0f} MB at the peak, {plan.total / 1e6:,.0f} MB planned")
+        planned = f", {plan.total / 1e6:,.0f} MB planned" if plan else ""
+        metrics.say(f"memory: {peak_bytes(world.device) / 1e6:,.0f} MB at the peak{planned}")
         return Outcome(loop.progress, score or loop.evaluate(), loop.held_out)
 
 
@@ -151,7 +160,7 @@ class Loop:
         # 2. Forward and backward: the gradients of the mean loss over these labels.
         lr = learning_rate(self.config, self.progress.step)
         set_learning_rate_(self.optimizer, lr)  # already here: the backward pass itself may update
-        torch.manual_seed(mixed_seed(self.config.seed, self.progress.step, self.world.rank))  # of dropout
+        torch.manual_seed(mixed_seed(self.config.seed, self.progress.step, self.world.data_rank))  # of dropout
         nats = accumulate_(self.loss_model, data.batches, count, self.autocast, self.world)
         self.ahead = self._take(data.behind)  # while a GPU is still busy with this step (docs/LOG.md)
         grad_norm = self._clip_()
@@ -167,19 +176,21 @@ class Loop:
 
     def _take(self, cursor: Cursor) -> StepData:
         """The rows of a step from `cursor` on. The ranks take turns with micro-batches of them, so k ranks see what
-        one rank sees in k times as many.
+        one rank sees in k times as many; where they do not come out even, some ranks end with empty rows.
         """
         size, world = self.config.batch_size, self.world
-        rows, behind = self.packer.take(cursor, size * self.config.accumulate * world.size)
+        count = self.setup.folder.micro_batches or self.config.accumulate * world.data_size
+        rows, behind = self.packer.take(cursor, size * count)
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-        batches = [self.packer.batch(part) for part in parts[world.rank :: world.size]]
+        parts += [[[]] * size] * (-count % world.data_size)
+        batches = [self.packer.batch(part) for part in parts[world.data_rank :: world.data_size]]
         return StepData(rows, [b.pinned() for b in batches] if world.device.type == "cuda" else batches, behind)
 
     def _clip_(self) -> float:
         """Scale the gradients down to `--grad_clip`; returns their norm before."""
         if self.in_backward:
             return self.in_backward.norm()
-        return float(nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf))
+        return float(full(nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf)))
 
     def _stopped_before_update(self, loss: float, grad_norm: float, data: StepData) -> TrainingStopped:
         """The parameters are still those before the step: save them, so that the step can be looked at again.
@@ -216,9 +227,13 @@ class Loop:
         return self.objective.evaluate(model, self.held_out, self.world, self.config.batch_size, self.autocast)
 
     def save(self) -> None:
-        if self.world.is_main:
-            self.setup.folder.save(self.progress, self.setup.model, self.optimizer, self.setup.fingerprint)
-        self.world.barrier()
+        """One checkpoint, the same whatever the mesh. The main rank writes; others give it their shards."""
+        setup, model = self.setup, self.setup.model
+        rest_(model)
+        with gathering(saved_tensors(model, self.optimizer), self.world) as whole:
+            if whole is not None:
+                setup.folder.save(self.progress, model, self.optimizer, setup.fingerprint, whole)
+        self.world.wait_for_main()
 
 
 def accumulate_(

@@ -25,6 +25,7 @@ ALLOWED = {
     "nanollama.gate": ("nanollama.gate", "nanollama.printable"),
     "nanollama.printable": (),
     "nanollama.machine": (),
+    "nanollama.program": ("nanollama.__version__", "nanollama.printable"),
     "nanollama.gguf_header": ("nanollama.gate",),
     "nanollama.vocabulary": ("nanollama.vocabulary", "nanollama.gguf_header", "nanollama.gate"),
     "nanollama.checkpoint": ("nanollama.model", "nanollama.checkpoint", "nanollama.vocabulary")
@@ -32,7 +33,7 @@ ALLOWED = {
     "finetune": ("nanollama", "finetune"),
     "reference": ("reference", "nanollama.cli", "nanollama.gate", "nanollama.printable"),
     "parity": ("parity", "reference.protocol", "nanollama.cli", "nanollama.gate", "nanollama.printable")
-    + ("nanollama.machine",),
+    + ("nanollama.machine", "nanollama.program"),
     "parity.candidates.nano": ("parity", "nanollama", "finetune"),
     "parity.mutants.edits": ("parity", "nanollama", "finetune"),
     "benchmarks": ("benchmarks", "nanollama", "finetune", "parity"),

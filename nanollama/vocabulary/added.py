@@ -39,7 +39,7 @@ class Declared:
 
 
 def declared(named: list[dict[str, Any]], added: dict[str, Any]) -> Declared:
-    """Of tokenizer_config.json and special_tokens_map.json, and of added_tokens.json; entries of other forms are left."""
+    """Of tokenizer_config.json, special_tokens_map.json and added_tokens.json; entries of other forms are left."""
     by_id = {i: {"content": name, **FLAGS, "special": True} for name, i in added.items() if type(i) is int}
     names: list[str] = []
     for content in named:

@@ -127,7 +127,7 @@ def test_several_checkpoints_stand_in_one_table(home: Path, capsys: pytest.Captu
 )
 def test_unusable_flags_are_one_line(home: Path, flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     if "--tasks" in flags:
-        pytest.importorskip("lm_eval", reason="pip install 'nanollama[eval]'")
+        pytest.importorskip("lm_eval", reason="pip install 'llama-parity[eval]'")
     assert evaluated("--ckpt", str(home / "m0"), *flags.replace("HOME", str(home)).split()) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and message.replace("HOME", str(home)) in said
@@ -164,7 +164,7 @@ metric_list:
 def test_tasks_of_lm_eval_score_as_on_the_transformers_model(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lm_eval = pytest.importorskip("lm_eval", reason="pip install 'nanollama[eval]'")
+    lm_eval = pytest.importorskip("lm_eval", reason="pip install 'llama-parity[eval]'")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
