@@ -31,7 +31,7 @@ from finetune.config import TrainConfig, from_json, merge_resumed, to_json
 from finetune.data.files import write_atomically
 from finetune.data.packing import Cursor
 from finetune.errors import UserError
-from finetune.gather import Whole, like, local, part_of
+from finetune.gather import Whole, local
 from finetune.mesh import mesh_sizes
 from finetune.optim import trained
 from finetune.parallelize import World, world_size
@@ -40,6 +40,7 @@ from finetune.shards import read_shards
 from nanollama.checkpoint.staging import Stage, staged
 from nanollama.checkpoint.streams import write_safetensors
 from nanollama.checkpoint.weights import Lazy
+from nanollama.tensor_parallel import like, part_of
 
 CONFIG = "config.json"
 
@@ -257,7 +258,8 @@ def _when_asked(tensor: Tensor, whole: Whole) -> Lazy:
 def _read_state(folder: Path, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(weights, optimizer states): this rank's part of each."""
     if not (folder / SHARDS).exists():
-        return tuple(_read_tensors(folder / f"{name}.safetensors", parameters) for name in ("model", "optimizer"))
+        weights = _read_tensors(folder / "model.safetensors", parameters)
+        return weights, _read_tensors(folder / "optimizer.safetensors", parameters)
     try:
         return read_shards(folder / SHARDS, parameters)
     except (OSError, CheckpointException) as error:
@@ -274,7 +276,7 @@ def _read_tensors(path: Path, parameters: Mapping[str, nn.Parameter]) -> dict[st
         raise UserError(f"{path}: cannot be read ({error}): remove its folder to continue from an older one") from None
 
 
-def _read_part(file: Any, name: str, parameter: nn.Parameter | None) -> Tensor:
+def _read_part(file: Any, name: str, parameter: Tensor | None) -> Tensor:
     if not isinstance(parameter, DTensor):
         return file.get_tensor(name)
     part = part_of(parameter)

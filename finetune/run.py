@@ -31,7 +31,7 @@ from finetune.prepare.cache import Prepared, Say, cache_folder, prepare
 from finetune.prepare.corpus import Source
 from finetune.report import write_report
 from finetune.resume import RunFolder, begin, checkpoints, resume
-from finetune.sharding import refuse_unshardable, rest_
+from finetune.sharding import answering, refuse_unshardable, rest_
 from finetune.train import Outcome, Setup, train
 from nanollama.chat import encode_chat
 from nanollama.checkpoint import CheckpointError
@@ -74,7 +74,7 @@ def run(entry: Entry, given: TrainConfig) -> int:
     folder = resume(entry.name, given, TrainConfig(**entry.defaults)) if given.resume else None
     config = folder.config if folder else complete(entry, given)
     sizes = mesh_sizes(config.dp, config.fsdp, config.tp, world_size=world_size())
-    refuse_unshardable(config, sizes)
+    refuse_unshardable(entry.name, config, sizes)
     with closing(open_world(config.device, sizes, config.collective_timeout_s)) as world:
         return world.guard(lambda: run_on(entry, config, folder, world))
 
@@ -129,10 +129,16 @@ def _set_up(entry: Entry, folder: RunFolder, world: World, say: Say) -> tuple[Se
         say(notice)
     prepared = _prepare(entry, config, start, world, say)
     tokenizer = open_tokenizer(prepared.tokenizer, rows=start.rows)
-    model = build_model(start, config, tokenizer.vocab_size, world.device)
+    unread = start.checkpoint.weights if start.checkpoint and world.mesh and config.chat_rows == "keep" else None
+    model = build_model(start, config, tokenizer.vocab_size, world.device if unread is None else torch.device("meta"))
     check_rows(prepared, tokenizer, model.config.vocab_size)
     describe(folder, prepared, model, world, say)
     adapt_(model, config, tokenizer, say)
+
+    def draw(model: Transformer) -> str:
+        with answering(model, world):
+            return sample(model, tokenizer, config.prompt, talks=entry.talks)
+
     setup = Setup(
         folder=folder,
         model=model,
@@ -141,7 +147,8 @@ def _set_up(entry: Entry, folder: RunFolder, world: World, say: Say) -> tuple[Se
         val=prepared.val,
         fingerprint=prepared.fingerprint(),
         world=world,
-        sample=lambda m: sample(m, tokenizer, config.prompt, talks=entry.talks),
+        sample=draw,
+        unread=unread,
     )
     return setup, prepared
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.build import mixed_precision, wrap_
+from finetune.config import DTYPES
 from finetune.data.documents import Documents
 from finetune.data.packing import Cursor, MicroBatch
 from finetune.errors import TrainingStopped, UserError
@@ -31,8 +32,10 @@ from finetune.parallelize import World, no_sync
 from finetune.restore import check_cursor
 from finetune.resume import Progress, RunFolder
 from finetune.save import Saver
-from finetune.sharding import rest_
+from finetune.sharding import rest_, sum_partial_
+from nanollama.checkpoint.weights import Weights
 from nanollama.model import Transformer
+from nanollama.tensor_parallel import fill_
 from nanollama.tokenizer import Tokenizer
 
 
@@ -48,6 +51,7 @@ class Setup:
     fingerprint: str  # of the data
     world: World
     sample: Callable[[Transformer], str]  # a text that the model continues
+    unread: Weights | None = None  # of a model on the meta device: read when it is sharded, each rank its own part
     objective: Objective = NEXT_TOKEN  # what is learned
 
 
@@ -136,6 +140,8 @@ class Loop:
         held_out = self.objective.packer(setup.val, config.seq_len, seed=0, doc_mask=masked)
         self.held_out = hold_out(held_out, setup.tokenizer, config.eval_tokens)
         self.loss_model = wrap_(model, config, self.world, self.objective.loss_model)
+        if setup.unread is not None:
+            fill_(model, setup.unread, DTYPES[config.weights], self.world.device)
         self.optimizer = make_optimizer(model, config)
         self.parameters = list(trained(model).values())
         self.in_backward = StepInBackward(self.optimizer) if config.optimizer_in_backward else None
@@ -253,4 +259,6 @@ def accumulate_(
                 loss = loss_model(*on_device.inputs())
             (loss / count).backward()
         nats += loss.detach().to(nats.device)
+    if world.sizes.tp > 1:
+        sum_partial_(loss_model.parameters())
     return nats
