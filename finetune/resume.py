@@ -35,6 +35,7 @@ from nanollama.checkpoint.streams import write_safetensors
 from nanollama.checkpoint.weights import lazy
 
 CONFIG = "config.json"
+BEFORE = ("left_out.json", "doctor.json")  # what may lie beside it before the first step
 SCHEMA = "nanollama.run/1"  # of state.json
 
 
@@ -118,9 +119,8 @@ class RunFolder:
         try:
             yield
         except ValueError:
-            if world.is_main and [path.name for path in self.path.iterdir()] == [CONFIG]:
-                (self.path / CONFIG).unlink()
-                self.path.rmdir()
+            if world.is_main and {path.name for path in self.path.iterdir()} <= {CONFIG, *BEFORE}:
+                shutil.rmtree(self.path)
             raise
 
 
