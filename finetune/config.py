@@ -83,6 +83,7 @@ class TrainConfig:
     eval_tokens: int = 50_000  # validation tokens looked at, about
     sample_every: int = 0  # steps between samples; 0: only at the end
     prompt: str = "Once upon a time"  # of the samples
+    doctor: Literal["quick", "full", "off"] = "quick"  # look for ills before the first step; full: some 30 s
     tensorboard: bool = False  # also write TensorBoard events
     wandb: bool = False  # also log to Weights & Biases
     export: Literal["hf"] | None = None  # also write final-hf/, a Hugging Face folder
@@ -225,7 +226,7 @@ def init_shape(config: TrainConfig, vocab_size: int) -> ModelConfig:
 # Fields that may differ between a run and its continuation: they change what is seen and kept, not what is computed.
 FREE = frozenset(
     ("resume", "out", "cache", "workers", "save_every", "eval_every", "eval_tokens", "sample_every", "prompt")
-    + ("tensorboard", "wandb", "export")
+    + ("tensorboard", "wandb", "export", "doctor")
 )
 
 

@@ -3,6 +3,7 @@ for.
 
 {"step": 7, "loss": 5.1, "lr": 0.001, "grad_norm": 0.9, "tokens": 28553, "tokens_per_s": 9000.0, "peak_bytes": 41000}
 {"step": 100, "val_loss": 3.2, "val_bpb": 1.4}
+{"step": 100, "sample": "Once upon a time there was a llama"}
 """
 
 import json
@@ -133,6 +134,12 @@ class Metrics:
         self._write(step, {"val_loss": score.loss, "val_bpb": score.bpb})
         self.say(f"step {step}: validation loss {score.loss:.4f}, {score.bpb:.4f} bits per byte")
 
+    def write_sample(self, step: int, text: str) -> None:
+        if self.is_main:
+            self.file.write(json.dumps({"step": step, "sample": text}) + "\n")
+            self.file.flush()
+        self.say(f"step {step}: {text}")
+
     def _write(self, step: int, values: dict[str, float]) -> None:
         if not self.is_main:
             return
@@ -145,6 +152,12 @@ class Metrics:
         if self.is_main:
             self.bar.write(text, file=sys.stdout)
             sys.stdout.flush()
+
+
+def note_sample(out: Path, step: int, text: str) -> None:
+    """The last sample of a run whose Metrics are closed."""
+    with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "sample": text}) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ from nanollama.checkpoint.streams import write_safetensors
 from nanollama.checkpoint.weights import lazy
 
 CONFIG = "config.json"
-BEFORE = ("left_out.json", "doctor.json")  # what may lie beside it before the first step
+BEFORE = ("left_out.json", "doctor.json", "environment.json")  # what may lie beside it before the first step
 SCHEMA = "nanollama.run/1"  # of state.json
 
 

@@ -19,13 +19,15 @@ import torch
 from finetune.build import Start, adapt_, build_model, open_start
 from finetune.config import LORA_METHODS, TrainConfig, resolve
 from finetune.data.files import write_atomically
+from finetune.doctor.examine import examine_before
 from finetune.errors import TrainingStopped, UserError
 from finetune.evaluate import Score, bigram, whole
 from finetune.lora import adapter_of, merged_weights
+from finetune.metrics import note_sample
 from finetune.parallelize import World, default_device, open_world
 from finetune.prepare.cache import Prepared, Say, cache_folder, prepare
 from finetune.prepare.corpus import Source
-from finetune.report import write_report
+from finetune.report import reported, write_report
 from finetune.resume import RunFolder, begin, checkpoints, resume
 from finetune.train import Outcome, Setup, train
 from nanollama.chat import encode_chat
@@ -90,8 +92,9 @@ def train_in(entry: Entry, folder: RunFolder, world: World) -> int:
     """Everything between the run's folder and its final model, on this rank."""
     config, say = folder.config, _sayer(world)
     torch.set_num_threads(config.threads)
-    with folder.forgotten_if_refused(world):
+    with folder.forgotten_if_refused(world), reported(folder.path, world, say):
         setup, prepared = _set_up(entry, folder, world, say)
+        examine_before(setup, say, talks=entry.talks)
         outcome = train(setup)
         if world.is_main:
             finish(entry, setup, prepared, outcome, say)
@@ -213,7 +216,9 @@ def finish(entry: Entry, setup: Setup, prepared: Prepared, outcome: Outcome, say
     write_model(setup, prepared.tokenizer)
     beaten = bigram(prepared.train, outcome.held_out, prepared.vocabulary.size)
     write_atomically(out / "summary.json", json.dumps(summary(outcome, beaten), indent=2).encode())
-    say(f"sample: {setup.sample(setup.model)}")
+    text = setup.sample(setup.model)
+    note_sample(out, outcome.progress.step, text)
+    say(f"sample: {text}")
     say(
         f"held-out bits per byte: {outcome.score.bpb:.4f}; a bigram model fitted on the training text: {beaten.bpb:.4f}"
     )
@@ -222,9 +227,9 @@ def finish(entry: Entry, setup: Setup, prepared: Prepared, outcome: Outcome, say
     if setup.folder.config.method in LORA_METHODS:
         say(f"adapter: {out / 'adapter'}, for --adapter beside --ckpt {setup.folder.config.ckpt}")
     try:
-        say(f"curves: {write_report(out)}")
+        say(f"report: {write_report(out)}")
     except ValueError as error:  # the model is what counts: no picture is no failure
-        say(f"no curves: {error}")
+        say(f"no report: {error}")
     say("next:")
     for command in _next_commands(entry, out / "final", setup.folder.config.prompt):
         say(f"  {command}")
@@ -294,3 +299,11 @@ def _complain(world: World, text: str) -> None:
 
 def _command(entry: Entry) -> str:
     return f"python -m finetune.{entry.name}"
+
+
+def only_set_up(entry: Entry, given: TrainConfig) -> Setup:
+    """A run that will not begin, to be looked at; it needs `--out`, a folder to be thrown away. Raises UserError."""
+    config = complete(entry, given)
+    world = open_world(config.device)
+    torch.set_num_threads(config.threads)
+    return _set_up(entry, begin(entry.name, config), world, _sayer(world))[0]

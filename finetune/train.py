@@ -90,7 +90,7 @@ def train(setup: Setup) -> Outcome:
                 score = loop.evaluate()
                 metrics.write_score(step, score)
             if config.sample_every and step % config.sample_every == 0 and world.is_main:
-                metrics.say(f"step {step}: {setup.sample(setup.model)}")
+                metrics.write_sample(step, setup.sample(setup.model))
             if step % config.save_every == 0 or is_last or stop:
                 loop.save()
             if stop and not is_last:
