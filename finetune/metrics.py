@@ -3,12 +3,11 @@ for.
 
 {"step": 7, "loss": 5.1, "lr": 0.001, "grad_norm": 0.9, "tokens": 28553, "tokens_per_s": 9000.0, "peak_bytes": 41000}
 {"step": 100, "val_loss": 3.2, "val_bpb": 1.4}
-{"step": 100, "sample": "Once upon a time there was a llama"}
 """
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -47,10 +46,12 @@ class StepMetrics:
     tokens_per_s: float  # labels of this step
     peak_bytes: int
     mfu: float | None = None  # share of the GPUs' peak in FLOP/s; None where that is not known
+    more: dict[str, float] = field(default_factory=dict)  # of losses that have more to say
 
     def values(self) -> dict[str, float]:
         """As metrics.jsonl has them."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        known = {name: value for name, value in asdict(self).items() if name != "more" and value is not None}
+        return known | self.more
 
 
 class Writer(Protocol):
@@ -64,7 +65,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError(
-                "--tensorboard needs the package tensorboard: pip install 'nanollama[tensorboard]'"
+                "--tensorboard needs the package tensorboard: pip install 'llama-parity[tensorboard]'"
             ) from None
         self.writer = SummaryWriter(str(out / "tensorboard"))
 
@@ -81,7 +82,7 @@ class WandB:
         try:
             import wandb  # type: ignore[import-not-found,unused-ignore]
         except ImportError:
-            raise UserError("--wandb needs the package wandb: pip install 'nanollama[wandb]'") from None
+            raise UserError("--wandb needs the package wandb: pip install 'llama-parity[wandb]'") from None
         # The run's folder is its name there too, so a resumed run continues its own curves.
         self.run = wandb.init(project="nanollama", id=out.name, resume="allow", dir=str(out), config=to_json(config))
 
@@ -92,18 +93,23 @@ class WandB:
         self.run.finish()
 
 
+SAMPLES = "samples.jsonl"  # {"step": 100, "sample": "Once upon a time there was a llama"}
+
+
 class Metrics:
     """The writers of the main rank; on the others it does nothing."""
 
     def __init__(self, folder: RunFolder, world: World, first_step: int) -> None:
         self.is_main, self.writers = world.is_main, list[Writer]()
-        out, config = folder.path, folder.config
+        self.out = out = folder.path
+        config = folder.config
         if self.is_main:
             if config.tensorboard:
                 self.writers.append(TensorBoard(out))
             if config.wandb:
                 self.writers.append(WandB(out, config))
             keep_until_(out / "metrics.jsonl", first_step)
+            keep_until_(out / SAMPLES, first_step)
             self.file = (out / "metrics.jsonl").open("a", encoding="utf-8")
         self.bar = tqdm(
             total=config.max_steps,
@@ -131,13 +137,13 @@ class Metrics:
         self.bar.update()
 
     def write_score(self, step: int, score: Score) -> None:
-        self._write(step, {"val_loss": score.loss, "val_bpb": score.bpb})
-        self.say(f"step {step}: validation loss {score.loss:.4f}, {score.bpb:.4f} bits per byte")
+        self._write(step, {"val_loss": score.loss, "val_bpb": score.bpb, **score.more})
+        more = "".join(f", {name.removeprefix('val_')} {value:.4f}" for name, value in score.more.items())
+        self.say(f"step {step}: validation loss {score.loss:.4f}, {score.bpb:.4f} bits per byte{more}")
 
     def write_sample(self, step: int, text: str) -> None:
         if self.is_main:
-            self.file.write(json.dumps({"step": step, "sample": text}) + "\n")
-            self.file.flush()
+            note_sample(self.out, step, text)
         self.say(f"step {step}: {text}")
 
     def _write(self, step: int, values: dict[str, float]) -> None:
@@ -155,8 +161,8 @@ class Metrics:
 
 
 def note_sample(out: Path, step: int, text: str) -> None:
-    """The last sample of a run whose Metrics are closed."""
-    with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+    """Keep a sample for the report: in a file of its own, since it depends on what is looked at and when."""
+    with (out / SAMPLES).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, "sample": text}) + "\n")
 
 

@@ -26,7 +26,7 @@ from finetune.doctor.page import STYLE, section
 from finetune.doctor.patient import Finding
 from finetune.doctor.picture import Piece
 from finetune.errors import TrainingStopped, UserError
-from finetune.metrics import read_metrics
+from finetune.metrics import SAMPLES, read_metrics
 from finetune.parallelize import World
 from nanollama import __version__
 from nanollama.cli import run
@@ -93,7 +93,7 @@ def report(out: Path) -> str:
         _summary(out),
         f"<h2>Curves</h2>{draw({out.name: lines}, PANELS) if lines else '<p>no step was done</p>'}",
         f"<h2>Validation</h2>{_validation(lines)}",
-        f"<h2>Samples</h2>{_samples(lines)}",
+        f"<h2>Samples</h2>{_samples(read_metrics(out / SAMPLES))}",
         _doctor(doctor) if doctor else "",
         f"<h2>Config</h2>{_config(saved)}",
         f"<h2>Machine</h2>{_machine(out)}",
@@ -161,7 +161,7 @@ def _validation(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _samples(lines: Sequence[Mapping[str, Any]]) -> str:
-    found = {line["step"]: line["sample"] for line in lines if "sample" in line}
+    found = {line["step"]: line["sample"] for line in lines}
     made = table(list(found.items()), ("step", "sample")).replace("<td>", '<td class="sample">')
     return made if found else "<p>none yet (--sample_every)</p>"
 

@@ -19,20 +19,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import safetensors.torch
+import safetensors
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from finetune.config import TrainConfig, from_json, merge_resumed, to_json
 from finetune.data.files import write_atomically
 from finetune.data.packing import Cursor
 from finetune.errors import UserError
+from finetune.gather import Whole, like, local, part_of
+from finetune.mesh import mesh_sizes
 from finetune.optim import trained
 from finetune.parallelize import World, world_size
 from nanollama.checkpoint.staging import Stage, staged
 from nanollama.checkpoint.streams import write_safetensors
-from nanollama.checkpoint.weights import lazy
+from nanollama.checkpoint.weights import Lazy
 
 CONFIG = "config.json"
 BEFORE = ("left_out.json", "doctor.json", "environment.json")  # what may lie beside it before the first step
@@ -54,11 +58,19 @@ class RunFolder:
 
     path: Path
     config: TrainConfig
+    micro_batches: int = 0  # in a step, on all ranks together, as the run was begun; 0: as the config and the ranks say
 
-    def save(self, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str) -> None:
+    def save(
+        self,
+        progress: Progress,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        fingerprint: str,
+        whole: Whole = Tensor.detach,
+    ) -> None:
         """Write a checkpoint, then remove the older ones. Raises CheckpointError when the disk refuses; they stay then.
 
-        fingerprint: of the data.
+        fingerprint: of the data. whole: what gives a tensor of `saved_tensors` in one piece.
         """
         folder = self.path / "checkpoints" / f"step_{progress.step:08d}"
         if (folder / "state.json").exists():
@@ -75,8 +87,8 @@ class RunFolder:
         }
         older = checkpoints(self.path)
         with staged(folder) as stage:
-            _write_tensors(stage, "model.safetensors", trained(model))
-            _write_tensors(stage, "optimizer.safetensors", tensors)
+            _write_tensors(stage, "model.safetensors", trained(model), whole)
+            _write_tensors(stage, "optimizer.safetensors", tensors, whole)
             stage.text("state.json", json.dumps(state, indent=2) + "\n")
         for old in older:
             _remove(old)
@@ -93,16 +105,15 @@ class RunFolder:
             raise UserError(f"{folder}: state.json has schema {state.get('schema')!r}: expected {SCHEMA!r}")
         if state["data"] != fingerprint:
             raise UserError(f"{folder}: the data or its tokenizer has changed since this run was saved: bring it back")
-        device = next(model.parameters()).device
-        weights, parameters = _read_tensors(folder / "model.safetensors", device), trained(model)
+        parameters = trained(model)
+        weights = _read_tensors(folder / "model.safetensors", parameters)
         if weights.keys() != parameters.keys():
             raise UserError(f"{folder}: model.safetensors does not hold the parameters that this run trains")
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
-        _restore_optimizer_(
-            optimizer, parameters, _read_tensors(folder / "optimizer.safetensors", device), state["optimizer"]
-        )
+                local(parameter).copy_(weights[name])
+        states = _read_tensors(folder / "optimizer.safetensors", parameters)
+        _restore_optimizer_(optimizer, parameters, states, state["optimizer"])
         progress = state["progress"]
         return Progress(progress["step"], progress["tokens"], Cursor(**progress["cursor"]))
 
@@ -135,13 +146,16 @@ def begin(entry: str, config: TrainConfig) -> RunFolder:
     if inside:
         raise UserError(f"--out {out}: is not empty (it holds {min(inside)}): choose another folder")
     config = replace(config, out=str(out))
-    saved = {"entry": entry, "world_size": world_size(), **to_json(config)}
+    ranks = world_size()
+    sizes = mesh_sizes(config.dp, config.fsdp, config.tp, world_size=ranks)
+    micro_batches = config.accumulate * sizes.dp * sizes.fsdp
+    saved = {"entry": entry, "world_size": ranks, "micro_batches": micro_batches, **to_json(config)}
     write_atomically(out / CONFIG, (json.dumps(saved, indent=2) + "\n").encode())
     return RunFolder(out, config)
 
 
 def resume(entry: str, given: TrainConfig, defaults: TrainConfig) -> RunFolder:
-    """The folder of the run that `--resume` continues, its config with what of `given` may differ.
+    """The folder of the run that `--resume` continues, its config with what of `given` may differ; the ranks may, too.
 
     defaults: the entry's; a flag that has its default counts as not given. Raises UserError.
     """
@@ -156,10 +170,11 @@ def resume(entry: str, given: TrainConfig, defaults: TrainConfig) -> RunFolder:
     if saved.pop("entry") != entry:
         raise UserError(f"--out {given.out}: holds a run of another entry: resume it with the command that began it")
     ranks = saved.pop("world_size")
-    if ranks != world_size():
-        raise UserError(f"--resume continues a run of {ranks} processes: start as many")
+    micro_batches = saved.pop("micro_batches", ranks * saved["accumulate"])
     config = merge_resumed(given, from_json(saved, path), defaults)
-    return RunFolder(path.parent, replace(config, out=str(path.parent)))
+    if ranks != world_size() or given.dp or given.fsdp or given.tp:  # the mesh that was is not the one that is
+        config = replace(config, dp=given.dp, fsdp=given.fsdp, tp=given.tp)
+    return RunFolder(path.parent, replace(config, out=str(path.parent)), micro_batches)
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -194,20 +209,43 @@ def _restore_optimizer_(
     # Not by load_state_dict, which casts every state to its parameter's dtype: bytes and their scales stay as they are.
     for name, parameter in parameters.items():
         prefix, device = f"{name}:", parameter.device
-        values = {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+        mine = {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+        values = {n: like(tensor, parameter) for n, tensor in mine.items()}
         numbers = {n.removeprefix(prefix): number for n, number in scalars.items() if n.startswith(prefix)}
         values |= {n: torch.tensor(v, dtype=torch.float32, device=device) for n, v in numbers.items()}
         if values:
             optimizer.state[parameter] = values
 
 
-def _write_tensors(stage: Stage, name: str, tensors: Mapping[str, Tensor]) -> None:
+def saved_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What a checkpoint's files hold, sharded as it is: trained parameters, states by "parameter name:state name"."""
+    return {**trained(model), **_optimizer_state(model, optimizer)[0]}
+
+
+def _write_tensors(stage: Stage, name: str, tensors: Mapping[str, Tensor], whole: Whole) -> None:
+    entries = {key: _when_asked(tensor, whole) for key, tensor in tensors.items()}
     with stage.open(name) as file:
-        write_safetensors(file, {key: lazy(t.detach().cpu()) for key, t in tensors.items()})
+        write_safetensors(file, entries)
 
 
-def _read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
+def _when_asked(tensor: Tensor, whole: Whole) -> Lazy:
+    return Lazy(tuple(tensor.shape), tensor.dtype, lambda start, stop: whole(tensor)[start:stop])
+
+
+def _read_tensors(path: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """This rank's part of each tensor in the file, on its parameter's device; states lie as their parameters do."""
+    device = str(next(iter(parameters.values())).device)
     try:
-        return safetensors.torch.load_file(path, device=str(device))
+        with safetensors.safe_open(path, framework="pt", device=device) as file:
+            return {name: _read_part(file, name, parameters.get(name.partition(":")[0])) for name in file.keys()}  # noqa: SIM118 (a handle, no dict)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}): remove its folder to continue from an older one") from None
+
+
+def _read_part(file: Any, name: str, parameter: nn.Parameter | None) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return file.get_tensor(name)
+    part = part_of(parameter)
+    if any(rows.start == rows.stop for rows in part):  # fewer rows than ranks
+        return torch.empty_like(local(parameter))
+    return file.get_slice(name)[part].contiguous()

@@ -17,18 +17,22 @@ from typing import Any
 import torch
 
 from finetune.build import Start, adapt_, build_model, open_start
-from finetune.config import LORA_METHODS, TrainConfig, resolve
+from finetune.config import LORA_METHODS, TrainConfig, refuse_foreign, resolve
 from finetune.data.files import write_atomically
 from finetune.doctor.examine import examine_before
 from finetune.errors import TrainingStopped, UserError
 from finetune.evaluate import Score, bigram, whole
-from finetune.lora import adapter_of, merged_weights
+from finetune.gather import Whole, gathering
+from finetune.launcher import folder_of_the_first_start, remember_folder, to_continue
+from finetune.lora import adapter_of, merged_when_read
+from finetune.mesh import mesh_sizes
 from finetune.metrics import note_sample
-from finetune.parallelize import World, default_device, open_world
+from finetune.parallelize import World, default_device, open_world, world_size
 from finetune.prepare.cache import Prepared, Say, cache_folder, prepare
 from finetune.prepare.corpus import Source
 from finetune.report import reported, write_report
 from finetune.resume import RunFolder, begin, checkpoints, resume
+from finetune.sharding import refuse_unshardable, rest_
 from finetune.train import Outcome, Setup, train
 from nanollama.chat import encode_chat
 from nanollama.checkpoint import CheckpointError
@@ -55,6 +59,8 @@ class Entry:
     suggested: dict[str, int] = field(default_factory=dict)  # of what is left open, where the start is left open too
     make: Callable[[TrainConfig, Path, Say], Prepared] | None = None  # (config, tokenizer, say), in place of shards
     talks: bool = False  # the model answers messages; else it continues text
+    recipe: Callable[[TrainConfig], TrainConfig] = lambda config: config  # fills what is left open, or refuses
+    ready: Callable[[Setup, Say], Setup] = lambda setup, say: setup  # what else is made of model and data
     larger: tuple[str, ...] = ()  # flags of larger runs, printed at the end of a default run
 
 
@@ -64,28 +70,41 @@ def run_entry(entry: Entry) -> None:
 
 def run(entry: Entry, given: TrainConfig) -> int:
     """The whole run; returns the exit code. Raises UserError, or another ValueError, for what the user can mend."""
+    if begun := folder_of_the_first_start():
+        given = replace(given, out=begun, resume=True)
     folder = resume(entry.name, given, TrainConfig(**entry.defaults)) if given.resume else None
     config = folder.config if folder else complete(entry, given)
-    out = Path(given.out or ".")
-    with closing(open_world(config.device)) as world:
-        try:
-            folder = folder or world.from_main(lambda: begin(entry.name, config))
-            out = folder.path
-            return train_in(entry, folder, world)
-        except TrainingStopped as stopped:
-            _complain(world, f"{stopped}\ncontinue with: {_command(entry)} --out {given.out or out} --resume")
-            return stopped.code
-        except (OSError, CheckpointError) as error:
-            if not _is_full_disk(error):
-                raise
-            _complain(world, f"error: {_full_disk(error, out)}")
-            return 1
+    sizes = mesh_sizes(config.dp, config.fsdp, config.tp, world_size=world_size())
+    refuse_unshardable(config, sizes)
+    with closing(open_world(config.device, sizes, config.collective_timeout_s)) as world:
+        return world.guard(lambda: run_on(entry, config, folder, world))
+
+
+def run_on(entry: Entry, config: TrainConfig, folder: RunFolder | None, world: World) -> int:
+    """`run` on this rank, in the folder of the run to resume or in a new one."""
+    out = Path(config.out or ".")
+    try:
+        folder = folder or world.from_main(lambda: begin(entry.name, config))
+        out = folder.path
+        if world.peers:
+            world.peers.advice = lambda: f"; {_last_good(out)}: continue with {to_continue(entry.name, out)}"
+            remember_folder(out)
+        return train_in(entry, folder, world)
+    except TrainingStopped as stopped:
+        _complain(world, f"{stopped}\ncontinue with: {to_continue(entry.name, out)}")
+        return stopped.code
+    except (OSError, CheckpointError) as error:
+        if not _is_full_disk(error):
+            raise
+        _complain(world, f"error: {_full_disk(error, out)}")
+        return 1
 
 
 def complete(entry: Entry, given: TrainConfig) -> TrainConfig:
     """A new run's config, with what was left to the entry, the preset and the device filled in. Raises UserError."""
     device = default_device() if given.device == "auto" else given.device
-    return resolve(suggest(entry, given), device, given.threads or torch.get_num_threads())
+    refuse_foreign(entry.name, given)
+    return resolve(suggest(entry, entry.recipe(given)), device, given.threads or torch.get_num_threads())
 
 
 def train_in(entry: Entry, folder: RunFolder, world: World) -> int:
@@ -94,11 +113,12 @@ def train_in(entry: Entry, folder: RunFolder, world: World) -> int:
     torch.set_num_threads(config.threads)
     with folder.forgotten_if_refused(world), reported(folder.path, world, say):
         setup, prepared = _set_up(entry, folder, world, say)
+        setup = entry.ready(setup, say)
         examine_before(setup, say, talks=entry.talks)
         outcome = train(setup)
-        if world.is_main:
-            finish(entry, setup, prepared, outcome, say)
-        world.barrier()
+        finish(entry, setup, prepared, outcome, say)
+        world.wait_for_main()
+        world.barrier()  # the main rank's end may be that of the store that the others ask
     return 0
 
 
@@ -135,9 +155,12 @@ def _is_full_disk(error: OSError | CheckpointError) -> bool:
 def _full_disk(error: OSError | CheckpointError, out: Path) -> str:
     """One line for a disk that takes no more, at whatever moment."""
     what = f"{error.filename or out}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    return f"{what}; {_last_good(out)}: make room, then continue with --resume"
+
+
+def _last_good(out: Path) -> str:
     left = checkpoints(out)
-    good = f"the last good checkpoint is {left[-1]}" if left else "no checkpoint was saved before"
-    return f"{what}; {good}: make room, then continue with --resume"
+    return f"the last good checkpoint is {left[-1]}" if left else "no checkpoint was saved before"
 
 
 def suggest(entry: Entry, given: TrainConfig) -> TrainConfig:
@@ -205,18 +228,24 @@ def describe(folder: RunFolder, prepared: Prepared, model: Transformer, world: W
     say(f"model: {begun}: {parameters:,} parameters, {prepared.vocabulary.size:,} words; --method {config.method}")
     if config.offload_activations and config.device == "cpu":
         say("--offload_activations: activations of a run on the CPU are in its memory already")
-    ranks = f" on each of {world.size} ranks" if world.size > 1 else ""
+    ranks = f" on each of {world.data_size} ranks" if world.data_size > 1 else ""
+    ranks += f", mesh {world.sizes}" if world.mesh else ""
     rows = f"{config.batch_size} x {config.accumulate} rows of {config.seq_len} tokens"
     say(f"run: {folder.path}: {config.max_steps} steps of {rows}{ranks}")
 
 
 def finish(entry: Entry, setup: Setup, prepared: Prepared, outcome: Outcome, say: Say) -> None:
-    """The final model, the report and what to type next."""
-    out = setup.folder.path
-    write_model(setup, prepared.tokenizer)
+    """The final model, the report and what to type next. All ranks bring their shards; the main one writes."""
+    out, world = setup.folder.path, setup.world
+    rest_(setup.model)
+    with gathering(dict(setup.model.named_parameters()), world) as whole:
+        if whole is not None:
+            write_model(setup, prepared.tokenizer, whole)
+    text = setup.sample(setup.model) if world.is_main or world.mesh else ""
+    if not world.is_main:
+        return
     beaten = bigram(prepared.train, outcome.held_out, prepared.vocabulary.size)
     write_atomically(out / "summary.json", json.dumps(summary(outcome, beaten), indent=2).encode())
-    text = setup.sample(setup.model)
     note_sample(out, outcome.progress.step, text)
     say(f"sample: {text}")
     say(
@@ -235,17 +264,20 @@ def finish(entry: Entry, setup: Setup, prepared: Prepared, outcome: Outcome, say
         say(f"  {command}")
 
 
-def write_model(setup: Setup, tokenizer: Path) -> None:
-    """final/ with adapters merged in, final-hf/ where asked for, and the adapter."""
+def write_model(setup: Setup, tokenizer: Path, whole: Whole) -> None:
+    """final/ with adapters merged in, final-hf/ where asked for, and the adapter.
+
+    whole: gives a parameter in one piece.
+    """
     config, out, model = setup.folder.config, setup.folder.path, setup.model
-    weights = merged_weights(model)
+    weights = merged_when_read(model, whole)
     for folder, write in ((out / "final", write_meta), (out / "final-hf", write_hf)):
         if folder.exists():
             shutil.rmtree(folder)  # of this run, when it is resumed after its end
         if folder.name == "final" or config.export == "hf":
             write(folder, model.config, weights, tokenizer=tokenizer)
     if config.method in LORA_METHODS:
-        write_adapter(out / "adapter", adapter_of(model), model.config, base=base_name(config.ckpt or ""))
+        write_adapter(out / "adapter", adapter_of(model, whole), model.config, base=base_name(config.ckpt or ""))
 
 
 def _next_commands(entry: Entry, final: Path, prompt: str) -> list[str]:

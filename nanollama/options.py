@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from nanollama.printable import LINE_CHARACTERS, printable
+
 if TYPE_CHECKING:
     from nanollama.generation.llama import Llama
     from nanollama.model import Transformer
@@ -67,4 +69,4 @@ class ModelOptions:
 
 def say(line: str) -> None:
     """A line for the user beside the answer."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line, LINE_CHARACTERS), file=sys.stderr, flush=True)

@@ -23,6 +23,7 @@ from finetune.data.rows import ROW_SUFFIXES, Row, hub_rows, read_rows
 from finetune.data.shapes import Dialogue, as_dialogue
 from finetune.errors import UserError
 from nanollama.chat import encode_chat, template_source
+from nanollama.printable import printable
 from nanollama.tokenizer import Tokenizer
 
 
@@ -69,13 +70,13 @@ def read_dialogs(
     encoded: list[tuple[Ints, Bools]] = []
     left_out = LeftOut()
     unread: Counter[str] = Counter()
-    for row in _rows(path, say):
+    for row in named_rows(path, say):
         try:
             if row.trouble:
                 raise UserError(row.trouble)
             dialogue = as_dialogue(row.value)
             unread.update(dialogue.unread)
-            encoded.append(_encode(dialogue, tokenizer, seq_len))
+            encoded.append(encode_dialogue(dialogue, tokenizer, seq_len))
             left_out.seen += 1
         except ValueError as error:  # ChatError is one
             left_out.add(f"{row.where}: {error}")
@@ -83,16 +84,16 @@ def read_dialogs(
     left_out.report("dialogues", on_bad, say, listed_in)
     if unread:
         counted = [f"{key} ({count:,})" for key, count in unread.most_common()]
-        say(f"data: keys beside the dialogues that are left unread: {', '.join(counted)}")
+        say(f"data: keys beside the dialogues that are left unread: {printable(', '.join(counted))}")
     if not encoded:
         raise UserError(f"--data {path}: holds no dialogue: one JSON object with messages a line")
     train = [dialogue for i, dialogue in enumerate(encoded) if not is_held_out(i)]
     val = [dialogue for i, dialogue in enumerate(encoded) if is_held_out(i)] or encoded
     bos_id = tokenizer.bos_id if tokenizer.add_bos else None
-    return _joined(train, bos_id), _joined(val, bos_id)
+    return joined(train, bos_id), joined(val, bos_id)
 
 
-def _rows(path: Path, say: Say) -> Iterator[Row]:
+def named_rows(path: Path, say: Say) -> Iterator[Row]:
     """Of a file, a folder of them, or a data set of the hub."""
     if not path.exists():
         yield from hub_rows(str(path))
@@ -104,7 +105,7 @@ def _rows(path: Path, say: Say) -> Iterator[Row]:
         yield from read_rows(file)
 
 
-def _encode(dialogue: Dialogue, tokenizer: Tokenizer, seq_len: int) -> tuple[Ints, Bools]:
+def encode_dialogue(dialogue: Dialogue, tokenizer: Tokenizer, seq_len: int) -> tuple[Ints, Bools]:
     """Ids, and which of them are learned. Raises UserError."""
     if dialogue.tools and "tools" not in (tokenizer.chat_template or ""):
         raise UserError(
@@ -152,6 +153,6 @@ def _only(learned: Sequence[bool], mask: Bools) -> Bools:
     return mask & np.append(False, learned)[np.cumsum(begins)]
 
 
-def _joined(encoded: list[tuple[Ints, Bools]], bos_id: int | None) -> Dialogs:
+def joined(encoded: list[tuple[Ints, Bools]], bos_id: int | None) -> Dialogs:
     starts = np.cumsum([0, *(len(ids) for ids, _ in encoded)])
     return Dialogs(bos_id, np.concatenate([i for i, _ in encoded]), np.concatenate([m for _, m in encoded]), starts)

@@ -12,6 +12,7 @@ from typing import Literal
 
 from finetune.data.files import NAMED, Say, write_atomically
 from finetune.errors import UserError
+from nanollama.printable import printable
 
 OnBad = Literal["stop", "skip"]
 KEPT = 10_000  # lines that are remembered; the rest is counted
@@ -55,7 +56,7 @@ class LeftOut:
             where = f" (all of them: {listed_in})" if more and listed_in else ""
             say(f"data: {many}{' and are left out' if on_bad == 'skip' else ''}{more}{where}:")
             for line in named:
-                say(f"  {line}")
+                say(f"  {printable(line)}")
         if on_bad == "stop":
             raise UserError(f"{named[0]} ({many}; --on_bad skip leaves {'it' if self.count == 1 else 'them'} out)")
 

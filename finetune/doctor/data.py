@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from finetune.build import CHAT_TOKENS, chat_rows
-from finetune.data.documents import IGNORE, Documents, Ints, whole
+from finetune.data.documents import IGNORE, Documents, Ints
 from finetune.data.packing import Cursor
 from finetune.doctor.patient import Finding, Patient
 
@@ -22,6 +22,7 @@ MOST = 0.5  # of the documents looked at: a fault of the format, not of single o
 FEW_DOCUMENTS = 20  # below it one long text is a corpus, and cut on purpose
 QUICK_COPY_TOKENS, COPY_TOKENS = 1_000_000, 20_000_000  # training tokens that are compared
 COPY_DOCUMENTS = 500  # held-out documents that are
+BEGINNING = 4096  # tokens of a document that are compared, with its length
 MARKUP = re.compile(r"<\|[A-Za-z_]{2,32}\|>")
 CHAT_NAMES = (*CHAT_TOKENS[:3], "<|im_start|>", "<|im_end|>")
 
@@ -148,7 +149,10 @@ def check_copies(patient: Patient) -> Iterator[Finding]:
 
 
 def _digest(documents: Documents, i: int) -> bytes:
-    return hashlib.blake2b(whole(documents, i).tobytes(), digest_size=16).digest()
+    """Of a document: its length and its beginning."""
+    length = int(documents.lengths[i])
+    beginning = documents.tokens(i, 0, min(length, BEGINNING))
+    return hashlib.blake2b(beginning.tobytes() + length.to_bytes(8, "little"), digest_size=16).digest()
 
 
 def check_template(patient: Patient) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ from finetune.doctor.patient import Finding, Patient
 from finetune.doctor.picture import Piece, in_terminal, pieces_of
 from finetune.doctor.rate import check_rate
 from finetune.doctor.weights import check_first_loss, check_gradients, check_largest_length, check_tied_head
+from finetune.objective import NEXT_TOKEN
 from finetune.train import Setup
 
 Check = Callable[[Patient], Iterator[Finding]]
@@ -58,7 +59,7 @@ def examine(patient: Patient) -> list[Finding]:
 def examine_before(setup: Setup, say: Say, *, talks: bool) -> None:
     """What `--doctor` asks for before a run: the ills are said and kept for the report, and the run goes on."""
     config, world = setup.folder.config, setup.world
-    if config.doctor == "off" or config.resume or world.size > 1:
+    if config.doctor == "off" or config.resume or world.size > 1 or setup.objective is not NEXT_TOKEN:
         return
     patient = Patient.of(setup, talks=talks, thorough=config.doctor == "full")
     findings = examine(patient)

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from finetune.build import mixed_precision
 from finetune.config import TrainConfig
-from finetune.data.documents import IGNORE, Bools, Documents, Ints, whole, whole_mask
+from finetune.data.documents import IGNORE, Bools, Documents, Ints, mask_of
 from finetune.data.packing import Batch, Cursor, Packer
 from finetune.loss import LossModel
 from finetune.optim import is_trained, select_trained_
@@ -74,7 +75,8 @@ class Patient:
         documents = self.packer.documents
         count = min(len(documents.lengths), DOCUMENTS if self.thorough else QUICK_DOCUMENTS)
         most = 8 * self.config.seq_len  # of a book its beginning
-        return [(whole(documents, i)[:most], whole_mask(documents, i)[:most]) for i in range(count)]
+        stops = np.minimum(documents.lengths[:count], most).tolist()
+        return [(documents.tokens(i, 0, stop), mask_of(documents, i, 0, stop)) for i, stop in enumerate(stops)]
 
     @cached_property
     def rows(self) -> list[list[int]]:

@@ -5,14 +5,13 @@ wrong chat template shows at once.
 """
 
 import html
-import re
 from typing import NamedTuple
 
 from finetune.doctor.patient import Patient
+from nanollama.printable import STEERING
 
 MOST_TOKENS = 400
 LEARNED, READ, SPECIAL, RESET = "\033[32m", "\033[2m", "\033[1;35m", "\033[0m"
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal would obey it
 OPEN, CLOSE = "⟦", "⟧"  # around what is learned, where there is no colour
 
 
@@ -49,7 +48,7 @@ def in_terminal(pieces: list[Piece], *, colour: bool) -> str:
     """Green is learned, dim is read, bold is a special token; without colour ⟦learned⟧."""
     shown = ""
     for text, learned, special in pieces:
-        plain = CONTROL.sub("\ufffd", text)
+        plain = STEERING.sub("\ufffd", text)
         if colour:
             shown += f"{LEARNED if learned else READ}{SPECIAL if special else ''}{plain}{RESET}"
         else:

@@ -117,7 +117,8 @@ def _extents(patient: Patient, autocast: torch.autocast) -> list[Extent]:
 def check_tied_head(patient: Patient) -> Iterator[Finding]:
     """A head that is the embedding is one parameter with it."""
     model = patient.model
-    if model.config.tied and model.head().data_ptr() != model.tok_embeddings.weight.data_ptr():
+    table = model.tok_embeddings.weight  # with chat rows apart it is made anew whenever it is read
+    if model.config.tied and isinstance(table, nn.Parameter) and model.head().data_ptr() != table.data_ptr():
         yield Finding(
             "tied head broken",
             "the config says that the head is the embedding, and it is a copy: the two would drift apart and one of "

@@ -156,11 +156,11 @@ def chunks(path: Path, form: Format, before: int = 0) -> Generator[Chunk, None, 
     check_text(path)
     if is_table(path):
         check_column(path, read_header(path).columns, form.field)
-        rows = 0
+        number = 0
         for part in table_parts(path, CHUNK_BYTES):
             yield Chunk(path, part.start, part.stop, part.first, before)
-            rows = part.first + part.rows
-        return rows
+            number = part.first + part.rows
+        return number
     if _has_rows(path) and is_array(path):
         yield Chunk(path, 0, path.stat().st_size, 0, before)
         return sum(1 for _ in read_rows(path))
