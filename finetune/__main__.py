@@ -10,6 +10,9 @@ COMMANDS = {
     "tinystories": "train a small model on TinyStories",
     "tinyshakespeare": "train on tinyshakespeare",
     "prepare": "write token shards without training",
+    "doctor": "look for ills of a run before it begins",
+    "report": "write a run's page anew",
+    "compare": "show runs side by side",
 }
 
 
