@@ -25,7 +25,7 @@ from finetune.config import FROM_CHECKPOINT, TrainConfig, init_shape, preset
 from finetune.errors import UserError
 from finetune.mesh import DIMENSIONS, MeshSizes, mesh_sizes
 from finetune.sharding import refuse_unshardable
-from finetune.trace import Traced, trace_step
+from finetune.trace import Traced, trace_batches
 from finetune.tracker import Kind
 from nanollama.checkpoint import open_checkpoint
 from nanollama.cli import run
@@ -33,6 +33,7 @@ from nanollama.model import ModelConfig, RopeScaling, Transformer
 
 CARDS_GB = (24, 80, 141)  # RTX 4090, H100, H200; GB of 10^9 bytes
 RESERVED_GB = 1.5  # of a card, for CUDA's context, NCCL's and cuBLAS's own buffers, and what the allocator cannot use
+SHOWN_SHARE = 0.001  # of the traffic: sums of labels and norms are less
 DEPTHS = (3, 4)  # a first block, a last one, and one or two between
 
 
@@ -122,16 +123,11 @@ def plan_step(shape: ModelConfig, config: TrainConfig, sizes: MeshSizes, *, gpu:
     rows = config.batch_size
 
     def grid(batches: tuple[int, ...], accumulate: int) -> Grid:
-        traced = {
-            (depth, batch): trace_step(
-                replace(shape, n_layers=depth),
-                replace(config, batch_size=batch, accumulate=accumulate),
-                sizes,
-                gpu=gpu,
-            )
-            for depth in depths
-            for batch in batches
-        }
+        steps = replace(config, accumulate=accumulate)
+        traced = {}
+        for depth in depths:
+            found = trace_batches(replace(shape, n_layers=depth), steps, sizes, batches, gpu=gpu)
+            traced |= {(depth, batch): step for batch, step in zip(batches, found, strict=True)}
         return Grid(traced, shape.n_layers)
 
     traced = grid((rows, rows + 1), min(2, config.accumulate))  # gradients wait while the second micro-batch runs
@@ -236,11 +232,12 @@ def _fits(plan: Plan) -> str:
 
 
 def _traffic(plan: Plan) -> list[str]:
-    sent = {key: size for key, size in plan.sent.items() if size >= 1e3}
-    if not sent:
+    total = plan.sent.total()
+    if not total:
         return ["sent by a rank in a step: nothing"]
-    shown = [f"{name} {size / 1e9:.2f} GB over {ranks} ranks" for (name, ranks), size in sent.items()]
-    return [f"sent by a rank in a step: {sum(sent.values()) / 1e9:.2f} GB: {', '.join(shown)}"]
+    sent = {key: size for key, size in plan.sent.items() if size >= SHOWN_SHARE * total}
+    shown = [f"{name} {size / 1e9:.3g} GB over {ranks} ranks" for (name, ranks), size in sent.items()]
+    return [f"sent by a rank in a step: {total / 1e9:.3g} GB: {', '.join(shown)}"]
 
 
 def parameters_of(shape: ModelConfig) -> int:

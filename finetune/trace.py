@@ -5,7 +5,7 @@ fake process group, watched by finetune/tracker.py.
     traced.moments["backward, first block"].total()     # bytes of one rank
     traced.sent                                         # bytes that it sends
 
-The step traced is the second, which finds optimizer states and FSDP's buffers where the first one has put them. Fake
+The first step is not traced: those behind it find optimizer states and FSDP's buffers where it has put them. Fake
 tensors are said to be on the CPU, since a torch without CUDA has no backward pass for any others. What the code decides
 by the device is decided as on a GPU all the same: sizes of chunks and blocks, heads repeated for CUDA's attention.
 """
@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
-from finetune import loss, optim, parallelize
+from finetune import loss, loss_shards, optim, parallelize
 from finetune.config import DTYPES, LORA_METHODS, TrainConfig, lora_targets
 from finetune.data.documents import Ints
 from finetune.lora import add_lora_, quantize_base_
@@ -52,6 +52,13 @@ class Traced:
 
 def trace_step(shape: ModelConfig, config: TrainConfig, sizes: MeshSizes, *, gpu: bool) -> Traced:
     """A step of this config. gpu: as it is on one; else on the CPU."""
+    return trace_batches(shape, config, sizes, (config.batch_size,), gpu=gpu)[0]
+
+
+def trace_batches(
+    shape: ModelConfig, config: TrainConfig, sizes: MeshSizes, batches: tuple[int, ...], *, gpu: bool
+) -> list[Traced]:
+    """Steps of micro-batches of so many rows each, one after the other."""
     offloaded = gpu and config.offload_activations
     config = replace(config, device="cpu", compile=False, offload_activations=False)
     with ExitStack() as stack:
@@ -73,13 +80,18 @@ def trace_step(shape: ModelConfig, config: TrainConfig, sizes: MeshSizes, *, gpu
             for block in model.layers:
                 block.forward = partial(_keep_elsewhere, block.forward)
         _tell_moments(tracker, model)
+        tracker.kind = Kind.ACTIVATIONS
         loop.step(0)
         for states in loop.optimizer.state.values():
             for state in states.values():
                 tracker.label(state, Kind.STATES)
-        tracker.begin_step()
-        loop.step(0)
-    return Traced(tracker.moments, tracker.sent)
+        traced = []
+        for rows in batches:
+            loop.config, loop.ahead = replace(config, batch_size=rows), None
+            tracker.begin_step()
+            loop.step(0)
+            traced.append(Traced(dict(tracker.moments), Counter(tracker.sent)))
+    return traced
 
 
 # --- What the loop is given ------------------------------------------------------------------------------------------
@@ -219,7 +231,7 @@ def _keep_elsewhere(block: Callable[[Tensor, Context], Tensor], x: Tensor, ctx: 
 
 
 def _on_real_numbers(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A mesh finds its ranks in tensors: these have numbers, and are none of the step's memory."""
+    """Ranks and parts are worked out in small tensors: these have numbers, and are none of the step's memory."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with _disable_current_modes():
@@ -233,6 +245,8 @@ FAKES: tuple[Swap, ...] = (
     (parallelize, "DistributedDataParallel", Replica),
     (DeviceMesh, "__init__", _on_real_numbers(DeviceMesh.__init__)),
     (DeviceMesh, "__getitem__", _on_real_numbers(DeviceMesh.__getitem__)),
+    (optim, "part_of", _on_real_numbers(optim.part_of)),
+    (loss_shards, "part_of", _on_real_numbers(loss_shards.part_of)),
 )
 GPU_SIZES: tuple[Swap, ...] = (
     (loss, "CHUNK_LOGITS", loss.CHUNK_LOGITS_GPU),

@@ -27,6 +27,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
+COLLECTIVES = {  # of c10d, and the functional ones that DTensor calls -> what both are
+    "_allgather_base_": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "allreduce_": "all_reduce",
+}
 
 
 class Kind(_RefType):
@@ -138,7 +145,7 @@ class StepTracker(MemTracker):
         for buffer in buffers:
             self.label(buffer, Kind.COMMUNICATION)
         ranks = CollectiveOp.get_process_group(func, args).size()
-        name = func._overloadpacket.__name__.strip("_")
+        name = COLLECTIVES.get(func._overloadpacket.__name__, func._overloadpacket.__name__.strip("_"))
         whole = max(buffer.nbytes for buffer in buffers)  # of what is gathered, reduced or scattered
         self.sent[name, ranks] += sent_bytes(name, whole, ranks)
 
@@ -160,7 +167,7 @@ class StepTracker(MemTracker):
 
 def sent_bytes(collective: str, whole: int, ranks: int) -> int:
     """What a rank sends, in a ring, of `whole` bytes: all but its own part of a gather, of a sum that too, and back."""
-    passes = 2 if "reduce" in collective and "scatter" not in collective else 1
+    passes = 2 if collective == "all_reduce" else 1
     return passes * whole * (ranks - 1) // ranks
 
 

@@ -120,7 +120,7 @@ def test_shapes_that_dtensor_works_out_take_no_memory(monkeypatch: pytest.Monkey
 
 
 def test_what_is_sent_is_what_the_algorithms_send() -> None:
-    assert [sent_bytes(name, 800, 8) for name in ("allgather_base", "reduce_scatter_base", "allreduce")] == [
+    assert [sent_bytes(name, 800, 8) for name in ("all_gather", "reduce_scatter", "all_reduce")] == [
         700, 700, 1400,
     ]  # fmt: skip
     chosen = config(batch_size=1, seq_len=32)
@@ -128,10 +128,10 @@ def test_what_is_sent_is_what_the_algorithms_send() -> None:
     around = 4 * (2 * 4000 * 128 + 128)
     sent = trace_step(SMALL, chosen, MeshSizes(fsdp=4), gpu=False).sent
     # Blocks are gathered for the forward and for the backward pass, what is around them once.
-    assert sent["allgather_base", 4] == pytest.approx(0.75 * (2 * blocks + around), rel=0.01)
-    assert sent["reduce_scatter_base", 4] == pytest.approx(0.75 * (blocks + around), rel=0.01)
+    assert sent["all_gather", 4] == pytest.approx(0.75 * (2 * blocks + around), rel=0.01)
+    assert sent["reduce_scatter", 4] == pytest.approx(0.75 * (blocks + around), rel=0.01)
     copies = trace_step(SMALL, chosen, MeshSizes(dp=4), gpu=False).sent
-    assert copies["allreduce", 4] == pytest.approx(1.5 * (blocks + around), rel=0.01)
+    assert copies["all_reduce", 4] == pytest.approx(1.5 * (blocks + around), rel=0.01)
 
 
 def tiny_block() -> torch.nn.Module:
@@ -148,8 +148,9 @@ def test_the_command_says_memory_the_largest_batch_and_traffic(
     said = capsys.readouterr().out
     assert "planned, not measured: 260K (" in said
     assert "--method full, --dp 2 --fsdp 1 --tp 1" in said
-    assert "allreduce 0.00 GB over 2 ranks" in said
+    assert "all_reduce 0.00104 GB over 2 ranks" in said
     written = json.loads(found.read_text())
+    assert written["sent_bytes"]["all_reduce over 2"] == pytest.approx(4 * 260_032, rel=0.001)
     assert written["total_bytes"] == sum(written["bytes"].values())
     assert written["largest_batch_size"]["24"] < written["largest_batch_size"]["80"]
 
@@ -179,3 +180,12 @@ def test_a_batch_of_the_largest_size_fits_and_one_row_more_does_not() -> None:
     rows = planned.grid.largest(limit)
     fullest = [max(m.total() for m in planned.grid.moments(r).values()) for r in (rows, rows + 1)]
     assert fullest[0] <= limit < fullest[1]
+
+
+@pytest.mark.slow
+def test_the_page_on_scale_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+    [shown] = [block for block in page.split("```") if "--shape 8B --gpus 8" in block and "planned, not" in block]
+    line, *printed = shown.strip().splitlines()
+    assert execute(plan.main, line.removeprefix("$ python -m finetune.plan ").split()) == 0
+    assert capsys.readouterr().out.splitlines()[:-1] == printed  # the last line is how long it took
