@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from finetune.config import DTYPES, LORA_METHODS, TrainConfig, init_shape, lora_targets
 from finetune.errors import UserError
 from finetune.lora import add_lora_, add_rows_, quantize_base_, wear_
-from finetune.loss import LossModel, linear_cross_entropy
+from finetune.loss import LossModel
 from finetune.loss_shards import sharded_cross_entropy
 from finetune.optim import select_trained_
 from finetune.parallelize import World, replicate
@@ -201,8 +201,13 @@ def _matrices(model: Transformer) -> list[torch.Tensor]:
 # --- Wraps: the model knows of none ----------------------------------------------------------------------------------
 
 
-def wrap_(model: Transformer, config: TrainConfig, world: World) -> nn.Module:
-    """Everything that `config` puts around the model, in the order in which it has to be."""
+def wrap_(
+    model: Transformer,
+    config: TrainConfig,
+    world: World,
+    loss_model: Callable[[Transformer], nn.Module] = LossModel,
+) -> nn.Module:
+    """Everything that `config` puts around the model, in the order in which it has to be; loss_model: the last."""
     select_trained_(model, config.method)
     cut_layers_(model, world)
     if config.dropout:
@@ -212,8 +217,16 @@ def wrap_(model: Transformer, config: TrainConfig, world: World) -> nn.Module:
     if config.compile:
         compile_blocks_(model)
     shard_blocks_(model, world)
-    loss = sharded_cross_entropy if world.sizes.tp > 1 else linear_cross_entropy
-    return replicate(LossModel(model, loss).train(), world)
+    return replicate(_over_vocabulary(loss_model(model), world).train(), world)
+
+
+def _over_vocabulary(loss_model: nn.Module, world: World) -> nn.Module:
+    """The same loss of a head whose rows are shared out. Raises UserError for one that needs them all."""
+    if world.sizes.tp > 1:
+        if not isinstance(loss_model, LossModel):
+            raise UserError("--tp cuts the head by its rows, and this loss needs them all: use --fsdp")
+        loss_model.loss = sharded_cross_entropy
+    return loss_model
 
 
 def mixed_precision(config: TrainConfig, device: torch.device) -> torch.autocast:

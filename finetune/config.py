@@ -48,6 +48,9 @@ class TrainConfig:
     lora_dropout: float = 0.0  # on what the adapters read
     adapter: str | None = None  # lora and qlora: start from this adapter; its rank, alpha and targets are the run's
     chat_rows: Literal["auto", "reinit", "keep"] = "keep"  # chat words' rows become the mean; auto: untrained ones
+    # Preferences (finetune.preference)
+    loss: Literal["dpo", "ipo", "dpo_norm", "orpo"] = "dpo"  # dpo_norm, ipo: by length; orpo: without a reference
+    beta: float = 0.0  # how far the margin of an answer counts; 0: 0.1, and 5 for dpo_norm
     # Run
     out: str | None = None  # folder of the run; else out/ENTRY-TIME
     resume: bool = False  # continue the run in --out, bit by bit
@@ -78,6 +81,7 @@ class TrainConfig:
     fsdp: int = 0  # shards of weights, gradients and states, each on its own rows; 0: 1, or with --dp the rest
     tp: int = 0  # parts of each layer, on the same rows; 0: 1
     threads: int = 0  # CPU threads; 0: torch's choice; recorded, since another number rounds differently
+    collective_timeout_s: int = 600  # of several ranks: seconds that one waits for the others before the run ends
     compile: bool = False  # torch.compile the model
     activation_checkpointing: bool = False  # recompute each block in the backward pass instead of keeping it
     offload_activations: bool = False  # with it: what is kept waits in the CPU's memory, not in the GPU's
@@ -92,9 +96,10 @@ class TrainConfig:
     export: Literal["hf"] | None = None  # also write final-hf/, a Hugging Face folder
 
     def __post_init__(self) -> None:
-        for name in ("accumulate", "save_every", "eval_every", "eval_tokens", "lora_rank"):
+        for name in ("accumulate", "save_every", "eval_every", "eval_tokens", "lora_rank", "collective_timeout_s"):
             _at_least(self, name, 1)
         for name in (
+            "beta",
             "lr",
             "min_lr",
             "weight_decay",
@@ -236,10 +241,11 @@ def init_shape(config: TrainConfig, vocab_size: int) -> ModelConfig:
     return ModelConfig(**{**common, **shape})
 
 
-# Fields that may differ between a run and its continuation: they change what is seen and kept, not what is computed.
+# Fields that may differ between a run and its continuation: they change what is seen and kept, and on how many ranks,
+# not what is computed.
 FREE = frozenset(
     ("resume", "out", "cache", "workers", "save_every", "eval_every", "eval_tokens", "sample_every", "prompt")
-    + ("tensorboard", "wandb", "export")
+    + ("tensorboard", "wandb", "export", "collective_timeout_s", "dp", "fsdp", "tp")
 )
 
 
@@ -259,6 +265,18 @@ def merge_resumed(given: TrainConfig, saved: TrainConfig, defaults: TrainConfig)
             )
         free[f.name] = new
     return replace(saved, **free)
+
+
+# Fields that mean something to one entry alone.
+OWNED = {"loss": "preference", "beta": "preference"}
+
+
+def refuse_foreign(entry: str, config: TrainConfig) -> None:
+    """Raises UserError for a flag that this entry would not look at."""
+    usual = TrainConfig()
+    for name, owner in OWNED.items():
+        if owner != entry and getattr(config, name) != getattr(usual, name):
+            raise UserError(f"--{name} is finetune.{owner}'s: finetune.{entry} has no use for it")
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:

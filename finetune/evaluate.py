@@ -5,15 +5,14 @@ bigram model fitted on the training tokens, which a model that has learned anyth
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import nn
 
 from finetune.data.documents import Documents, Ints, first_documents, whole, whole_mask
-from finetune.data.packing import Packer
-from finetune.loss import LossModel
+from finetune.data.packing import Packing
 from finetune.parallelize import World
 from nanollama.tokenizer import Tokenizer
 
@@ -25,13 +24,14 @@ PRIOR_COUNTS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 class Score:
     loss: float  # nats per token
     bpb: float  # bits per byte
+    more: dict[str, float] = field(default_factory=dict)  # of losses that have more to say
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """What is evaluated: whole documents, packed, and the bytes of their text."""
 
-    packer: Packer
+    packer: Packing
     rows: list[list[int]]
     documents: int
     text_bytes: int  # of the labels
@@ -40,7 +40,7 @@ class HeldOut:
         return Score(nats / tokens, nats / math.log(2) / self.text_bytes)
 
 
-def hold_out(packer: Packer, tokenizer: Tokenizer, max_tokens: int) -> HeldOut:
+def hold_out(packer: Packing, tokenizer: Tokenizer, max_tokens: int) -> HeldOut:
     """The first documents, about `max_tokens` of them and at least one."""
     documents = packer.documents
     count = first_documents(documents, max_tokens)
@@ -60,7 +60,7 @@ def evaluate(model: nn.Module, held_out: HeldOut, world: World, batch_size: int,
         rows = mine[i : i + batch_size]
         batch = held_out.packer.batch(rows + [[]] * (batch_size - len(rows))).to(world.device)
         with autocast:
-            nats += model(batch.tokens, batch.labels, batch.positions, batch.doc_ids).item()
+            nats += model(*batch.inputs()).item()
         tokens += batch.valid
     model.train(was_training)
     total_nats, total_tokens = world.sum([nats, float(tokens)]).tolist()
@@ -86,8 +86,8 @@ def _pairs(documents: Documents, count: int) -> tuple[Ints, Ints]:
     return np.concatenate([t[:-1][mask] for t, mask in texts]), np.concatenate([t[1:][mask] for t, mask in texts])
 
 
-def loss_model_of(module: nn.Module) -> LossModel:
+def loss_model_of(module: nn.Module) -> nn.Module:
     """The LossModel inside DDP's wrapper: ranks with different numbers of rows must not wait for each other."""
     inner = getattr(module, "module", module)
-    assert isinstance(inner, LossModel)
+    assert isinstance(inner, nn.Module)
     return inner

@@ -25,7 +25,8 @@ DONE = -1
 
 def full(tensor: Tensor) -> Tensor:
     """All of a tensor, plain, on every rank, which all have to ask."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

@@ -207,7 +207,7 @@ def _replace_(model: nn.Module, name: str, module: nn.Module) -> None:
 
 BLOCK, SCALER_BLOCK = 64, 256  # weights that share a scale, and scales that share one: QLoRA's
 PATHS = ("torchao.quantization.quantize_.workflows.nf4.nf4_tensor", "torchao.dtypes.nf4tensor")  # newest first
-EXTRA = "--method qlora needs the package torchao: pip install 'nanollama[lean]'"
+EXTRA = "--method qlora needs the package torchao: pip install 'llama-parity[lean]'"
 
 
 class NF4Linear(nn.Module):

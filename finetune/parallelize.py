@@ -6,11 +6,15 @@ divides its loss by the number of valid tokens on all of them.
     torchrun --nproc_per_node 4 -m finetune.tinystories --init 110M --fsdp 2 --tp 2
 """
 
+import faulthandler
+import itertools
 import logging
 import os
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -21,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from finetune.errors import UserError
 from finetune.mesh import DIMENSIONS, MeshSizes
+from finetune.peers import Peers, meet, wait_for
 
 T = TypeVar("T")
 
@@ -34,6 +39,9 @@ class World:
     size: int = 1
     sizes: MeshSizes = field(default_factory=MeshSizes)
     mesh: DeviceMesh | None = None  # where the model is sharded
+    store: dist.Store | None = None  # where there are peers
+    peers: Peers | None = None
+    calls: Iterator[int] = field(default_factory=itertools.count)  # of from_main
 
     @property
     def is_main(self) -> bool:
@@ -72,12 +80,24 @@ class World:
         return int(largest)
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What `make` returns on the main rank, on every rank."""
-        if self.size == 1:
+        """What `make` returns on the main rank, on every rank; they wait for as long as it takes, and it lives."""
+        if self.store is None:
             return make()
-        box = [make() if self.is_main else None]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]  # type: ignore[return-value]
+        key = f"from_main/{next(self.calls)}"
+        if self.is_main:
+            made = make()
+            self.store.set(key, pickle.dumps(made))  # type: ignore[arg-type]  # its stub knows text alone
+            return made
+        wait_for(self.store, key)
+        return pickle.loads(self.store.get(key))
+
+    def wait_for_main(self) -> None:
+        """Until the main rank comes here, however long what it does alone takes."""
+        self.from_main(lambda: None)
+
+    def guard(self, act: Callable[[], int]) -> int:
+        """`act()`, an exit code; when a rank dies or hangs meanwhile, every process ends, with a line that names it."""
+        return self.peers.guard(act) if self.peers else act()
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -97,10 +117,10 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def open_world(device: str, sizes: MeshSizes | None = None) -> World:
+def open_world(device: str, sizes: MeshSizes | None = None, limit_s: float = 600) -> World:
     """Join the ranks that torchrun started, if it did. sizes: the mesh; None: each a copy of the model.
 
-    Raises UserError for a device that is not there.
+    limit_s: how long a rank waits for the others in one collective. Raises UserError for a device that is not there.
     """
     name = device.partition(":")[0]
     if name == "cuda" and not torch.cuda.is_available():
@@ -113,10 +133,23 @@ def open_world(device: str, sizes: MeshSizes | None = None) -> World:
     if size == 1:
         return World(torch.device(device))
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    dist.init_process_group("nccl" if name == "cuda" else "gloo")
     if name == "cuda":
         torch.cuda.set_device(local)
-    return make_world(f"cuda:{local}" if name == "cuda" else name, rank, sizes or MeshSizes(dp=size))
+        record_flights()
+    faulthandler.enable()  # NCCL's watchdog aborts a process whose collective takes too long: say where it was
+    store = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=max(limit_s, 60)))))[0]
+    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{size}"  # torchrun's store outlives the processes
+    ours = dist.PrefixStore(f"finetune/{attempt}", store)
+    peers = meet(ours, rank, size, int(os.environ.get("LOCAL_RANK", rank)), os.environ["MASTER_ADDR"], limit_s)
+    dist.init_process_group(
+        "nccl" if name == "cuda" else "gloo",
+        store=dist.PrefixStore(f"group/{attempt}", store),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=limit_s),
+    )
+    on = f"cuda:{local}" if name == "cuda" else name
+    return replace(make_world(on, rank, sizes or MeshSizes(dp=size)), store=ours, peers=peers)
 
 
 def make_world(device: str, rank: int, sizes: MeshSizes) -> World:
@@ -128,6 +161,12 @@ def make_world(device: str, rank: int, sizes: MeshSizes) -> World:
         shape = (sizes.dp, sizes.fsdp, sizes.tp)
         mesh = init_device_mesh(device.partition(":")[0], shape, mesh_dim_names=DIMENSIONS)
     return World(torch.device(device), rank, dist.get_world_size(), sizes, mesh)
+
+
+def record_flights() -> None:
+    """Let NCCL's watchdog write down the last collectives of every rank when one takes too long, unless told else."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
 
 def _sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

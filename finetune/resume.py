@@ -31,6 +31,7 @@ from finetune.data.files import write_atomically
 from finetune.data.packing import Cursor
 from finetune.errors import UserError
 from finetune.gather import Whole, local
+from finetune.mesh import mesh_sizes
 from finetune.optim import trained
 from finetune.parallelize import World, world_size
 from nanollama.checkpoint.staging import Stage, staged
@@ -57,6 +58,7 @@ class RunFolder:
 
     path: Path
     config: TrainConfig
+    micro_batches: int = 0  # in a step, on all ranks together, as the run was begun; 0: as the config and the ranks say
 
     def save(
         self,
@@ -145,13 +147,16 @@ def begin(entry: str, config: TrainConfig) -> RunFolder:
     if inside:
         raise UserError(f"--out {out}: is not empty (it holds {min(inside)}): choose another folder")
     config = replace(config, out=str(out))
-    saved = {"entry": entry, "world_size": world_size(), **to_json(config)}
+    ranks = world_size()
+    sizes = mesh_sizes(config.dp, config.fsdp, config.tp, world_size=ranks)
+    micro_batches = config.accumulate * sizes.dp * sizes.fsdp
+    saved = {"entry": entry, "world_size": ranks, "micro_batches": micro_batches, **to_json(config)}
     write_atomically(out / CONFIG, (json.dumps(saved, indent=2) + "\n").encode())
     return RunFolder(out, config)
 
 
 def resume(entry: str, given: TrainConfig, defaults: TrainConfig) -> RunFolder:
-    """The folder of the run that `--resume` continues, its config with what of `given` may differ.
+    """The folder of the run that `--resume` continues, its config with what of `given` may differ; the ranks may, too.
 
     defaults: the entry's; a flag that has its default counts as not given. Raises UserError.
     """
@@ -166,10 +171,11 @@ def resume(entry: str, given: TrainConfig, defaults: TrainConfig) -> RunFolder:
     if saved.pop("entry") != entry:
         raise UserError(f"--out {given.out}: holds a run of another entry: resume it with the command that began it")
     ranks = saved.pop("world_size")
-    if ranks != world_size():
-        raise UserError(f"--resume continues a run of {ranks} processes: start as many")
+    micro_batches = saved.pop("micro_batches", ranks * saved["accumulate"])
     config = merge_resumed(given, from_json(saved, path), defaults)
-    return RunFolder(path.parent, replace(config, out=str(path.parent)))
+    if ranks != world_size() or given.dp or given.fsdp or given.tp:  # the mesh that was is not the one that is
+        config = replace(config, dp=given.dp, fsdp=given.fsdp, tp=given.tp)
+    return RunFolder(path.parent, replace(config, out=str(path.parent)), micro_batches)
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -237,7 +243,7 @@ def _read_tensors(path: Path, parameters: Mapping[str, nn.Parameter]) -> dict[st
         raise UserError(f"{path}: cannot be read ({error}): remove its folder to continue from an older one") from None
 
 
-def _read_part(file: Any, name: str, parameter: nn.Parameter | None) -> Tensor:
+def _read_part(file: Any, name: str, parameter: Tensor | None) -> Tensor:
     if not isinstance(parameter, DTensor):
         return file.get_tensor(name)
     part = part_of(parameter)

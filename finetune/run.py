@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from finetune.build import Start, adapt_, build_model, open_start
-from finetune.config import LORA_METHODS, TrainConfig, resolve
+from finetune.config import LORA_METHODS, TrainConfig, refuse_foreign, resolve
 from finetune.data.files import write_atomically
 from finetune.errors import TrainingStopped, UserError
 from finetune.evaluate import Score, bigram, whole
 from finetune.gather import Whole, gathering
+from finetune.launcher import folder_of_the_first_start, remember_folder, to_continue
 from finetune.lora import adapter_of, merged_when_read
 from finetune.mesh import mesh_sizes
 from finetune.parallelize import World, default_device, open_world, world_size
@@ -56,6 +57,8 @@ class Entry:
     suggested: dict[str, int] = field(default_factory=dict)  # of what is left open, where the start is left open too
     make: Callable[[TrainConfig, Path, Say], Prepared] | None = None  # (config, tokenizer, say), in place of shards
     talks: bool = False  # the model answers messages; else it continues text
+    recipe: Callable[[TrainConfig], TrainConfig] = lambda config: config  # fills what is left open, or refuses
+    ready: Callable[[Setup, Say], Setup] = lambda setup, say: setup  # what else is made of model and data
     larger: tuple[str, ...] = ()  # flags of larger runs, printed at the end of a default run
 
 
@@ -65,30 +68,41 @@ def run_entry(entry: Entry) -> None:
 
 def run(entry: Entry, given: TrainConfig) -> int:
     """The whole run; returns the exit code. Raises UserError, or another ValueError, for what the user can mend."""
+    if begun := folder_of_the_first_start():
+        given = replace(given, out=begun, resume=True)
     folder = resume(entry.name, given, TrainConfig(**entry.defaults)) if given.resume else None
     config = folder.config if folder else complete(entry, given)
-    out = Path(given.out or ".")
     sizes = mesh_sizes(config.dp, config.fsdp, config.tp, world_size=world_size())
-    refuse_unshardable(config, sizes)
-    with closing(open_world(config.device, sizes)) as world:
-        try:
-            folder = folder or world.from_main(lambda: begin(entry.name, config))
-            out = folder.path
-            return train_in(entry, folder, world)
-        except TrainingStopped as stopped:
-            _complain(world, f"{stopped}\ncontinue with: {_command(entry)} --out {given.out or out} --resume")
-            return stopped.code
-        except (OSError, CheckpointError) as error:
-            if not _is_full_disk(error):
-                raise
-            _complain(world, f"error: {_full_disk(error, out)}")
-            return 1
+    refuse_unshardable(entry.name, config, sizes)
+    with closing(open_world(config.device, sizes, config.collective_timeout_s)) as world:
+        return world.guard(lambda: run_on(entry, config, folder, world))
+
+
+def run_on(entry: Entry, config: TrainConfig, folder: RunFolder | None, world: World) -> int:
+    """`run` on this rank, in the folder of the run to resume or in a new one."""
+    out = Path(config.out or ".")
+    try:
+        folder = folder or world.from_main(lambda: begin(entry.name, config))
+        out = folder.path
+        if world.peers:
+            world.peers.advice = lambda: f"; {_last_good(out)}: continue with {to_continue(entry.name, out)}"
+            remember_folder(out)
+        return train_in(entry, folder, world)
+    except TrainingStopped as stopped:
+        _complain(world, f"{stopped}\ncontinue with: {to_continue(entry.name, out)}")
+        return stopped.code
+    except (OSError, CheckpointError) as error:
+        if not _is_full_disk(error):
+            raise
+        _complain(world, f"error: {_full_disk(error, out)}")
+        return 1
 
 
 def complete(entry: Entry, given: TrainConfig) -> TrainConfig:
     """A new run's config, with what was left to the entry, the preset and the device filled in. Raises UserError."""
     device = default_device() if given.device == "auto" else given.device
-    return resolve(suggest(entry, given), device, given.threads or torch.get_num_threads())
+    refuse_foreign(entry.name, given)
+    return resolve(suggest(entry, entry.recipe(given)), device, given.threads or torch.get_num_threads())
 
 
 def train_in(entry: Entry, folder: RunFolder, world: World) -> int:
@@ -97,9 +111,11 @@ def train_in(entry: Entry, folder: RunFolder, world: World) -> int:
     torch.set_num_threads(config.threads)
     with folder.forgotten_if_refused(world):
         setup, prepared = _set_up(entry, folder, world, say)
+        setup = entry.ready(setup, say)
         outcome = train(setup)
         finish(entry, setup, prepared, outcome, say)
-        world.barrier()
+        world.wait_for_main()
+        world.barrier()  # the main rank's end may be that of the store that the others ask
     return 0
 
 
@@ -143,9 +159,12 @@ def _is_full_disk(error: OSError | CheckpointError) -> bool:
 def _full_disk(error: OSError | CheckpointError, out: Path) -> str:
     """One line for a disk that takes no more, at whatever moment."""
     what = f"{error.filename or out}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    return f"{what}; {_last_good(out)}: make room, then continue with --resume"
+
+
+def _last_good(out: Path) -> str:
     left = checkpoints(out)
-    good = f"the last good checkpoint is {left[-1]}" if left else "no checkpoint was saved before"
-    return f"{what}; {good}: make room, then continue with --resume"
+    return f"the last good checkpoint is {left[-1]}" if left else "no checkpoint was saved before"
 
 
 def suggest(entry: Entry, given: TrainConfig) -> TrainConfig:

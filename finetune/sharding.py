@@ -29,11 +29,15 @@ from nanollama.model import Transformer
 from nanollama.tensor_parallel import decoding, plan, refuse_uncuttable
 
 
-def refuse_unshardable(config: TrainConfig, sizes: MeshSizes) -> None:
+def refuse_unshardable(entry: str, config: TrainConfig, sizes: MeshSizes) -> None:
     """What does not work over shards, by name. Raises UserError."""
     if not sizes.is_sharded:
         return
     alone = {
+        "finetune.preference": (
+            entry == "preference",
+            "its reference and its losses need whole models: leave them out",
+        ),
         "--method qlora": (config.method == "qlora", "its 4-bit base is no tensor that is sharded: use --method lora"),
         "--optimizer adamw8bit": (
             config.optimizer == "adamw8bit",

@@ -9,7 +9,7 @@ on the checkpoint before it and on (seed, step, rank), so a resumed run repeats 
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 
@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from finetune.build import mixed_precision, wrap_
 from finetune.config import DTYPES
 from finetune.data.documents import Documents
-from finetune.data.packing import Batch, Cursor, Packer
+from finetune.data.packing import Cursor, MicroBatch
 from finetune.errors import TrainingStopped, UserError
-from finetune.evaluate import HeldOut, Score, evaluate, hold_out, loss_model_of
+from finetune.evaluate import HeldOut, Score, hold_out, loss_model_of
 from finetune.gather import full, gathering
+from finetune.launcher import started_by_torchrun
 from finetune.memory import plan_memory
 from finetune.metrics import Metrics, StepMetrics, flops_per_token, peak_bytes, peak_flops
+from finetune.objective import NEXT_TOKEN, Objective
 from finetune.optim import StepInBackward, learning_rate, make_optimizer, mixed_seed, set_learning_rate_, trained
 from finetune.parallelize import World, no_sync
 from finetune.resume import Progress, RunFolder, saved_tensors
@@ -48,6 +50,7 @@ class Setup:
     world: World
     sample: Callable[[Transformer], str]  # a text that the model continues
     unread: Weights | None = None  # of a model on the meta device: read when it is sharded, each rank its own part
+    objective: Objective = NEXT_TOKEN  # what is learned
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,11 @@ class Outcome:
 
 
 class StopSignals:
-    """SIGINT and SIGTERM set `caught`, and the loop stops behind the step; a second one acts as usual."""
+    """SIGINT and SIGTERM set `caught`, and the loop stops behind the step; a second one acts as usual.
+
+    Under torchrun it does not: what is typed there comes from the terminal and once more from torchrun, which itself
+    ends what does not stop in 30 s.
+    """
 
     def __init__(self) -> None:
         self.caught = 0
@@ -68,8 +75,9 @@ class StopSignals:
         return self
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        self.caught = number
-        self._restore()
+        self.caught = self.caught or number
+        if not started_by_torchrun():
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self.before.items():
@@ -112,7 +120,7 @@ class StepData:
     """What one step trains on."""
 
     rows: list[list[int]]  # of all ranks, each a list of pieces
-    batches: list[Batch]  # this rank's micro-batches of them
+    batches: list[MicroBatch]  # this rank's micro-batches of them
     behind: Cursor  # of the row after them
 
 
@@ -123,10 +131,11 @@ class Loop:
         self.setup, self.config, self.world = setup, setup.folder.config, setup.world
         config, model = self.config, setup.model
         masked = config.doc_mask == "on"
-        self.packer = Packer(setup.train, config.seq_len, seed=config.seed, doc_mask=masked)
-        held_out = Packer(setup.val, config.seq_len, doc_mask=masked)
+        self.objective = setup.objective
+        self.packer = self.objective.packer(setup.train, config.seq_len, seed=config.seed, doc_mask=masked)
+        held_out = self.objective.packer(setup.val, config.seq_len, seed=0, doc_mask=masked)
         self.held_out = hold_out(held_out, setup.tokenizer, config.eval_tokens)
-        self.loss_model = wrap_(model, config, self.world)
+        self.loss_model = wrap_(model, config, self.world, self.objective.loss_model)
         if setup.unread is not None:
             fill_(model, setup.unread, DTYPES[config.weights], self.world.device)
         self.optimizer = make_optimizer(model, config)
@@ -150,17 +159,18 @@ class Loop:
         data = self.ahead or self._take(self.progress.cursor)
 
         # 1. Labels: their number on all ranks is known before any forward pass, so that each weighs the same.
-        labels = int(self.world.sum([float(sum(batch.valid for batch in data.batches))]))
+        mine = [float(sum(numbers)) for numbers in zip(*((b.valid, b.count) for b in data.batches), strict=True)]
+        labels, count = map(int, self.world.sum(mine))
         stop = self.world.max(stop)
 
         # 2. Forward and backward: the gradients of the mean loss over these labels.
         lr = learning_rate(self.config, self.progress.step)
         set_learning_rate_(self.optimizer, lr)  # already here: the backward pass itself may update
         torch.manual_seed(mixed_seed(self.config.seed, self.progress.step, self.world.data_rank))  # of dropout
-        nats = accumulate_(self.loss_model, data.batches, labels, self.autocast, self.world)
+        nats = accumulate_(self.loss_model, data.batches, count, self.autocast, self.world)
         self.ahead = self._take(data.behind)  # while a GPU is still busy with this step (docs/LOG.md)
         grad_norm = self._clip_()
-        loss = float(self.world.sum(nats)) / labels
+        loss = float(self.world.sum(nats)) / count
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise self._stopped_before_update(loss, grad_norm, data)
 
@@ -172,11 +182,13 @@ class Loop:
 
     def _take(self, cursor: Cursor) -> StepData:
         """The rows of a step from `cursor` on. The ranks take turns with micro-batches of them, so k ranks see what
-        one rank sees in k times as many.
+        one rank sees in k times as many; where they do not come out even, some ranks end with empty rows.
         """
         size, world = self.config.batch_size, self.world
-        rows, behind = self.packer.take(cursor, size * self.config.accumulate * world.data_size)
+        count = self.setup.folder.micro_batches or self.config.accumulate * world.data_size
+        rows, behind = self.packer.take(cursor, size * count)
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        parts += [[[]] * size] * (-count % world.data_size)
         batches = [self.packer.batch(part) for part in parts[world.data_rank :: world.data_size]]
         return StepData(rows, [b.pinned() for b in batches] if world.device.type == "cuda" else batches, behind)
 
@@ -213,11 +225,12 @@ class Loop:
             tokens_per_s=round(labels_per_s, 1),
             peak_bytes=peak_bytes(self.world.device),
             mfu=labels_per_s * self.flops_per_token / peak / self.world.size if peak else None,
+            more=self.objective.measure_step(loss_model_of(self.loss_model), self.world),
         )
 
     def evaluate(self) -> Score:
         model = loss_model_of(self.loss_model)
-        return evaluate(model, self.held_out, self.world, self.config.batch_size, self.autocast)
+        return self.objective.evaluate(model, self.held_out, self.world, self.config.batch_size, self.autocast)
 
     def save(self) -> None:
         """One checkpoint, the same whatever the mesh. The main rank writes; others give it their shards."""
@@ -226,20 +239,20 @@ class Loop:
         with gathering(saved_tensors(model, self.optimizer), self.world) as whole:
             if whole is not None:
                 setup.folder.save(self.progress, model, self.optimizer, setup.fingerprint, whole)
-        self.world.barrier()
+        self.world.wait_for_main()
 
 
 def accumulate_(
-    loss_model: nn.Module, batches: list[Batch], labels: float, autocast: torch.autocast, world: World
+    loss_model: nn.Module, batches: Sequence[MicroBatch], count: float, autocast: torch.autocast, world: World
 ) -> Tensor:
-    """Add the gradients of (summed loss / labels) of all micro-batches; returns this rank's summed loss, float64."""
+    """Add the gradients of (summed loss / count) of all micro-batches; returns this rank's summed loss, float64."""
     nats = torch.zeros((), dtype=torch.float64, device="cpu" if world.device.type == "mps" else world.device)
     for i, batch in enumerate(batches):
         on_device = batch.to(world.device)
         with no_sync(loss_model, is_last=i == len(batches) - 1):
             with autocast:
-                loss = loss_model(on_device.tokens, on_device.labels, on_device.positions, on_device.doc_ids)
-            (loss / labels).backward()
+                loss = loss_model(*on_device.inputs())
+            (loss / count).backward()
         nats += loss.detach().to(nats.device)
     if world.sizes.tp > 1:
         sum_partial_(loss_model.parameters())

@@ -62,20 +62,13 @@ class Replicated(ParallelStyle):
         self.copies = copies
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        def take(_: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> DTensor:
+        def take(_: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
             return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
 
-        def give(_: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
+        def give(_: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
             return output.to_local().clone() if self.copies else output.to_local()
 
         return distribute_module(module, mesh, None, take, give)
-
-
-class VocabularyRows(ParallelStyle):
-    """A head of its own, whose rows are shared out; it is never called, its weight is multiplied by others."""
-
-    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        return ColwiseParallel(output_layouts=Shard(-1))._apply(module, mesh)
 
 
 def plan(model: Transformer) -> dict[str, ParallelStyle]:
@@ -86,7 +79,7 @@ def plan(model: Transformer) -> dict[str, ParallelStyle]:
         "norm": Replicated(copies=True),
     }
     if model.output is not None:
-        styles["output"] = VocabularyRows()
+        styles["output"] = ColwiseParallel(output_layouts=Shard(-1))  # never called: others multiply its weight
     for name in (f"layers.{i}" for i in range(len(model.layers))):
         styles |= {f"{name}.attention_norm": Replicated(), f"{name}.ffn_norm": Replicated()}
         # Said once for wq, wk and wv, so that their gradients are summed over the ranks once, and not each.
@@ -137,13 +130,13 @@ def fill_(model: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.
 def _read(
     weights: Weights, name: str, part: tuple[slice, ...], dtype: torch.dtype, device: torch.device | str
 ) -> Tensor:
-    rows, columns = part[0], part[1:]
+    rows, columns = part[0], (slice(None), *part[1:])
     out = torch.empty([s.stop - s.start for s in part], dtype=dtype, device=device)
     entry = weights.entry(name)
     step = max(1, BLOCK_BYTES // max(1, entry.nbytes // max(1, entry.shape[0])))
     for start in range(rows.start, rows.stop, step):
         stop = min(start + step, rows.stop)
-        out[start - rows.start : stop - rows.start] = weights.rows(name, start, stop)[(slice(None), *columns)]
+        out[start - rows.start : stop - rows.start] = weights.rows(name, start, stop)[columns]
     return out
 
 
@@ -156,7 +149,9 @@ def decode_by_parts_(model: Transformer, mesh: DeviceMesh) -> None:
 
     def logits(hidden: Tensor) -> Tensor:
         whole = DTensor.from_local(hidden, mesh, [Replicate()], run_check=False)
-        return F.linear(whole, model.head()).full_tensor().float()
+        shared = F.linear(whole, model.head())  # (..., V), of which this rank has some columns
+        assert isinstance(shared, DTensor)
+        return shared.full_tensor().float()
 
     model.config = replace(
         config, n_heads=config.n_heads // parts, n_kv_heads=config.n_kv_heads // parts, head_dim=config.head_dim

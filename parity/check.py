@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nanollama.cli import execute, from_config
+from nanollama.printable import complain
 from parity.contract import UsageError
 from parity.run import twin
 from parity.run.process import Crash
@@ -48,6 +49,9 @@ class Flags:
     api_key: str | None = None  # the environment variable that holds a server's key
     tp: int = 1  # nanollama over so many processes, each with a part of every layer, is the candidate
     fsdp: int = 1  # nanollama over so many processes, each with a shard of the weights, is the candidate
+    first_byte_s: float | None = None  # of an answer of a program (default: 1800 s) or a server (default: 300 s)
+    answer_s: float | None = None  # until the answer is whole (default: 3600 s of a program, 600 s of a server)
+    answer_mb: float | None = None  # the largest answer, in MiB (default: 64)
     references: str = "meta,hf"  # comma list of meta, hf
     dtype: str = "fp32,bf16"  # comma list of fp32, bf16, fp16
     device: Literal["cpu", "cuda", "mps"] = "cpu"  # where the references and the candidate run
@@ -64,12 +68,17 @@ class Flags:
 def request_of(flags: Flags) -> Request:
     """The flags as a request; what can be refused before any work is. Raises UsageError."""
     from parity.candidates import is_python, resolve
+    from parity.candidates.limits import limited
     from parity.candidates.server.endpoint import server_name
     from parity.checks import CHECKS
 
     candidate = server_name(distributed(flags), model=flags.model, api_key=flags.api_key, tokenizer=flags.tokenizer)
+    if flags.candidate_python is not None:
+        from parity.candidates.environment import within as in_environment
+
+        candidate = in_environment(flags.candidate_python, flags.candidate)
     request = Request(
-        candidate,
+        limited(candidate, flags.first_byte_s, flags.answer_s, flags.answer_mb),
         flags.ckpt,
         flags.tokenizer,
         split_list("--references", flags.references, tuple(REFERENCES)),
@@ -89,10 +98,6 @@ def request_of(flags: Flags) -> Request:
         require_writable(flag, getattr(flags, flag))
     require_installed(request.references)
     require_device(request.device)
-    if flags.candidate_python is not None:
-        from parity.candidates.environment import within as in_environment
-
-        request = replace(request, candidate=in_environment(flags.candidate_python, flags.candidate))
     if not is_python(request.candidate):  # else its own process imports it, and says what is wrong
         resolve(request.candidate)
     return request
@@ -102,7 +107,7 @@ def distributed(flags: Flags) -> str:
     """The candidate that is asked for, nanollama over processes where --tp or --fsdp say so. Raises UsageError."""
     if flags.tp == flags.fsdp == 1:
         return flags.candidate
-    if flags.candidate != "nanollama" or min(flags.tp, flags.fsdp) < 1:
+    if flags.candidate != "nanollama" or flags.candidate_python or min(flags.tp, flags.fsdp) < 1:
         raise UsageError(f"--tp {flags.tp} --fsdp {flags.fsdp}: numbers of processes of nanollama itself, 1 or more")
     from parity.candidates.nano.distributed import name_of
 
@@ -139,7 +144,7 @@ def run(flags: Flags) -> int:
     try:
         report = check(request)
     except Crash as crash:  # of a reference: nothing was judged
-        print(f"error: {crash} (NANOLLAMA_DEBUG=1 shows all of it)", file=sys.stderr)
+        complain(crash, " (NANOLLAMA_DEBUG=1 shows all of it)")
         return 3
     from parity.checks.verdict import EXIT_CODES
     from parity.report import terminal
@@ -240,5 +245,6 @@ def compare(
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the temporary folder goes however the run is ended
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # the temporary folder goes however the run is ended
+        signal.signal(ending, signal.default_int_handler)
     sys.exit(main())

@@ -321,7 +321,7 @@ def test_a_logger_that_is_not_installed_is_named_with_its_extra(
     if importlib.util.find_spec(package):
         pytest.skip(f"{package} is installed")
     said = complaint(line(home, tmp_path / "out", f"--{package}"), monkeypatch, capsys)
-    assert f"pip install 'nanollama[{package}]'" in said
+    assert f"pip install 'llama-parity[{package}]'" in said
     assert not (tmp_path / "out").exists()
 
 

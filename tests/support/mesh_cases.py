@@ -14,7 +14,7 @@ from finetune.data.documents import Ints
 from finetune.data.packing import Batch, Packer
 from finetune.gather import full
 from finetune.lora import LoraLinear, add_lora_
-from finetune.mesh import MeshSizes, mesh_sizes
+from finetune.mesh import mesh_sizes
 from finetune.optim import make_optimizer, trained
 from finetune.parallelize import World, make_world
 from finetune.train import accumulate_
@@ -127,14 +127,12 @@ def worst_gradient(found: dict[str, Any], one: dict[str, Any], other: dict[str, 
     return max(ratios)
 
 
-def worst_loss(found: dict[str, Any], one: dict[str, Any], other: dict[str, Any], exact: dict[str, Any]) -> float:
-    """The same of the ten losses; the noise of a step is the largest up to it, since errors add up."""
+def worst_step(
+    what: str, found: dict[str, Any], one: dict[str, Any], other: dict[str, Any], exact: dict[str, Any]
+) -> float:
+    """The same of ten losses or norms; the noise of a step is the largest up to it, since errors add up."""
     noise, worst = 0.0, 0.0
-    for mine, a, b, truth in zip(*(run["losses"] for run in (found, one, other, exact)), strict=True):
+    for mine, a, b, truth in zip(*(run[what] for run in (found, one, other, exact)), strict=True):
         noise = max(noise, abs(a - truth), abs(b - truth), UNIT * abs(truth))
         worst = max(worst, abs(mine - truth) / noise)
     return worst
-
-
-def sizes_of(mesh: Mesh, ranks: int) -> MeshSizes:
-    return mesh_sizes(0, mesh.fsdp, mesh.tp, world_size=ranks)

@@ -80,16 +80,16 @@ class Distributed:
             door.send((method, args))
         missing, answer = list(self.doors), None
         while missing:
-            for door in wait(missing):
-                assert isinstance(door, Connection)
+            for ready in wait(missing):
+                assert isinstance(ready, Connection)
                 try:
-                    complaint, out = door.recv()
-                except EOFError:
+                    complaint, out = ready.recv()
+                except (EOFError, ConnectionError):
                     complaint = "it has ended"
                 if complaint:
-                    raise RuntimeError(f"rank {self.doors.index(door)}: {complaint}")
-                missing.remove(door)
-                answer = out if door is self.doors[0] else answer
+                    raise RuntimeError(f"rank {self.doors.index(ready)}: {complaint}")
+                missing.remove(ready)
+                answer = out if ready is self.doors[0] else answer
         return answer
 
     def __call__(self, tokens: Tensor) -> Tensor:
