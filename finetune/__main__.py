@@ -7,6 +7,7 @@ COMMANDS = {
     "chat": "teach a checkpoint to chat, from dialogues",
     "tinystories": "train a small model on TinyStories",
     "tinyshakespeare": "train on tinyshakespeare",
+    "plan": "memory, largest batch and traffic of a run, without a GPU",
     "prepare": "write token shards without training",
 }
 

@@ -118,7 +118,7 @@ def plan_step(shape: ModelConfig, config: TrainConfig, sizes: MeshSizes, *, gpu:
     """Trace what is needed for the memory and traffic of one rank. Raises UserError for what cannot be traced."""
     if config.method == "qlora":
         raise UserError("--method qlora: torchao's tensors cannot be traced: plan --method lora --weights bf16 instead")
-    refuse_unshardable(config, sizes)
+    refuse_unshardable("text", config, sizes)
     depths = (shape.n_layers,) if shape.n_layers <= max(DEPTHS) else DEPTHS
     rows = config.batch_size
 
