@@ -118,6 +118,8 @@ def plan_step(shape: ModelConfig, config: TrainConfig, sizes: MeshSizes, *, gpu:
     """Trace what is needed for the memory and traffic of one rank. Raises UserError for what cannot be traced."""
     if config.method == "qlora":
         raise UserError("--method qlora: torchao's tensors cannot be traced: plan --method lora --weights bf16 instead")
+    if config.adapter:
+        raise UserError("--adapter is not opened by a plan: give its --lora_rank and --lora_targets instead")
     refuse_unshardable("text", config, sizes)
     depths = (shape.n_layers,) if shape.n_layers <= max(DEPTHS) else DEPTHS
     rows = config.batch_size
@@ -218,7 +220,8 @@ def describe(plan: Plan, name: str, shape: ModelConfig, config: TrainConfig, siz
         f"  {'total':18}{plan.total / 1e9:9.2f}",
         f"largest --batch_size that fits, with {RESERVED_GB} GB left to CUDA and NCCL: {_fits(plan)}",
     ]
-    return lines + _traffic(plan)
+    note = ["--compile: planned as it runs without, which keeps more"] if config.compile else []
+    return [*lines, *_traffic(plan), *note]
 
 
 def _fits(plan: Plan) -> str:

@@ -165,6 +165,8 @@ def test_the_command_says_memory_the_largest_batch_and_traffic(
         ("--shape 8B --init 15M", "--shape and --init together"),
         ("--shape 8B --seq_len 200000", "made for at most 131072 tokens"),
         ("--shape 8B --method qlora", "plan --method lora"),
+        ("--shape 8B --method lora --adapter out/adapter", "give its --lora_rank"),
+        ("--shape 8B --gpus 2 --mesh fsdp=2 --optimizer adamw8bit", "use --optimizer adamw"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(
