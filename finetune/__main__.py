@@ -9,6 +9,7 @@ COMMANDS = {
     "evaluate": "bits per byte, perplexity and tasks of several checkpoints in one table",
     "tinystories": "train a small model on TinyStories",
     "tinyshakespeare": "train on tinyshakespeare",
+    "plan": "memory, largest batch and traffic of a run, without a GPU",
     "prepare": "write token shards without training",
     "doctor": "look for ills of a run before it begins",
     "report": "write a run's page anew",
