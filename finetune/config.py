@@ -25,6 +25,11 @@ MESH = ("dp", "fsdp", "tp")  # processes along each dimension, see finetune/mesh
 FROM_PRESET = ("seq_len", "batch_size", "lr", "max_steps", "vocab_size")  # 0: what the preset says
 
 
+# What no machine of today has, and what would only end in a traceback of an allocation.
+MOST = {"threads": 4096, "workers": 4096, "seq_len": 1 << 24, "batch_size": 1 << 20, "accumulate": 1 << 20}
+MOST |= {"vocab_size": 1 << 20, "max_steps": 1 << 40, "warmup_steps": 1 << 40, "lora_rank": 1 << 16, "seed": 1 << 62}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Train a Llama on text: from scratch (--init) or from a checkpoint (--ckpt); packed rows, document mask."""
@@ -112,6 +117,10 @@ class TrainConfig:
             *FROM_PRESET,
         ):
             _at_least(self, name, 0)
+        for name in ("threads", "workers"):
+            _at_least(self, name, 0)
+        for name, most in MOST.items():
+            _at_most(self, name, most)
         _at_least(self, "warmup_steps", -1)
         if self.seq_len == 1:
             raise UserError("--seq_len 1: expected at least 2, a token and its successor")
@@ -149,6 +158,12 @@ def _at_least(config: TrainConfig, name: str, least: int) -> None:
     value = getattr(config, name)
     if not value >= least:  # "not >=" also refuses nan
         raise UserError(f"--{name} {value}: expected at least {least}")
+
+
+def _at_most(config: TrainConfig, name: str, most: int) -> None:
+    value = getattr(config, name)
+    if value > most:
+        raise UserError(f"--{name} {value}: expected at most {most}")
 
 
 @dataclass(frozen=True)
@@ -288,4 +303,7 @@ def from_json(saved: dict[str, Any], where: Path) -> TrainConfig:
     unknown = saved.keys() - {f.name for f in fields(TrainConfig)}
     if unknown:
         raise UserError(f"{where}: unknown key {min(unknown)}: it was written by another version")
-    return TrainConfig(**saved)
+    try:
+        return TrainConfig(**saved)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None

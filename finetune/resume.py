@@ -35,6 +35,7 @@ from finetune.gather import Whole, local
 from finetune.mesh import mesh_sizes
 from finetune.optim import trained
 from finetune.parallelize import World, world_size
+from finetune.restore import SCHEMA, SHARDS, check_checkpoint, check_config_types, read_file, taken, with_older
 from finetune.shards import read_shards
 from nanollama.checkpoint.staging import Stage, staged
 from nanollama.checkpoint.streams import write_safetensors
@@ -42,8 +43,6 @@ from nanollama.checkpoint.weights import Lazy
 from nanollama.tensor_parallel import like, part_of
 
 CONFIG = "config.json"
-SCHEMA = "nanollama.run/1"  # of state.json
-SHARDS = "shards"  # in a checkpoint, where each rank has written what it held (finetune/save.py)
 
 
 @dataclass(frozen=True)
@@ -113,16 +112,18 @@ class RunFolder:
 
     def restore_(self, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str) -> Progress:
         """Load the newest checkpoint; a run without any starts at step 0. Raises UserError."""
-        self._clean()
         found = checkpoints(self.path)
         if not found:
+            self._clean()
             return Progress()
         folder = found[-1]
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if state.get("schema") != SCHEMA:
-            raise UserError(f"{folder}: state.json has schema {state.get('schema')!r}: expected {SCHEMA!r}")
-        if state["data"] != fingerprint:
+        try:
+            state = check_checkpoint(folder, self.config, trained(model))
+        except UserError as error:
+            raise with_older(error, folder, found[-2] if len(found) > 1 else None) from None
+        if state.data != fingerprint:
             raise UserError(f"{folder}: the data or its tokenizer has changed since this run was saved: bring it back")
+        self._clean()
         parameters = trained(model)
         weights, states = _read_state(folder, parameters)
         if weights.keys() != parameters.keys():
@@ -130,9 +131,8 @@ class RunFolder:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 local(parameter).copy_(weights[name])
-        _restore_optimizer_(optimizer, parameters, states, state["optimizer"])
-        progress = state["progress"]
-        return Progress(progress["step"], progress["tokens"], Cursor(**progress["cursor"]))
+        _restore_optimizer_(optimizer, parameters, states, state.scalars)
+        return Progress(state.step, state.tokens, state.cursor)
 
     def _clean(self) -> None:
         """Remove what a kill left behind: half-written checkpoints, and older ones than the newest."""
@@ -184,11 +184,16 @@ def resume(entry: str, given: TrainConfig, defaults: TrainConfig) -> RunFolder:
         raise UserError(
             f"--out {given.out}: holds no run to resume (config.json is missing): drop --resume to start one"
         )
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    if saved.pop("entry") != entry:
+    saved = read_file(path)
+    if taken(saved, "entry", str, path) != entry:
         raise UserError(f"--out {given.out}: holds a run of another entry: resume it with the command that began it")
-    ranks = saved.pop("world_size")
-    micro_batches = saved.pop("micro_batches", ranks * saved["accumulate"])
+    ranks = taken(saved, "world_size", int, path)
+    micro_batches = taken(saved, "micro_batches", int, path) if "micro_batches" in saved else 0
+    saved = {key: value for key, value in saved.items() if key not in ("entry", "world_size", "micro_batches")}
+    check_config_types(saved, path)
+    micro_batches = micro_batches or ranks * saved.get("accumulate", 1)
+    if not 0 < ranks < 1 << 20 or not 0 < micro_batches < 1 << 30:
+        raise UserError(f"{path}: says {ranks} processes and {micro_batches} micro-batches: no run has so many")
     config = merge_resumed(given, from_json(saved, path), defaults)
     if ranks != world_size() or given.dp or given.fsdp or given.tp:  # the mesh that was is not the one that is
         config = replace(config, dp=given.dp, fsdp=given.fsdp, tp=given.tp)

@@ -23,6 +23,7 @@ from finetune.errors import TrainingStopped, UserError
 from finetune.evaluate import Score, bigram, whole
 from finetune.gather import Whole, gathering
 from finetune.launcher import folder_of_the_first_start, remember_folder, to_continue
+from finetune.lock import held
 from finetune.lora import adapter_of, merged_when_read
 from finetune.mesh import mesh_sizes
 from finetune.parallelize import World, default_device, open_world, world_size
@@ -87,7 +88,8 @@ def run_on(entry: Entry, config: TrainConfig, folder: RunFolder | None, world: W
         if world.peers:
             world.peers.advice = lambda: f"; {_last_good(out)}: continue with {to_continue(entry.name, out)}"
             remember_folder(out)
-        return train_in(entry, folder, world)
+        with held(out, world):
+            return train_in(entry, folder, world)
     except TrainingStopped as stopped:
         _complain(world, f"{stopped}\ncontinue with: {to_continue(entry.name, out)}")
         return stopped.code

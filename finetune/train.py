@@ -29,6 +29,7 @@ from finetune.metrics import Metrics, StepMetrics, flops_per_token, peak_bytes, 
 from finetune.objective import NEXT_TOKEN, Objective
 from finetune.optim import StepInBackward, learning_rate, make_optimizer, mixed_seed, set_learning_rate_, trained
 from finetune.parallelize import World, no_sync
+from finetune.restore import check_cursor
 from finetune.resume import Progress, RunFolder
 from finetune.save import Saver
 from finetune.sharding import rest_, sum_partial_
@@ -147,6 +148,7 @@ class Loop:
         if self.in_backward and self.world.size > 1:
             raise UserError("--optimizer_in_backward runs in one process: gradients are not summed over ranks yet")
         self.progress = setup.folder.restore_(model, self.optimizer, setup.fingerprint)
+        check_cursor(self.packer, self.progress.cursor)
         self.saver = Saver(setup.folder, self.world, setup.fingerprint, self.progress.step)
         self.ahead: StepData | None = None  # of the next step
         self.autocast = mixed_precision(config, self.world.device)

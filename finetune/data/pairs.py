@@ -217,6 +217,9 @@ class PairPacker:
         self.documents, self.order = pairs, Packer(pairs, seq_len, seed=seed)
         self.sequences = Packer(pairs.sequences, seq_len)
 
+    def holds(self, cursor: Cursor) -> bool:
+        return self.order.holds(cursor)
+
     def take(self, cursor: Cursor, count: int) -> tuple[list[list[int]], Cursor]:
         return self.order.take(cursor, count)
 
