@@ -28,6 +28,9 @@ def refuse_unshardable(config: TrainConfig, sizes: MeshSizes) -> None:
             config.optimizer == "adamw8bit",
             "256 bytes share a scale, whichever rank they are on: use --optimizer adamw",
         ),
+        "--teacher": (config.teacher is not None, "every process holds a whole teacher and student"),
+        "--optimizer muon": (config.optimizer == "muon", "it needs whole matrices: use --optimizer adamw"),
+        "--ema": (config.ema > 0, "the average is kept of whole weights"),
     }
     for flag, (given, why) in alone.items():
         if given:
