@@ -9,7 +9,11 @@ COMMANDS = {
     "evaluate": "bits per byte, perplexity and tasks of several checkpoints in one table",
     "tinystories": "train a small model on TinyStories",
     "tinyshakespeare": "train on tinyshakespeare",
+    "plan": "memory of each rank and bytes on the wire, before a GPU is rented",
     "prepare": "write token shards without training",
+    "doctor": "look for ills of a run before it begins",
+    "report": "write a run's page anew",
+    "compare": "show runs side by side",
 }
 
 

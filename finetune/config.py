@@ -25,15 +25,20 @@ MESH = ("dp", "fsdp", "tp")  # processes along each dimension, see finetune/mesh
 FROM_PRESET = ("seq_len", "batch_size", "lr", "max_steps", "vocab_size")  # 0: what the preset says
 
 
+# What no machine of today has, and what would only end in a traceback of an allocation.
+MOST = {"threads": 4096, "workers": 4096, "seq_len": 1 << 24, "batch_size": 1 << 20, "accumulate": 1 << 20}
+MOST |= {"vocab_size": 1 << 20, "max_steps": 1 << 40, "warmup_steps": 1 << 40, "lora_rank": 1 << 16, "seed": 1 << 62}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Train a Llama on text: from scratch (--init) or from a checkpoint (--ckpt); packed rows, document mask."""
 
     # Data
-    data: str = "auto"  # auto, tinystories, sample, or a .txt, .jsonl, .parquet, a folder of them or of token shards
-    field: str = "text"  # the field of each .jsonl line that holds the document
-    separator: str = "<|endoftext|>"  # between the documents of a .txt file; \n: one document a line
-    on_bad: Literal["stop", "skip"] = "stop"  # finetune.chat: what becomes of dialogues that cannot be used
+    data: str = "auto"  # auto, tinystories, sample, a .txt, .md, .jsonl, .csv, .parquet, a folder, a hub id, shards
+    field: str = "text"  # the field or column of rows that holds the document
+    separator: str = "<|endoftext|>"  # between the documents of a .txt or .md file; \n: one document a line
+    on_bad: Literal["stop", "skip"] = "stop"  # what becomes of documents and dialogues that cannot be used
     tokenizer: str | None = None  # a tokenizer file; else the checkpoint's, else one is trained on the data
     vocab_size: int = 0  # words of the tokenizer that is trained on the data; 0: the preset's
     cache: str | None = None  # of downloads and token shards; else $NANOLLAMA_CACHE or nanollama/ in the user's caches
@@ -97,10 +102,12 @@ class TrainConfig:
     offload_activations: bool = False  # with it: what is kept waits in the CPU's memory, not in the GPU's
     # What is seen and kept
     save_every: int = 100  # steps between checkpoints; there is one at the end and at SIGINT, SIGTERM as well
+    save: Literal["whole", "sharded", "async"] = "whole"  # sharded: each rank writes its part; async: while it trains
     eval_every: int = 100  # steps between validation losses; there is one at the end as well
     eval_tokens: int = 50_000  # validation tokens looked at, about
     sample_every: int = 0  # steps between samples; 0: only at the end
     prompt: str = "Once upon a time"  # of the samples
+    doctor: Literal["quick", "full", "off"] = "quick"  # look for ills before the first step; full: some 30 s
     tensorboard: bool = False  # also write TensorBoard events
     wandb: bool = False  # also log to Weights & Biases
     export: Literal["hf"] | None = None  # also write final-hf/, a Hugging Face folder
@@ -121,6 +128,10 @@ class TrainConfig:
             *FROM_PRESET,
         ):
             _at_least(self, name, 0)
+        for name in ("threads", "workers"):
+            _at_least(self, name, 0)
+        for name, most in MOST.items():
+            _at_most(self, name, most)
         _at_least(self, "warmup_steps", -1)
         _check_optimizer(self)
         if self.seq_len == 1:
@@ -177,6 +188,12 @@ def _at_least(config: TrainConfig, name: str, least: int) -> None:
     value = getattr(config, name)
     if not value >= least:  # "not >=" also refuses nan
         raise UserError(f"--{name} {value}: expected at least {least}")
+
+
+def _at_most(config: TrainConfig, name: str, most: int) -> None:
+    value = getattr(config, name)
+    if value > most:
+        raise UserError(f"--{name} {value}: expected at most {most}")
 
 
 @dataclass(frozen=True)
@@ -274,7 +291,7 @@ def init_shape(config: TrainConfig, vocab_size: int) -> ModelConfig:
 # not what is computed.
 FREE = frozenset(
     ("resume", "out", "cache", "workers", "save_every", "eval_every", "eval_tokens", "sample_every", "prompt")
-    + ("tensorboard", "wandb", "export", "collective_timeout_s", "dp", "fsdp", "tp")
+    + ("tensorboard", "wandb", "export", "collective_timeout_s", "dp", "fsdp", "tp", "save", "doctor")
 )
 
 
@@ -316,4 +333,7 @@ def from_json(saved: dict[str, Any], where: Path) -> TrainConfig:
     unknown = saved.keys() - {f.name for f in fields(TrainConfig)}
     if unknown:
         raise UserError(f"{where}: unknown key {min(unknown)}: it was written by another version")
-    return TrainConfig(**saved)
+    try:
+        return TrainConfig(**saved)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None

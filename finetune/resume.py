@@ -15,7 +15,7 @@ where the run started. The RNG needs no state: each step seeds it by (seed, step
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,22 +24,26 @@ from typing import Any
 import safetensors
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from finetune.config import TrainConfig, from_json, merge_resumed, to_json
 from finetune.data.files import write_atomically
 from finetune.data.packing import Cursor
 from finetune.errors import UserError
-from finetune.gather import Whole, like, local, part_of
+from finetune.gather import Whole, local
 from finetune.mesh import mesh_sizes
 from finetune.optim import trained
 from finetune.parallelize import World, world_size
+from finetune.restore import SCHEMA, SHARDS, check_checkpoint, check_config_types, read_file, taken, with_older
+from finetune.shards import read_shards
 from nanollama.checkpoint.staging import Stage, staged
 from nanollama.checkpoint.streams import write_safetensors
 from nanollama.checkpoint.weights import Lazy
+from nanollama.tensor_parallel import like, part_of
 
 CONFIG = "config.json"
-SCHEMA = "nanollama.run/1"  # of state.json
+BEFORE = ("left_out.json", "doctor.json", "environment.json")  # what may lie beside it before the first step
 
 
 @dataclass(frozen=True)
@@ -71,50 +75,65 @@ class RunFolder:
 
         fingerprint: of the data. whole: what gives a tensor of `saved_tensors` in one piece.
         """
-        folder = self.path / "checkpoints" / f"step_{progress.step:08d}"
+        folder = self.checkpoint(progress.step)
         if (folder / "state.json").exists():
             return
-        tensors, scalars = _optimizer_state(model, optimizer)
+        tensors, _ = _optimizer_state(model, optimizer)
+        finish = self.finisher(progress, model, optimizer, fingerprint)
+        with staged(folder) as stage:
+            _write_tensors(stage, "model.safetensors", trained(model), whole)
+            _write_tensors(stage, "optimizer.safetensors", tensors, whole)
+        finish()
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step_{step:08d}"
+
+    def finisher(
+        self, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str
+    ) -> Callable[[], None]:
+        """What makes a folder with the tensors of now a checkpoint: state.json. Then the older ones are removed."""
         state = {
             "schema": SCHEMA,
             "progress": asdict(progress),
             "rng": "seeded by (seed, step, rank) at each step",
-            "optimizer": scalars,
+            "optimizer": _optimizer_state(model, optimizer)[1],
             "data": fingerprint,
             "torch": torch.__version__,
             "config": to_json(replace(self.config, resume=False)),
         }
-        older = checkpoints(self.path)
-        with staged(folder) as stage:
-            _write_tensors(stage, "model.safetensors", trained(model), whole)
-            _write_tensors(stage, "optimizer.safetensors", tensors, whole)
-            stage.text("state.json", json.dumps(state, indent=2) + "\n")
-        for old in older:
-            _remove(old)
+        older, folder = checkpoints(self.path), self.checkpoint(progress.step)
+
+        def finish() -> None:
+            with staged(folder) as stage:
+                stage.text("state.json", json.dumps(state, indent=2) + "\n")
+            for old in older:
+                _remove(old)
+
+        return finish
 
     def restore_(self, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str) -> Progress:
         """Load the newest checkpoint; a run without any starts at step 0. Raises UserError."""
-        self._clean()
         found = checkpoints(self.path)
         if not found:
+            self._clean()
             return Progress()
         folder = found[-1]
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if state.get("schema") != SCHEMA:
-            raise UserError(f"{folder}: state.json has schema {state.get('schema')!r}: expected {SCHEMA!r}")
-        if state["data"] != fingerprint:
+        try:
+            state = check_checkpoint(folder, self.config, trained(model))
+        except UserError as error:
+            raise with_older(error, folder, found[-2] if len(found) > 1 else None) from None
+        if state.data != fingerprint:
             raise UserError(f"{folder}: the data or its tokenizer has changed since this run was saved: bring it back")
+        self._clean()
         parameters = trained(model)
-        weights = _read_tensors(folder / "model.safetensors", parameters)
+        weights, states = _read_state(folder, parameters)
         if weights.keys() != parameters.keys():
-            raise UserError(f"{folder}: model.safetensors does not hold the parameters that this run trains")
+            raise UserError(f"{folder}: does not hold the parameters that this run trains")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 local(parameter).copy_(weights[name])
-        states = _read_tensors(folder / "optimizer.safetensors", parameters)
-        _restore_optimizer_(optimizer, parameters, states, state["optimizer"])
-        progress = state["progress"]
-        return Progress(progress["step"], progress["tokens"], Cursor(**progress["cursor"]))
+        _restore_optimizer_(optimizer, parameters, states, state.scalars)
+        return Progress(state.step, state.tokens, state.cursor)
 
     def _clean(self) -> None:
         """Remove what a kill left behind: half-written checkpoints, and older ones than the newest."""
@@ -129,9 +148,8 @@ class RunFolder:
         try:
             yield
         except ValueError:
-            if world.is_main and [path.name for path in self.path.iterdir()] == [CONFIG]:
-                (self.path / CONFIG).unlink()
-                self.path.rmdir()
+            if world.is_main and {path.name for path in self.path.iterdir()} <= {CONFIG, *BEFORE}:
+                shutil.rmtree(self.path)
             raise
 
 
@@ -166,11 +184,16 @@ def resume(entry: str, given: TrainConfig, defaults: TrainConfig) -> RunFolder:
         raise UserError(
             f"--out {given.out}: holds no run to resume (config.json is missing): drop --resume to start one"
         )
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    if saved.pop("entry") != entry:
+    saved = read_file(path)
+    if taken(saved, "entry", str, path) != entry:
         raise UserError(f"--out {given.out}: holds a run of another entry: resume it with the command that began it")
-    ranks = saved.pop("world_size")
-    micro_batches = saved.pop("micro_batches", ranks * saved["accumulate"])
+    ranks = taken(saved, "world_size", int, path)
+    micro_batches = taken(saved, "micro_batches", int, path) if "micro_batches" in saved else 0
+    saved = {key: value for key, value in saved.items() if key not in ("entry", "world_size", "micro_batches")}
+    check_config_types(saved, path)
+    micro_batches = micro_batches or ranks * saved.get("accumulate", 1)
+    if not 0 < ranks < 1 << 20 or not 0 < micro_batches < 1 << 30:
+        raise UserError(f"{path}: says {ranks} processes and {micro_batches} micro-batches: no run has so many")
     config = merge_resumed(given, from_json(saved, path), defaults)
     if ranks != world_size() or given.dp or given.fsdp or given.tp:  # the mesh that was is not the one that is
         config = replace(config, dp=given.dp, fsdp=given.fsdp, tp=given.tp)
@@ -232,6 +255,17 @@ def _when_asked(tensor: Tensor, whole: Whole) -> Lazy:
     return Lazy(tuple(tensor.shape), tensor.dtype, lambda start, stop: whole(tensor)[start:stop])
 
 
+def _read_state(folder: Path, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights, optimizer states): this rank's part of each."""
+    if not (folder / SHARDS).exists():
+        weights = _read_tensors(folder / "model.safetensors", parameters)
+        return weights, _read_tensors(folder / "optimizer.safetensors", parameters)
+    try:
+        return read_shards(folder / SHARDS, parameters)
+    except (OSError, CheckpointException) as error:
+        raise UserError(f"{folder}: cannot be read ({error}): remove it to continue from an older one") from None
+
+
 def _read_tensors(path: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """This rank's part of each tensor in the file, on its parameter's device; states lie as their parameters do."""
     device = str(next(iter(parameters.values())).device)
@@ -242,7 +276,7 @@ def _read_tensors(path: Path, parameters: Mapping[str, nn.Parameter]) -> dict[st
         raise UserError(f"{path}: cannot be read ({error}): remove its folder to continue from an older one") from None
 
 
-def _read_part(file: Any, name: str, parameter: nn.Parameter | None) -> Tensor:
+def _read_part(file: Any, name: str, parameter: Tensor | None) -> Tensor:
     if not isinstance(parameter, DTensor):
         return file.get_tensor(name)
     part = part_of(parameter)

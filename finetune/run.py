@@ -20,18 +20,21 @@ from finetune.build import Start, adapt_, build_model, open_start
 from finetune.config import LORA_METHODS, TrainConfig, refuse_foreign, resolve
 from finetune.data.files import write_atomically
 from finetune.distill import check_teaching, with_teacher
+from finetune.doctor.examine import examine_before
 from finetune.errors import TrainingStopped, UserError
 from finetune.evaluate import Score, bigram, whole
 from finetune.gather import Whole, gathering
 from finetune.launcher import folder_of_the_first_start, remember_folder, to_continue
+from finetune.lock import held
 from finetune.lora import adapter_of, merged_when_read
 from finetune.mesh import mesh_sizes
+from finetune.metrics import note_sample
 from finetune.parallelize import World, default_device, open_world, world_size
 from finetune.prepare.cache import Prepared, Say, cache_folder, prepare
 from finetune.prepare.corpus import Source
-from finetune.report import write_report
+from finetune.report import reported, write_report
 from finetune.resume import RunFolder, begin, checkpoints, resume
-from finetune.sharding import refuse_unshardable, rest_
+from finetune.sharding import answering, refuse_unshardable, rest_
 from finetune.train import Outcome, Setup, train
 from nanollama.chat import encode_chat
 from nanollama.checkpoint import CheckpointError
@@ -74,7 +77,7 @@ def run(entry: Entry, given: TrainConfig) -> int:
     folder = resume(entry.name, given, TrainConfig(**entry.defaults)) if given.resume else None
     config = folder.config if folder else complete(entry, given)
     sizes = mesh_sizes(config.dp, config.fsdp, config.tp, world_size=world_size())
-    refuse_unshardable(config, sizes)
+    refuse_unshardable(entry.name, config, sizes)
     with closing(open_world(config.device, sizes, config.collective_timeout_s)) as world:
         return world.guard(lambda: run_on(entry, config, folder, world))
 
@@ -88,7 +91,8 @@ def run_on(entry: Entry, config: TrainConfig, folder: RunFolder | None, world: W
         if world.peers:
             world.peers.advice = lambda: f"; {_last_good(out)}: continue with {to_continue(entry.name, out)}"
             remember_folder(out)
-        return train_in(entry, folder, world)
+        with held(out, world):
+            return train_in(entry, folder, world)
     except TrainingStopped as stopped:
         _complain(world, f"{stopped}\ncontinue with: {to_continue(entry.name, out)}")
         return stopped.code
@@ -111,9 +115,11 @@ def train_in(entry: Entry, folder: RunFolder, world: World) -> int:
     """Everything between the run's folder and its final model, on this rank."""
     config, say = folder.config, _sayer(world)
     torch.set_num_threads(config.threads)
-    with folder.forgotten_if_refused(world):
+    with folder.forgotten_if_refused(world), reported(folder.path, world, say):
         setup, prepared = _set_up(entry, folder, world, say)
-        setup = with_teacher(entry.ready(setup, say), say)
+        setup = entry.ready(setup, say)
+        examine_before(setup, say, talks=entry.talks)
+        setup = with_teacher(setup, say)
         outcome = train(setup)
         finish(entry, setup, prepared, outcome, say)
         world.wait_for_main()
@@ -129,10 +135,16 @@ def _set_up(entry: Entry, folder: RunFolder, world: World, say: Say) -> tuple[Se
         say(notice)
     prepared = _prepare(entry, config, start, world, say)
     tokenizer = open_tokenizer(prepared.tokenizer, rows=start.rows)
-    model = build_model(start, config, tokenizer.vocab_size, world.device)
+    unread = start.checkpoint.weights if start.checkpoint and world.mesh and config.chat_rows == "keep" else None
+    model = build_model(start, config, tokenizer.vocab_size, world.device if unread is None else torch.device("meta"))
     check_rows(prepared, tokenizer, model.config.vocab_size)
     describe(folder, prepared, model, world, say)
     adapt_(model, config, tokenizer, say)
+
+    def draw(model: Transformer) -> str:
+        with answering(model, world):
+            return sample(model, tokenizer, config.prompt, talks=entry.talks)
+
     setup = Setup(
         folder=folder,
         model=model,
@@ -141,7 +153,8 @@ def _set_up(entry: Entry, folder: RunFolder, world: World, say: Say) -> tuple[Se
         val=prepared.val,
         fingerprint=prepared.fingerprint(),
         world=world,
-        sample=lambda m: sample(m, tokenizer, config.prompt, talks=entry.talks),
+        sample=draw,
+        unread=unread,
     )
     return setup, prepared
 
@@ -245,6 +258,7 @@ def finish(entry: Entry, setup: Setup, prepared: Prepared, outcome: Outcome, say
         return
     beaten = bigram(prepared.train, outcome.held_out, prepared.vocabulary.size)
     write_atomically(out / "summary.json", json.dumps(summary(outcome, beaten), indent=2).encode())
+    note_sample(out, outcome.progress.step, text)
     say(f"sample: {text}")
     say(
         f"held-out bits per byte: {outcome.score.bpb:.4f}; a bigram model fitted on the training text: {beaten.bpb:.4f}"
@@ -254,9 +268,9 @@ def finish(entry: Entry, setup: Setup, prepared: Prepared, outcome: Outcome, say
     if setup.folder.config.method in LORA_METHODS:
         say(f"adapter: {out / 'adapter'}, for --adapter beside --ckpt {setup.folder.config.ckpt}")
     try:
-        say(f"curves: {write_report(out)}")
+        say(f"report: {write_report(out)}")
     except ValueError as error:  # the model is what counts: no picture is no failure
-        say(f"no curves: {error}")
+        say(f"no report: {error}")
     say("next:")
     for command in _next_commands(entry, out / "final", setup.folder.config.prompt):
         say(f"  {command}")
@@ -329,3 +343,11 @@ def _complain(world: World, text: str) -> None:
 
 def _command(entry: Entry) -> str:
     return f"python -m finetune.{entry.name}"
+
+
+def only_set_up(entry: Entry, given: TrainConfig) -> Setup:
+    """A run that will not begin, to be looked at; it needs `--out`, a folder to be thrown away. Raises UserError."""
+    config = complete(entry, given)
+    world = open_world(config.device)
+    torch.set_num_threads(config.threads)
+    return _set_up(entry, begin(entry.name, config), world, _sayer(world))[0]

@@ -18,20 +18,25 @@ from torch import Tensor, nn
 
 from finetune.average import averaged, update_average_, use_average_
 from finetune.build import mixed_precision, wrap_
+from finetune.config import DTYPES
 from finetune.data.documents import Documents
 from finetune.data.packing import Cursor, MicroBatch
 from finetune.errors import TrainingStopped, UserError
 from finetune.evaluate import HeldOut, Score, hold_out, loss_model_of
-from finetune.gather import full, gathering
+from finetune.gather import full
 from finetune.launcher import started_by_torchrun
 from finetune.memory import plan_memory
 from finetune.metrics import Metrics, StepMetrics, flops_per_token, peak_bytes, peak_flops
 from finetune.objective import NEXT_TOKEN, Objective
 from finetune.optim import StepInBackward, learning_rate, make_optimizer, mixed_seed, set_learning_rate_, trained
 from finetune.parallelize import World, no_sync
-from finetune.resume import Progress, RunFolder, saved_tensors
-from finetune.sharding import rest_
+from finetune.restore import check_cursor
+from finetune.resume import Progress, RunFolder
+from finetune.save import Saver
+from finetune.sharding import rest_, sum_partial_
+from nanollama.checkpoint.weights import Weights
 from nanollama.model import Transformer
+from nanollama.tensor_parallel import fill_
 from nanollama.tokenizer import Tokenizer
 
 
@@ -47,6 +52,7 @@ class Setup:
     fingerprint: str  # of the data
     world: World
     sample: Callable[[Transformer], str]  # a text that the model continues
+    unread: Weights | None = None  # of a model on the meta device: read when it is sharded, each rank its own part
     objective: Objective = NEXT_TOKEN  # what is learned
 
 
@@ -101,13 +107,15 @@ def train(setup: Setup) -> Outcome:
                 score = loop.evaluate()
                 metrics.write_score(step, score)
             if config.sample_every and step % config.sample_every == 0 and (world.is_main or world.mesh):
-                metrics.say(f"step {step}: {setup.sample(setup.model)}")  # over shards by all ranks together
+                metrics.write_sample(step, setup.sample(setup.model))  # over shards by all ranks together
             if step % config.save_every == 0 or is_last or stop:
-                loop.save()
+                loop.save(wait=bool(stop) or is_last)
             if stop and not is_last:
                 name = signal.Signals(stop).name
                 raise TrainingStopped(f"stopped by {name} after step {step}, which is saved", 128 + stop)
         planned = f", {plan.total / 1e6:,.0f} MB planned" if plan else ""
+        metrics.say(loop.saver.text())
+        loop.saver.close()
         metrics.say(f"memory: {peak_bytes(world.device) / 1e6:,.0f} MB at the peak{planned}")
         score = score or loop.evaluate()
         if config.ema:  # what the run leaves is the average
@@ -137,12 +145,16 @@ class Loop:
         held_out = self.objective.packer(setup.val, config.seq_len, seed=0, doc_mask=masked)
         self.held_out = hold_out(held_out, setup.tokenizer, config.eval_tokens)
         self.loss_model = wrap_(model, config, self.world, self.objective.loss_model)
+        if setup.unread is not None:
+            fill_(model, setup.unread, DTYPES[config.weights], self.world.device)
         self.optimizer = make_optimizer(model, config)
         self.parameters = list(trained(model).values())
         self.in_backward = StepInBackward(self.optimizer) if config.optimizer_in_backward else None
         if self.in_backward and self.world.size > 1:
             raise UserError("--optimizer_in_backward runs in one process: gradients are not summed over ranks yet")
         self.progress = setup.folder.restore_(model, self.optimizer, setup.fingerprint)
+        check_cursor(self.packer, self.progress.cursor)
+        self.saver = Saver(setup.folder, self.world, setup.fingerprint, self.progress.step)
         self.ahead: StepData | None = None  # of the next step
         self.autocast = mixed_precision(config, self.world.device)
         parameters = sum(p.numel() for p in model.parameters())
@@ -165,6 +177,8 @@ class Loop:
         # 2. Forward and backward: the gradients of the mean loss over these labels.
         lr = learning_rate(self.config, self.progress.step)
         set_learning_rate_(self.optimizer, lr)  # already here: the backward pass itself may update
+        if self.in_backward:
+            self.saver.before_update()
         torch.manual_seed(mixed_seed(self.config.seed, self.progress.step, self.world.data_rank))  # of dropout
         nats = accumulate_(self.loss_model, data.batches, count, self.autocast, self.world)
         self.ahead = self._take(data.behind)  # while a GPU is still busy with this step (docs/LOG.md)
@@ -174,6 +188,7 @@ class Loop:
             raise self._stopped_before_update(loss, grad_norm, data)
 
         # 3. Update.
+        self.saver.before_update()
         self.optimizer.step()  # no parameter has a gradient left where the backward pass updated them
         self.optimizer.zero_grad(set_to_none=True)
         if self.config.ema:
@@ -206,7 +221,7 @@ class Loop:
         """
         self.optimizer.zero_grad(set_to_none=True)
         if not self.in_backward:
-            self.save()
+            self.save(wait=True)
         left = "the last checkpoint is from before" if self.in_backward else "the state before the step is saved"
         documents = self.packer.documents_in(data.rows)
         return TrainingStopped(
@@ -242,14 +257,10 @@ class Loop:
         model = loss_model_of(self.loss_model)
         return self.objective.evaluate(model, self.held_out, self.world, self.config.batch_size, self.autocast)
 
-    def save(self) -> None:
-        """One checkpoint, the same whatever the mesh. The main rank writes; others give it their shards."""
-        setup, model = self.setup, self.setup.model
-        rest_(model)
-        with gathering(saved_tensors(model, self.optimizer), self.world) as whole:
-            if whole is not None:
-                setup.folder.save(self.progress, model, self.optimizer, setup.fingerprint, whole)
-        self.world.wait_for_main()
+    def save(self, *, wait: bool) -> None:
+        """One checkpoint, continued on any number of ranks. wait: until it is on the disk, even if async."""
+        rest_(self.setup.model)
+        self.saver.save(self.progress, self.setup.model, self.optimizer, wait=wait)
 
 
 def accumulate_(
@@ -264,4 +275,6 @@ def accumulate_(
                 loss = loss_model(*on_device.inputs())
             (loss / count).backward()
         nats += loss.detach().to(nats.device)
+    if world.sizes.tp > 1:
+        sum_partial_(loss_model.parameters())
     return nats
