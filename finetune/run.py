@@ -19,6 +19,7 @@ import torch
 from finetune.build import Start, adapt_, build_model, open_start
 from finetune.config import LORA_METHODS, TrainConfig, refuse_foreign, resolve
 from finetune.data.files import write_atomically
+from finetune.distill import check_teaching, with_teacher
 from finetune.doctor.examine import examine_before
 from finetune.errors import TrainingStopped, UserError
 from finetune.evaluate import Score, bigram, whole
@@ -106,6 +107,7 @@ def complete(entry: Entry, given: TrainConfig) -> TrainConfig:
     """A new run's config, with what was left to the entry, the preset and the device filled in. Raises UserError."""
     device = default_device() if given.device == "auto" else given.device
     refuse_foreign(entry.name, given)
+    check_teaching(entry.name, given)
     return resolve(suggest(entry, entry.recipe(given)), device, given.threads or torch.get_num_threads())
 
 
@@ -117,6 +119,7 @@ def train_in(entry: Entry, folder: RunFolder, world: World) -> int:
         setup, prepared = _set_up(entry, folder, world, say)
         setup = entry.ready(setup, say)
         examine_before(setup, say, talks=entry.talks)
+        setup = with_teacher(setup, say)
         outcome = train(setup)
         finish(entry, setup, prepared, outcome, say)
         world.wait_for_main()

@@ -10,12 +10,13 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType, TracebackType
 
 import torch
 from torch import Tensor, nn
 
+from finetune.average import averaged, update_average_, use_average_
 from finetune.build import mixed_precision, wrap_
 from finetune.config import DTYPES
 from finetune.data.documents import Documents
@@ -116,7 +117,11 @@ def train(setup: Setup) -> Outcome:
         metrics.say(loop.saver.text())
         loop.saver.close()
         metrics.say(f"memory: {peak_bytes(world.device) / 1e6:,.0f} MB at the peak{planned}")
-        return Outcome(loop.progress, score or loop.evaluate(), loop.held_out)
+        score = score or loop.evaluate()
+        if config.ema:  # what the run leaves is the average
+            use_average_(loop.optimizer, loop.parameters)
+            score = replace(score, loss=score.more["val_ema_loss"], bpb=score.more["val_ema_bpb"])
+        return Outcome(loop.progress, score, loop.held_out)
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,8 @@ class Loop:
         self.saver.before_update()
         self.optimizer.step()  # no parameter has a gradient left where the backward pass updated them
         self.optimizer.zero_grad(set_to_none=True)
+        if self.config.ema:
+            update_average_(self.optimizer, self.parameters, self.config.ema)
         self.progress = Progress(self.progress.step + 1, self.progress.tokens + labels, data.behind)
         return self._measure(loss, lr, grad_norm, labels / (time.perf_counter() - started)), stop
 
@@ -238,6 +245,15 @@ class Loop:
         )
 
     def evaluate(self) -> Score:
+        """Of the weights; with --ema, of their average too."""
+        score = self._score()
+        if not self.config.ema:
+            return score
+        with averaged(self.optimizer, self.parameters):
+            average = self._score()
+        return replace(score, more=score.more | {"val_ema_loss": average.loss, "val_ema_bpb": average.bpb})
+
+    def _score(self) -> Score:
         model = loss_model_of(self.loss_model)
         return self.objective.evaluate(model, self.held_out, self.world, self.config.batch_size, self.autocast)
 
