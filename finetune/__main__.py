@@ -5,6 +5,8 @@ from nanollama import program
 COMMANDS = {
     "text": "train on text of your own",
     "chat": "teach a checkpoint to chat, from dialogues",
+    "preference": "teach a checkpoint which of two answers is better, from pairs",
+    "evaluate": "bits per byte, perplexity and tasks of several checkpoints in one table",
     "tinystories": "train a small model on TinyStories",
     "tinyshakespeare": "train on tinyshakespeare",
     "plan": "memory, largest batch and traffic of a run, without a GPU",

@@ -92,6 +92,7 @@ class TrainConfig:
     offload_activations: bool = False  # with it: what is kept waits in the CPU's memory, not in the GPU's
     # What is seen and kept
     save_every: int = 100  # steps between checkpoints; there is one at the end and at SIGINT, SIGTERM as well
+    save: Literal["whole", "sharded", "async"] = "whole"  # sharded: each rank writes its part; async: while it trains
     eval_every: int = 100  # steps between validation losses; there is one at the end as well
     eval_tokens: int = 50_000  # validation tokens looked at, about
     sample_every: int = 0  # steps between samples; 0: only at the end
@@ -260,7 +261,7 @@ def init_shape(config: TrainConfig, vocab_size: int) -> ModelConfig:
 # not what is computed.
 FREE = frozenset(
     ("resume", "out", "cache", "workers", "save_every", "eval_every", "eval_tokens", "sample_every", "prompt")
-    + ("tensorboard", "wandb", "export", "collective_timeout_s", "dp", "fsdp", "tp")
+    + ("tensorboard", "wandb", "export", "collective_timeout_s", "dp", "fsdp", "tp", "save")
 )
 
 

@@ -2,6 +2,10 @@
 bigram model fitted on the training tokens, which a model that has learned anything beats.
 
     bits per byte = nats of all held-out tokens / ln 2 / bytes of their text
+
+Run as a command it is finetune.scoring: checkpoints side by side on a text, and in tasks.
+
+    python -m finetune.evaluate --ckpt A --ckpt B --data FILE
 """
 
 import math
@@ -44,7 +48,9 @@ def hold_out(packer: Packing, tokenizer: Tokenizer, max_tokens: int) -> HeldOut:
     """The first documents, about `max_tokens` of them and at least one."""
     documents = packer.documents
     count = first_documents(documents, max_tokens)
-    texts = (tokenizer.decode(whole(documents, i)[whole_mask(documents, i)].tolist()) for i in range(count))
+    special = list(tokenizer.special_ids.values())  # their names are no text
+    ids = (whole(documents, i)[whole_mask(documents, i)] for i in range(count))
+    texts = (tokenizer.decode(labels[~np.isin(labels, special)].tolist()) for labels in ids)
     return HeldOut(packer, packer.in_order(count), count, sum(len(text.encode()) for text in texts))
 
 
@@ -91,3 +97,10 @@ def loss_model_of(module: nn.Module) -> nn.Module:
     inner = getattr(module, "module", module)
     assert isinstance(inner, nn.Module)
     return inner
+
+
+if __name__ == "__main__":
+    from finetune.scoring import evaluate_checkpoints
+    from nanollama.cli import run
+
+    run(evaluate_checkpoints)

@@ -20,16 +20,19 @@ from finetune.config import FREE, TrainConfig
 from finetune.data.packing import Cursor, Packing
 from finetune.errors import UserError
 from finetune.optim import new_moments
+from finetune.shards import described
 from nanollama import gate
 from nanollama.checkpoint import CheckpointError
 from nanollama.checkpoint.weights import STORED_DTYPES
 from nanollama.gate.documents import read_json
 
 SCHEMA = "nanollama.run/1"  # of state.json
+SHARDS = "shards"  # in a checkpoint, where each rank has written what it held (finetune/save.py)
 MAX_COUNT = 1 << 62
 PLACES = frozenset(("data", "tokenizer", "ckpt", "adapter", "init"))  # files may be moved: their content is compared
 # safetensors' names of what a run stores.
 DTYPES = STORED_DTYPES | {"I8": torch.int8, "U8": torch.uint8}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,12 @@ def check_checkpoint(folder: Path, config: TrainConfig, parameters: Mapping[str,
             f"{path}: says step {state.step:,}, its folder is {folder.name}: they are not of one checkpoint"
         )
     asked = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
-    _check_tensors(folder / "model.safetensors", asked)
-    _check_tensors(folder / "optimizer.safetensors", _moments(parameters, config) if state.step else {})
+    moments = _moments(parameters, config) if state.step else {}
+    if (folder / SHARDS).exists():
+        _check_found(folder / SHARDS, described(folder / SHARDS), asked | moments)
+    else:
+        _check_tensors(folder / "model.safetensors", asked)
+        _check_tensors(folder / "optimizer.safetensors", moments)
     _check_scalars(state, parameters, path)
     return state
 
@@ -156,19 +163,31 @@ def _check_tensors(path: Path, asked: Mapping[str, tuple[tuple[int, ...], torch.
     try:
         gate.require_file(path)
         with safetensors.safe_open(path, framework="pt") as file:
-            described = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (a handle, no dict)
-            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in described.items()}
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (a handle, no dict)
+            types = {name: part.get_dtype() for name, part in parts.items()}
+            found = {n: (tuple(part.get_shape()), DTYPES.get(types[n], types[n])) for n, part in parts.items()}
     except (OSError, safetensors.SafetensorError, CheckpointError) as error:
         raise UserError(f"{path}: cannot be read ({gate.reason(error)})") from None
+    _check_found(path, found, asked)
+
+
+def _check_found(
+    path: Path,
+    found: Mapping[str, tuple[tuple[int, ...], torch.dtype | str]],
+    asked: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+) -> None:
+    """Names, shapes and dtypes of stored tensors against those that this run keeps."""
     if missing := sorted(asked.keys() - found.keys()):
         raise UserError(f"{path}: lacks {missing[0]} ({len(missing)} in all), which this run trains")
     if extra := sorted(found.keys() - asked.keys()):
         raise UserError(f"{path}: holds {gate.shown(extra[0])} ({len(extra)} in all), which this run does not train")
     for name, (shape, dtype) in asked.items():
         stored, kind = found[name]
-        if stored != shape or DTYPES.get(kind) != dtype:
-            what = f"{name} is {kind[:20]} {list(stored)}, this run keeps it as {str(dtype).removeprefix('torch.')}"
-            raise UserError(f"{path}: {what} {list(shape)}: the file is of another run")
+        if stored != shape or kind != dtype:
+            shown = NAMES.get(kind, kind) if isinstance(kind, torch.dtype) else kind
+            kept = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+            what = f"{name} is {shown} {list(stored)}, this run keeps it as {kept}"
+            raise UserError(f"{path}: {what}: the file is of another run")
 
 
 def _check_scalars(state: State, parameters: Mapping[str, nn.Parameter], path: Path) -> None:

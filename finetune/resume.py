@@ -15,7 +15,7 @@ where the run started. The RNG needs no state: each step seeds it by (seed, step
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 import safetensors
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from finetune.config import TrainConfig, from_json, merge_resumed, to_json
@@ -34,7 +35,8 @@ from finetune.gather import Whole, local
 from finetune.mesh import mesh_sizes
 from finetune.optim import trained
 from finetune.parallelize import World, world_size
-from finetune.restore import SCHEMA, check_checkpoint, check_config_types, read_file, taken, with_older
+from finetune.restore import SCHEMA, SHARDS, check_checkpoint, check_config_types, read_file, taken, with_older
+from finetune.shards import read_shards
 from nanollama.checkpoint.staging import Stage, staged
 from nanollama.checkpoint.streams import write_safetensors
 from nanollama.checkpoint.weights import Lazy
@@ -72,26 +74,41 @@ class RunFolder:
 
         fingerprint: of the data. whole: what gives a tensor of `saved_tensors` in one piece.
         """
-        folder = self.path / "checkpoints" / f"step_{progress.step:08d}"
+        folder = self.checkpoint(progress.step)
         if (folder / "state.json").exists():
             return
-        tensors, scalars = _optimizer_state(model, optimizer)
+        tensors, _ = _optimizer_state(model, optimizer)
+        finish = self.finisher(progress, model, optimizer, fingerprint)
+        with staged(folder) as stage:
+            _write_tensors(stage, "model.safetensors", trained(model), whole)
+            _write_tensors(stage, "optimizer.safetensors", tensors, whole)
+        finish()
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step_{step:08d}"
+
+    def finisher(
+        self, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str
+    ) -> Callable[[], None]:
+        """What makes a folder with the tensors of now a checkpoint: state.json. Then the older ones are removed."""
         state = {
             "schema": SCHEMA,
             "progress": asdict(progress),
             "rng": "seeded by (seed, step, rank) at each step",
-            "optimizer": scalars,
+            "optimizer": _optimizer_state(model, optimizer)[1],
             "data": fingerprint,
             "torch": torch.__version__,
             "config": to_json(replace(self.config, resume=False)),
         }
-        older = checkpoints(self.path)
-        with staged(folder) as stage:
-            _write_tensors(stage, "model.safetensors", trained(model), whole)
-            _write_tensors(stage, "optimizer.safetensors", tensors, whole)
-            stage.text("state.json", json.dumps(state, indent=2) + "\n")
-        for old in older:
-            _remove(old)
+        older, folder = checkpoints(self.path), self.checkpoint(progress.step)
+
+        def finish() -> None:
+            with staged(folder) as stage:
+                stage.text("state.json", json.dumps(state, indent=2) + "\n")
+            for old in older:
+                _remove(old)
+
+        return finish
 
     def restore_(self, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str) -> Progress:
         """Load the newest checkpoint; a run without any starts at step 0. Raises UserError."""
@@ -108,13 +125,12 @@ class RunFolder:
             raise UserError(f"{folder}: the data or its tokenizer has changed since this run was saved: bring it back")
         self._clean()
         parameters = trained(model)
-        weights = _read_tensors(folder / "model.safetensors", parameters)
+        weights, states = _read_state(folder, parameters)
         if weights.keys() != parameters.keys():
-            raise UserError(f"{folder}: model.safetensors does not hold the parameters that this run trains")
+            raise UserError(f"{folder}: does not hold the parameters that this run trains")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 local(parameter).copy_(weights[name])
-        states = _read_tensors(folder / "optimizer.safetensors", parameters)
         _restore_optimizer_(optimizer, parameters, states, state.scalars)
         return Progress(state.step, state.tokens, state.cursor)
 
@@ -237,6 +253,16 @@ def _write_tensors(stage: Stage, name: str, tensors: Mapping[str, Tensor], whole
 
 def _when_asked(tensor: Tensor, whole: Whole) -> Lazy:
     return Lazy(tuple(tensor.shape), tensor.dtype, lambda start, stop: whole(tensor)[start:stop])
+
+
+def _read_state(folder: Path, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights, optimizer states): this rank's part of each."""
+    if not (folder / SHARDS).exists():
+        return tuple(_read_tensors(folder / f"{name}.safetensors", parameters) for name in ("model", "optimizer"))
+    try:
+        return read_shards(folder / SHARDS, parameters)
+    except (OSError, CheckpointException) as error:
+        raise UserError(f"{folder}: cannot be read ({error}): remove it to continue from an older one") from None
 
 
 def _read_tensors(path: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -60,7 +60,7 @@ def trace_batches(
 ) -> list[Traced]:
     """Steps of micro-batches of so many rows each, one after the other."""
     offloaded = gpu and config.offload_activations
-    config = replace(config, device="cpu", compile=False, offload_activations=False)
+    config = replace(config, device="cpu", compile=False, offload_activations=False, save="whole")
     with ExitStack() as stack:
         folder = RunFolder(Path(stack.enter_context(TemporaryDirectory())), config)
         world = stack.enter_context(fake_world(sizes))

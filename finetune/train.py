@@ -22,7 +22,7 @@ from finetune.data.documents import Documents
 from finetune.data.packing import Cursor, MicroBatch
 from finetune.errors import TrainingStopped, UserError
 from finetune.evaluate import HeldOut, Score, hold_out, loss_model_of
-from finetune.gather import full, gathering
+from finetune.gather import full
 from finetune.launcher import started_by_torchrun
 from finetune.memory import plan_memory
 from finetune.metrics import Metrics, StepMetrics, flops_per_token, peak_bytes, peak_flops
@@ -30,7 +30,8 @@ from finetune.objective import NEXT_TOKEN, Objective
 from finetune.optim import StepInBackward, learning_rate, make_optimizer, mixed_seed, set_learning_rate_, trained
 from finetune.parallelize import World, no_sync
 from finetune.restore import check_cursor
-from finetune.resume import Progress, RunFolder, saved_tensors
+from finetune.resume import Progress, RunFolder
+from finetune.save import Saver
 from finetune.sharding import rest_, sum_partial_
 from nanollama.checkpoint.weights import Weights
 from nanollama.model import Transformer
@@ -94,7 +95,7 @@ def train(setup: Setup) -> Outcome:
     loop = Loop(setup)
     with StopSignals() as signals, Metrics(setup.folder, world, loop.progress.step) as metrics:
         plan = None if world.mesh else plan_memory(setup.model, config, world.device)
-        metrics.say(plan.text() if plan else "memory plan: none is made for a sharded run")
+        metrics.say(plan.text() if plan else "memory plan: python -m finetune.plan makes that of a sharded run")
         score = None
         while loop.progress.step < config.max_steps:
             measured, stop = loop.step(signals.caught)
@@ -107,11 +108,13 @@ def train(setup: Setup) -> Outcome:
             if config.sample_every and step % config.sample_every == 0 and (world.is_main or world.mesh):
                 metrics.say(f"step {step}: {setup.sample(setup.model)}")  # over shards by all ranks together
             if step % config.save_every == 0 or is_last or stop:
-                loop.save()
+                loop.save(wait=bool(stop) or is_last)
             if stop and not is_last:
                 name = signal.Signals(stop).name
                 raise TrainingStopped(f"stopped by {name} after step {step}, which is saved", 128 + stop)
         planned = f", {plan.total / 1e6:,.0f} MB planned" if plan else ""
+        metrics.say(loop.saver.text())
+        loop.saver.close()
         metrics.say(f"memory: {peak_bytes(world.device) / 1e6:,.0f} MB at the peak{planned}")
         return Outcome(loop.progress, score or loop.evaluate(), loop.held_out)
 
@@ -146,6 +149,7 @@ class Loop:
             raise UserError("--optimizer_in_backward runs in one process: gradients are not summed over ranks yet")
         self.progress = setup.folder.restore_(model, self.optimizer, setup.fingerprint)
         check_cursor(self.packer, self.progress.cursor)
+        self.saver = Saver(setup.folder, self.world, setup.fingerprint, self.progress.step)
         self.ahead: StepData | None = None  # of the next step
         self.autocast = mixed_precision(config, self.world.device)
         parameters = sum(p.numel() for p in model.parameters())
@@ -168,6 +172,8 @@ class Loop:
         # 2. Forward and backward: the gradients of the mean loss over these labels.
         lr = learning_rate(self.config, self.progress.step)
         set_learning_rate_(self.optimizer, lr)  # already here: the backward pass itself may update
+        if self.in_backward:
+            self.saver.before_update()
         torch.manual_seed(mixed_seed(self.config.seed, self.progress.step, self.world.data_rank))  # of dropout
         nats = accumulate_(self.loss_model, data.batches, count, self.autocast, self.world)
         self.ahead = self._take(data.behind)  # while a GPU is still busy with this step (docs/LOG.md)
@@ -177,6 +183,7 @@ class Loop:
             raise self._stopped_before_update(loss, grad_norm, data)
 
         # 3. Update.
+        self.saver.before_update()
         self.optimizer.step()  # no parameter has a gradient left where the backward pass updated them
         self.optimizer.zero_grad(set_to_none=True)
         self.progress = Progress(self.progress.step + 1, self.progress.tokens + labels, data.behind)
@@ -207,7 +214,7 @@ class Loop:
         """
         self.optimizer.zero_grad(set_to_none=True)
         if not self.in_backward:
-            self.save()
+            self.save(wait=True)
         left = "the last checkpoint is from before" if self.in_backward else "the state before the step is saved"
         documents = self.packer.documents_in(data.rows)
         return TrainingStopped(
@@ -234,14 +241,10 @@ class Loop:
         model = loss_model_of(self.loss_model)
         return self.objective.evaluate(model, self.held_out, self.world, self.config.batch_size, self.autocast)
 
-    def save(self) -> None:
-        """One checkpoint, the same whatever the mesh. The main rank writes; others give it their shards."""
-        setup, model = self.setup, self.setup.model
-        rest_(model)
-        with gathering(saved_tensors(model, self.optimizer), self.world) as whole:
-            if whole is not None:
-                setup.folder.save(self.progress, model, self.optimizer, setup.fingerprint, whole)
-        self.world.wait_for_main()
+    def save(self, *, wait: bool) -> None:
+        """One checkpoint, continued on any number of ranks. wait: until it is on the disk, even if async."""
+        rest_(self.setup.model)
+        self.saver.save(self.progress, self.setup.model, self.optimizer, wait=wait)
 
 
 def accumulate_(
