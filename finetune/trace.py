@@ -112,6 +112,9 @@ class FullRows:
 class NoTokenizer:
     """What is held out counts as one character."""
 
+    def __init__(self) -> None:
+        self.special_ids: dict[str, int] = {}
+
     def decode(self, ids: list[int]) -> str:
         return "x"
 
