@@ -117,10 +117,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def open_world(device: str, sizes: MeshSizes | None = None, limit_s: float = 600) -> World:
+def open_world(device: str, sizes: MeshSizes | None = None, limit_s: float = 600, *, watched: bool = True) -> World:
     """Join the ranks that torchrun started, if it did. sizes: the mesh; None: each a copy of the model.
 
-    limit_s: how long a rank waits for the others in one collective. Raises UserError for a device that is not there.
+    limit_s: how long a rank waits for the others in one collective. watched: a rank that dies ends the others.
+    Raises UserError for a device that is not there.
     """
     name = device.partition(":")[0]
     if name == "cuda" and not torch.cuda.is_available():
@@ -140,7 +141,8 @@ def open_world(device: str, sizes: MeshSizes | None = None, limit_s: float = 600
     store = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=max(limit_s, 60)))))[0]
     attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{size}"  # torchrun's store outlives the processes
     ours = dist.PrefixStore(f"finetune/{attempt}", store)
-    peers = meet(ours, rank, size, int(os.environ.get("LOCAL_RANK", rank)), os.environ["MASTER_ADDR"], limit_s)
+    local_rank, host = int(os.environ.get("LOCAL_RANK", rank)), os.environ["MASTER_ADDR"]
+    peers = meet(ours, rank, size, local_rank, host, limit_s) if watched else None
     dist.init_process_group(
         "nccl" if name == "cuda" else "gloo",
         store=dist.PrefixStore(f"group/{attempt}", store),

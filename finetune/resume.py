@@ -43,6 +43,7 @@ from nanollama.checkpoint.weights import Lazy
 from nanollama.tensor_parallel import like, part_of
 
 CONFIG = "config.json"
+BEFORE = ("left_out.json", "doctor.json", "environment.json")  # what may lie beside it before the first step
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,8 @@ class RunFolder:
         try:
             yield
         except ValueError:
-            if world.is_main and [path.name for path in self.path.iterdir()] == [CONFIG]:
-                (self.path / CONFIG).unlink()
-                self.path.rmdir()
+            if world.is_main and {path.name for path in self.path.iterdir()} <= {CONFIG, *BEFORE}:
+                shutil.rmtree(self.path)
             raise
 
 
@@ -258,7 +258,8 @@ def _when_asked(tensor: Tensor, whole: Whole) -> Lazy:
 def _read_state(folder: Path, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(weights, optimizer states): this rank's part of each."""
     if not (folder / SHARDS).exists():
-        return tuple(_read_tensors(folder / f"{name}.safetensors", parameters) for name in ("model", "optimizer"))
+        weights = _read_tensors(folder / "model.safetensors", parameters)
+        return weights, _read_tensors(folder / "optimizer.safetensors", parameters)
     try:
         return read_shards(folder / SHARDS, parameters)
     except (OSError, CheckpointException) as error:

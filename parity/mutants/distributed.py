@@ -56,6 +56,10 @@ def _shards(number: str, what: str, edit: str, killed_by: str) -> RankMutant:
     return RankMutant(number, what, Job(fsdp=2, edit=edit), killed_by)
 
 
+def _parts(number: str, what: str, edit: str, killed_by: str, **more: Any) -> RankMutant:
+    return RankMutant(number, what, Job(tp=2, edit=edit, **more), killed_by)
+
+
 MUTANTS = (
     _copies("D1", "gradients of copies averaged where they are summed", "averaged-copies", "gradients"),
     _shards("D2", "gradients of shards averaged where they are summed", "averaged-shards", "gradients"),
@@ -73,6 +77,14 @@ MUTANTS = (
     _shards("D14", "optimizer states resharded transposed", "transposed-states", "resumed"),
     _shards("D15", "optimizer states resharded to the wrong ranks", "exchanged-states", "resumed"),
     _copies("D16", "AdamW's step count lost by a resume", "forgotten-step-count", "resumed"),
+    _parts("D17", "no sum over ranks behind wo", "unsummed-wo", "loss"),
+    _parts("D18", "no sum over ranks behind w2", "unsummed-w2", "loss"),
+    _parts("D19", "a vocabulary shard's offset off by one in the embedding", "embedding-offset", "loss"),
+    _parts("D20", "a vocabulary shard's offset off by one in the loss", "loss-offset", "loss"),
+    _parts("D21", "the loss's denominator counts a rank's own vocabulary", "softmax-of-own-rows", "loss"),
+    _parts("D22", "hidden gradients not summed over the vocabulary", "hidden-gradients-of-own-rows", "gradients"),
+    _parts("D23", "q and kv heads of a group on different ranks", "heads-apart", "loss"),
+    _parts("D24", "other dropout on each rank", "other-dropout-on-each-rank", "loss", dropout=DROPOUT),
 )
 VARIANTS = (
     RankVariant("two copies", Job(dp=2)),
@@ -83,6 +95,9 @@ VARIANTS = (
     RankVariant("two shards, blocks kept gathered for the backward pass", Job(fsdp=2, edit="kept-gathered")),
     RankVariant("two shards, the whole model one unit", Job(fsdp=2, edit="one-unit")),
     RankVariant("two shards, taking turns in the other order", Job(fsdp=2, edit="other-turns")),
+    RankVariant("layers in two parts", Job(tp=2)),
+    RankVariant("layers in two parts, micro-batches of two rows", Job(tp=2, rows=2)),
+    RankVariant("layers in two parts, with dropout", Job(tp=2, dropout=DROPOUT)),
 )
 
 

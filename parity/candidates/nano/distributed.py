@@ -161,7 +161,7 @@ class Rank:
     """One process's part of the model, and of a copy in fp32 for each training."""
 
     def __init__(self, checkpoint: str, dtype: torch.dtype, device: str, fsdp: int, tp: int) -> None:
-        self.world = open_world(device, mesh_sizes(0, fsdp, tp, world_size=fsdp * tp))
+        self.world = open_world(device, mesh_sizes(0, fsdp, tp, world_size=fsdp * tp), watched=False)
         self.opened, self.dtype, self.given = open_checkpoint(checkpoint), dtype, (checkpoint, dtype, device, "fast")
         self.nano: Nano | None = None
 

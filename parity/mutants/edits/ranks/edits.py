@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from finetune import parallelize, resume, sharding, train
+from finetune import build, parallelize, resume, sharding, train
 from finetune.data.packing import Cursor
 from finetune.gather import local
+from finetune.loss_shards import VocabularyShard
 from finetune.parallelize import World
 
 
@@ -128,17 +130,17 @@ def cursor_of_one_rank(ranks: Together) -> None:
 
 def other_weights_on_each_rank(ranks: Together) -> None:
     """Every rank draws the weights for itself, and keeps its shard of them."""
-    true = sharding.fully_shard_
+    true = build.shard_blocks_
 
-    def shard(model: Any, mesh: Any) -> None:
+    def shard(model: Any, world: World) -> None:
         generator = torch.Generator().manual_seed(ranks.rank)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
-        true(model, mesh)
+        true(model, world)
 
-    ranks.put(sharding, "fully_shard_", shard)
+    ranks.put(build, "shard_blocks_", shard)
 
 
 def stale_gather(ranks: Together) -> None:
@@ -204,6 +206,91 @@ def forgotten_step_count(ranks: Together) -> None:
     ranks.put(resume, "_restore_optimizer_", restore)
 
 
+# --- Parts of layers -------------------------------------------------------------------------------------------------
+
+
+class Unsummed(RowwiseParallel):
+    """Each rank goes on with its own summand."""
+
+    @staticmethod
+    def _prepare_output_fn(layouts: Any, local_output: bool, module: nn.Module, outputs: Any, mesh: Any) -> Tensor:
+        return outputs.to_local()
+
+
+def _unsummed(ending: str) -> Callable[[Together], None]:
+    """No sum over the ranks behind the linears with this name."""
+
+    def edit(ranks: Together) -> None:
+        true = sharding.plan
+
+        def plan(model: Any) -> dict[str, ParallelStyle]:
+            return {name: Unsummed() if name.endswith(ending) else style for name, style in true(model).items()}
+
+        ranks.put(sharding, "plan", plan)
+
+    return edit
+
+
+def embedding_offset(ranks: Together) -> None:
+    """Where the second rank's rows of the vocabulary begin is off by one, for what goes in."""
+    true = sharding.parallelize_module
+
+    def cut(model: Any, *rest: Any, **given: Any) -> Any:
+        done = true(model, *rest, **given)
+        start = -(-model.tok_embeddings.weight.shape[0] // ranks.size)
+        shift = lambda _, inputs: torch.where(inputs[0] >= start, inputs[0] - 1, inputs[0])
+        model.tok_embeddings.register_forward_pre_hook(shift, prepend=True)
+        return done
+
+    ranks.put(sharding, "parallelize_module", cut)
+
+
+def loss_offset(ranks: Together) -> None:
+    """Where the second rank's rows of the vocabulary begin is off by one, for the labels."""
+
+    def own(shard: VocabularyShard, labels: Tensor) -> tuple[Tensor, Tensor]:
+        ids = labels - shard.start + bool(shard.start)
+        here = (ids >= 0) & (ids < shard.rows)
+        return here, ids[here]
+
+    ranks.put(VocabularyShard, "own", own)
+
+
+def softmax_of_own_rows(ranks: Together) -> None:
+    """The softmax's denominator counts a rank's own rows of the vocabulary alone."""
+
+    def join(shard: VocabularyShard, largest: Tensor, sums: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
+        dist.all_reduce(picked, group=shard.group)
+        return sums, sums.log() + largest - picked
+
+    ranks.put(VocabularyShard, "join", join)
+
+
+def hidden_gradients_of_own_rows(ranks: Together) -> None:
+    """What the loss gives back to the model is not summed over the shards of the vocabulary."""
+    ranks.put(VocabularyShard, "sum_", lambda shard, grad_rows: grad_rows)
+
+
+def heads_apart(ranks: Together) -> None:
+    """The keys and values of a rank's queries are on the other rank."""
+    true = sharding.parallelize_module
+
+    def cut(model: Any, *rest: Any, **given: Any) -> Any:
+        with torch.no_grad():
+            for block in model.layers:
+                for linear in (block.attention.wk, block.attention.wv):
+                    linear.weight.copy_(linear.weight.roll(len(linear.weight) // ranks.size, 0))
+        return true(model, *rest, **given)
+
+    ranks.put(sharding, "parallelize_module", cut)
+
+
+def other_dropout_on_each_rank(ranks: Together) -> None:
+    """Activations that every rank has whole lose other numbers on each."""
+    true = train.mixed_seed
+    ranks.put(train, "mixed_seed", lambda seed, step, rank: true(seed, step, ranks.rank))
+
+
 # --- What changes nothing but the order of sums ----------------------------------------------------------------------
 
 
@@ -239,6 +326,7 @@ EDITS: dict[str, Callable[[Together], None]] = {
         averaged_copies, averaged_shards, kept_gradients, first_micro_batch_synced, norms_not_reduced, reduced_in_bf16,
         clipped_by_own_norm, same_documents, labels_counted_per_rank, loss_of_one_rank, cursor_of_one_rank,
         other_weights_on_each_rank, stale_gather, exchanged_states, transposed_states, forgotten_step_count,
-        small_buckets, other_turns, kept_gathered, one_unit,
+        embedding_offset, loss_offset, softmax_of_own_rows, hidden_gradients_of_own_rows, heads_apart,
+        other_dropout_on_each_rank, small_buckets, other_turns, kept_gathered, one_unit,
     )
-}  # fmt: skip
+} | {f"unsummed-{name}": _unsummed(name) for name in ("wo", "w2")}  # fmt: skip
