@@ -96,7 +96,7 @@ def train(setup: Setup) -> Outcome:
     loop = Loop(setup)
     with StopSignals() as signals, Metrics(setup.folder, world, loop.progress.step) as metrics:
         plan = None if world.mesh else plan_memory(setup.model, config, world.device)
-        metrics.say(plan.text() if plan else "memory plan: none is made for a sharded run")
+        metrics.say(plan.text() if plan else "memory plan: python -m finetune.plan makes that of a sharded run")
         score = None
         while loop.progress.step < config.max_steps:
             measured, stop = loop.step(signals.caught)
