@@ -9,7 +9,11 @@ COMMANDS = {
     "evaluate": "bits per byte, perplexity and tasks of several checkpoints in one table",
     "tinystories": "train a small model on TinyStories",
     "tinyshakespeare": "train on tinyshakespeare",
+    "plan": "memory, largest batch and traffic of a run, without a GPU",
+    "doctor": "look for ills of a run before it starts",
+    "compare": "runs side by side, in one page",
     "prepare": "write token shards without training",
+    "report": "write a run's page anew",
 }
 
 

@@ -20,7 +20,7 @@ from finetune.run import Entry, run_entry
 from nanollama.chat import template_source
 from nanollama.tokenizer import open_tokenizer
 
-KINDS = "a .jsonl, .json or .parquet file of dialogues, a folder of them, or a data set of the hub (owner/name)"
+KINDS = "a .jsonl, .json, .csv or .parquet file of dialogues, a folder of them, or a data set of the hub (owner/name)"
 
 
 def find(config: TrainConfig, cache: Path, say: Say) -> Path:
@@ -37,9 +37,9 @@ def find(config: TrainConfig, cache: Path, say: Say) -> Path:
 def make(config: TrainConfig, tokenizer: Path, say: Say) -> Prepared:
     """The dialogues as documents. Raises UserError that names the line."""
     path, vocabulary = Path(config.data), Vocabulary.of(tokenizer)
-    opened = open_tokenizer(tokenizer)
+    opened, out = open_tokenizer(tokenizer), Path(config.out) if config.out else None
     say(f"chat format: {template_source(opened)}")
-    train, val = read_dialogs(path, opened, config.seq_len, on_bad=config.on_bad, say=say)
+    train, val = read_dialogs(path, opened, config.seq_len, on_bad=config.on_bad, say=say, out=out)
     if len(val.lengths) == len(train.lengths):
         say(f"data: only {len(train.lengths)} dialogues: none is held out, validation is on the same")
     return Prepared(path.stem, tokenizer, vocabulary, train, val)

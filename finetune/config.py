@@ -35,10 +35,10 @@ class TrainConfig:
     """Train a Llama on text: from scratch (--init) or from a checkpoint (--ckpt); packed rows, document mask."""
 
     # Data
-    data: str = "auto"  # auto, tinystories, sample, or a .txt, .jsonl, .parquet, a folder of them or of token shards
-    field: str = "text"  # the field of each .jsonl line that holds the document
-    separator: str = "<|endoftext|>"  # between the documents of a .txt file; \n: one document a line
-    on_bad: Literal["stop", "skip"] = "stop"  # finetune.chat: what becomes of dialogues that cannot be used
+    data: str = "auto"  # auto, tinystories, sample, a .txt, .md, .jsonl, .csv, .parquet, a folder, a hub id, shards
+    field: str = "text"  # the field or column of rows that holds the document
+    separator: str = "<|endoftext|>"  # between the documents of a .txt or .md file; \n: one document a line
+    on_bad: Literal["stop", "skip"] = "stop"  # what becomes of documents and dialogues that cannot be used
     tokenizer: str | None = None  # a tokenizer file; else the checkpoint's, else one is trained on the data
     vocab_size: int = 0  # words of the tokenizer that is trained on the data; 0: the preset's
     cache: str | None = None  # of downloads and token shards; else $NANOLLAMA_CACHE or nanollama/ in the user's caches
@@ -97,6 +97,7 @@ class TrainConfig:
     eval_tokens: int = 50_000  # validation tokens looked at, about
     sample_every: int = 0  # steps between samples; 0: only at the end
     prompt: str = "Once upon a time"  # of the samples
+    doctor: Literal["quick", "full", "off"] = "quick"  # look for ills before the first step; full: some 30 s
     tensorboard: bool = False  # also write TensorBoard events
     wandb: bool = False  # also log to Weights & Biases
     export: Literal["hf"] | None = None  # also write final-hf/, a Hugging Face folder
@@ -261,7 +262,7 @@ def init_shape(config: TrainConfig, vocab_size: int) -> ModelConfig:
 # not what is computed.
 FREE = frozenset(
     ("resume", "out", "cache", "workers", "save_every", "eval_every", "eval_tokens", "sample_every", "prompt")
-    + ("tensorboard", "wandb", "export", "collective_timeout_s", "dp", "fsdp", "tp", "save")
+    + ("tensorboard", "wandb", "export", "collective_timeout_s", "dp", "fsdp", "tp", "save", "doctor")
 )
 
 

@@ -43,6 +43,7 @@ from nanollama.checkpoint.weights import Lazy
 from nanollama.tensor_parallel import like, part_of
 
 CONFIG = "config.json"
+BEFORE = ("left_out.json", "doctor.json", "environment.json")  # what may lie beside it before the first step
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,8 @@ class RunFolder:
         try:
             yield
         except ValueError:
-            if world.is_main and [path.name for path in self.path.iterdir()] == [CONFIG]:
-                (self.path / CONFIG).unlink()
-                self.path.rmdir()
+            if world.is_main and {path.name for path in self.path.iterdir()} <= {CONFIG, *BEFORE}:
+                shutil.rmtree(self.path)
             raise
 
 

@@ -19,6 +19,7 @@ import torch
 from finetune.build import Start, adapt_, build_model, open_start
 from finetune.config import LORA_METHODS, TrainConfig, refuse_foreign, resolve
 from finetune.data.files import write_atomically
+from finetune.doctor.examine import examine_before
 from finetune.errors import TrainingStopped, UserError
 from finetune.evaluate import Score, bigram, whole
 from finetune.gather import Whole, gathering
@@ -26,10 +27,11 @@ from finetune.launcher import folder_of_the_first_start, remember_folder, to_con
 from finetune.lock import held
 from finetune.lora import adapter_of, merged_when_read
 from finetune.mesh import mesh_sizes
+from finetune.metrics import note_sample
 from finetune.parallelize import World, default_device, open_world, world_size
 from finetune.prepare.cache import Prepared, Say, cache_folder, prepare
 from finetune.prepare.corpus import Source
-from finetune.report import write_report
+from finetune.report import reported, write_report
 from finetune.resume import RunFolder, begin, checkpoints, resume
 from finetune.sharding import answering, refuse_unshardable, rest_
 from finetune.train import Outcome, Setup, train
@@ -111,9 +113,10 @@ def train_in(entry: Entry, folder: RunFolder, world: World) -> int:
     """Everything between the run's folder and its final model, on this rank."""
     config, say = folder.config, _sayer(world)
     torch.set_num_threads(config.threads)
-    with folder.forgotten_if_refused(world):
+    with folder.forgotten_if_refused(world), reported(folder.path, world, say):
         setup, prepared = _set_up(entry, folder, world, say)
         setup = entry.ready(setup, say)
+        examine_before(setup, say, talks=entry.talks)
         outcome = train(setup)
         finish(entry, setup, prepared, outcome, say)
         world.wait_for_main()
@@ -252,6 +255,7 @@ def finish(entry: Entry, setup: Setup, prepared: Prepared, outcome: Outcome, say
         return
     beaten = bigram(prepared.train, outcome.held_out, prepared.vocabulary.size)
     write_atomically(out / "summary.json", json.dumps(summary(outcome, beaten), indent=2).encode())
+    note_sample(out, outcome.progress.step, text)
     say(f"sample: {text}")
     say(
         f"held-out bits per byte: {outcome.score.bpb:.4f}; a bigram model fitted on the training text: {beaten.bpb:.4f}"
@@ -261,9 +265,9 @@ def finish(entry: Entry, setup: Setup, prepared: Prepared, outcome: Outcome, say
     if setup.folder.config.method in LORA_METHODS:
         say(f"adapter: {out / 'adapter'}, for --adapter beside --ckpt {setup.folder.config.ckpt}")
     try:
-        say(f"curves: {write_report(out)}")
+        say(f"report: {write_report(out)}")
     except ValueError as error:  # the model is what counts: no picture is no failure
-        say(f"no curves: {error}")
+        say(f"no report: {error}")
     say("next:")
     for command in _next_commands(entry, out / "final", setup.folder.config.prompt):
         say(f"  {command}")
@@ -336,3 +340,11 @@ def _complain(world: World, text: str) -> None:
 
 def _command(entry: Entry) -> str:
     return f"python -m finetune.{entry.name}"
+
+
+def only_set_up(entry: Entry, given: TrainConfig) -> Setup:
+    """A run that will not begin, to be looked at; it needs `--out`, a folder to be thrown away. Raises UserError."""
+    config = complete(entry, given)
+    world = open_world(config.device)
+    torch.set_num_threads(config.threads)
+    return _set_up(entry, begin(entry.name, config), world, _sayer(world))[0]

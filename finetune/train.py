@@ -106,7 +106,7 @@ def train(setup: Setup) -> Outcome:
                 score = loop.evaluate()
                 metrics.write_score(step, score)
             if config.sample_every and step % config.sample_every == 0 and (world.is_main or world.mesh):
-                metrics.say(f"step {step}: {setup.sample(setup.model)}")  # over shards by all ranks together
+                metrics.write_sample(step, setup.sample(setup.model))  # over shards by all ranks together
             if step % config.save_every == 0 or is_last or stop:
                 loop.save(wait=bool(stop) or is_last)
             if stop and not is_last:
