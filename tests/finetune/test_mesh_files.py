@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from finetune.build import fresh_weights
 from finetune.lora import merged_weights
 from finetune.resume import Progress, RunFolder
 from mesh_cases import ALONE, SHAPE, Mesh, make_config, make_model
-from mesh_files import answer_in_training, answers, run_steps, states, work
+from mesh_files import answer_in_training, answers, fill_large, run_steps, states, work
 from nanollama.checkpoint import open_checkpoint, write_meta
 from nanollama.generation.llama import Llama
 from nanollama.generation.parallel import load_parallel
@@ -80,6 +81,19 @@ def test_each_rank_reads_its_own_part(ranks: list[dict[str, Any]], folder: Path,
         assert filled["own"] < 0.52 * numbers
         # Whole rows are looked at where columns are cut (wo and w2), of which only its columns are copied.
         assert filled["read"] == (filled["own"] if name == "fsdp" else filled["own"] + cut_columns() // 2)
+
+
+@pytest.mark.slow
+def test_a_rank_has_no_more_than_its_share_in_memory(folder: Path) -> None:
+    shape = dataclasses.replace(SHAPE, dim=512, n_layers=3, hidden_dim=1536, vocab_size=16000, head_dim=0)
+    weights = fresh_weights(shape, torch.Generator().manual_seed(0))
+    write_meta(folder / "large", shape, weights, shards=2, dtype=torch.bfloat16)
+    whole_bytes = 4 * sum(w.numel() for w in weights.values())
+    found = run_ranks(4, fill_large, folder)
+    assert found[0]["fsdp"] > 0.2 * whole_bytes  # it is seen; what comes second may find memory that the first has left
+    for rank in found:
+        # A matrix that lies in two files is merged as it is read, a block of rows at a time.
+        assert max(rank["fsdp"], rank["fsdp x tp"]) < 0.4 * whole_bytes, (rank, whole_bytes)
 
 
 def cut_columns() -> int:

@@ -1,5 +1,6 @@
 """What ranks write and read: checkpoints, final models, parts of files, answers; see test_mesh_files.py."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from nanollama.generation.llama import Llama, Sampling
 from nanollama.generation.parallel import load_parallel
 from nanollama.model import Transformer
 from nanollama.tensor_parallel import fill_
+from parity.machine import anonymous_bytes
 
 PROMPTS = [[1, 7, 9, 4], [1, 30, 2]]
 SAMPLING = Sampling(max_new_tokens=24, stop_ids=frozenset())
@@ -81,6 +83,22 @@ def fill(mesh: Mesh, checkpoint: Path) -> dict[str, Any]:
     fill_(model, counted(opened.weights, read), torch.float32, "cpu")
     own = sum(p.to_local().numel() for p in model.parameters())  # type: ignore[operator]
     return {"weights": {n: full(p).clone() for n, p in model.named_parameters()}, "own": own, "read": read[0]}
+
+
+def fill_large(folder: Path) -> dict[str, Any]:
+    """Anonymous memory, in bytes, that reading a part of a larger model takes, on each mesh of four ranks."""
+    found = {}
+    for name, mesh in (("small", Mesh(fsdp=2, tp=2)), ("fsdp", Mesh(fsdp=4)), ("fsdp x tp", Mesh(fsdp=2, tp=2))):
+        world, opened = mesh.world(), open_checkpoint(folder / ("checkpoint" if name == "small" else "large"))
+        with torch.device("meta"):
+            model = Transformer(opened.config)
+        cut_layers_(model, world)
+        shard_blocks_(model, world)
+        before = anonymous_bytes(os.getpid())
+        fill_(model, opened.weights, torch.float32, "cpu")
+        found[name] = anonymous_bytes(os.getpid()) - before
+        del model
+    return found
 
 
 def answers(llama: Llama) -> list[list[float]]:
