@@ -19,20 +19,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from finetune.best import Best, keep_only
 from finetune.config import TrainConfig, from_json, merge_resumed, to_json
+from finetune.data.appended import Extent
 from finetune.data.files import write_atomically
 from finetune.data.packing import Cursor
 from finetune.errors import UserError
+from finetune.evaluate import Score
 from finetune.optim import trained
 from finetune.parallelize import World, world_size
-from nanollama.checkpoint.staging import Stage, staged
-from nanollama.checkpoint.streams import write_safetensors
-from nanollama.checkpoint.weights import lazy
+from finetune.tensors import read_tensors, write_tensors
+from nanollama.checkpoint.staging import staged
 
 CONFIG = "config.json"
 SCHEMA = "nanollama.run/1"  # of state.json
@@ -45,6 +47,24 @@ class Progress:
     step: int = 0  # optimizer steps done
     tokens: int = 0  # labels trained on
     cursor: Cursor = field(default_factory=Cursor)  # of the next row
+    best: Best | None = None  # None: no validation since step 0
+
+    @classmethod
+    def read(cls, saved: dict[str, Any]) -> "Progress":
+        """As `asdict` wrote it; a version before this one knew no best."""
+        best = saved.get("best")
+        kept = Best(best["step"], Score(**best["score"]), best["waited"]) if best else None
+        return cls(saved["step"], saved["tokens"], Cursor(**saved["cursor"]), kept)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run's state says of its data: a mark that changes with them, and how far they went."""
+
+    fingerprint: str
+    train: Extent | None = None
+    val: Extent | None = None
+    tokenizer: str = ""  # its file
 
 
 @dataclass(frozen=True)
@@ -54,11 +74,8 @@ class RunFolder:
     path: Path
     config: TrainConfig
 
-    def save(self, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str) -> None:
-        """Write a checkpoint, then remove the older ones. Raises CheckpointError when the disk refuses; they stay then.
-
-        fingerprint: of the data.
-        """
+    def save(self, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, data: Data) -> None:
+        """Write a checkpoint, then remove the older ones. Raises CheckpointError where the disk refuses; they stay."""
         folder = self.path / "checkpoints" / f"step_{progress.step:08d}"
         if (folder / "state.json").exists():
             return
@@ -68,42 +85,65 @@ class RunFolder:
             "progress": asdict(progress),
             "rng": "seeded by (seed, step, rank) at each step",
             "optimizer": scalars,
-            "data": fingerprint,
+            "data": data.fingerprint,
+            "documents": {side: part and part.saved() for side, part in (("train", data.train), ("val", data.val))},
+            "tokenizer": data.tokenizer,
             "torch": torch.__version__,
             "config": to_json(replace(self.config, resume=False)),
         }
         older = checkpoints(self.path)
         with staged(folder) as stage:
-            _write_tensors(stage, "model.safetensors", trained(model))
-            _write_tensors(stage, "optimizer.safetensors", tensors)
+            write_tensors(stage, "model.safetensors", trained(model))
+            write_tensors(stage, "optimizer.safetensors", tensors)
             stage.text("state.json", json.dumps(state, indent=2) + "\n")
         for old in older:
             _remove(old)
+        keep_only(self.path, progress.best.step if progress.best else None)
 
-    def restore_(self, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str) -> Progress:
-        """Load the newest checkpoint; a run without any starts at step 0. Raises UserError."""
-        self._clean()
+    def saved_state(self) -> dict[str, Any] | None:
+        """state.json of the newest checkpoint. Raises UserError."""
         found = checkpoints(self.path)
         if not found:
-            return Progress()
-        folder = found[-1]
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            return None
+        path = found[-1] / "state.json"
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if state.get("schema") != SCHEMA:
-            raise UserError(f"{folder}: state.json has schema {state.get('schema')!r}: expected {SCHEMA!r}")
-        if state["data"] != fingerprint:
-            raise UserError(f"{folder}: the data or its tokenizer has changed since this run was saved: bring it back")
+            raise UserError(f"{path.parent}: state.json has schema {state.get('schema')!r}: expected {SCHEMA!r}")
+        return state
+
+    def restore_(self, model: nn.Module, optimizer: torch.optim.Optimizer, data: Data) -> tuple[Progress, str]:
+        """Load the newest checkpoint; a run without any starts at step 0. Raises UserError.
+
+        Returns a word on documents that came behind those of the checkpoint, too: they begin a new pass; "" for none.
+        """
+        self._clean()
+        state = self.saved_state()
+        if state is None:
+            keep_only(self.path, None)
+            return Progress(), ""
+        folder = checkpoints(self.path)[-1]
+        news = _appended(state, data, folder)
         device = next(model.parameters()).device
-        weights, parameters = _read_tensors(folder / "model.safetensors", device), trained(model)
+        weights, parameters = read_tensors(folder / "model.safetensors", device), trained(model)
         if weights.keys() != parameters.keys():
             raise UserError(f"{folder}: model.safetensors does not hold the parameters that this run trains")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
         _restore_optimizer_(
-            optimizer, parameters, _read_tensors(folder / "optimizer.safetensors", device), state["optimizer"]
+            optimizer, parameters, read_tensors(folder / "optimizer.safetensors", device), state["optimizer"]
         )
-        progress = state["progress"]
-        return Progress(progress["step"], progress["tokens"], Cursor(**progress["cursor"]))
+        progress = Progress.read(state["progress"])
+        keep_only(self.path, progress.best.step if progress.best else None)
+        if news:
+            progress = replace(progress, cursor=Cursor(progress.cursor.epoch + 1), best=None)
+        return progress, news
+
+    def write_config(self) -> None:
+        """config.json says what this run does from now on."""
+        path = self.path / CONFIG
+        saved = (_read_config(path) if path.exists() else {}) | to_json(replace(self.config, resume=False))
+        write_atomically(path, (json.dumps(saved, indent=2) + "\n").encode())
 
     def _clean(self) -> None:
         """Remove what a kill left behind: half-written checkpoints, and older ones than the newest."""
@@ -117,7 +157,7 @@ class RunFolder:
         """A run that is refused before its first step leaves no folder, so that the mended line can be typed."""
         try:
             yield
-        except ValueError:
+        except (ValueError, KeyboardInterrupt):
             if world.is_main and [path.name for path in self.path.iterdir()] == [CONFIG]:
                 (self.path / CONFIG).unlink()
                 self.path.rmdir()
@@ -152,9 +192,10 @@ def resume(entry: str, given: TrainConfig, defaults: TrainConfig) -> RunFolder:
         raise UserError(
             f"--out {given.out}: holds no run to resume (config.json is missing): drop --resume to start one"
         )
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    if saved.pop("entry") != entry:
-        raise UserError(f"--out {given.out}: holds a run of another entry: resume it with the command that began it")
+    saved = _read_config(path)
+    began = saved.pop("entry")
+    if began != entry:
+        raise UserError(f"--out {given.out}: holds a run of finetune.{began}: resume it with the command that began it")
     ranks = saved.pop("world_size")
     if ranks != world_size():
         raise UserError(f"--resume continues a run of {ranks} processes: start as many")
@@ -162,9 +203,48 @@ def resume(entry: str, given: TrainConfig, defaults: TrainConfig) -> RunFolder:
     return RunFolder(path.parent, replace(config, out=str(path.parent)))
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    """A run's config.json, with entry and world_size. Raises UserError for any other file of this name."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}): --out names no run's folder") from None
+    if not isinstance(saved, dict) or not {"entry", "world_size"} <= saved.keys():
+        raise UserError(f"{path}: was not written by a run (a model has one of this name, too): name the run's folder")
+    return saved
+
+
+def saved_config(folder: RunFolder) -> TrainConfig:
+    """What config.json says."""
+    path = folder.path / CONFIG
+    saved = _read_config(path)
+    return from_json({name: value for name, value in saved.items() if name not in ("entry", "world_size")}, path)
+
+
 def checkpoints(out: Path) -> list[Path]:
     """Whole checkpoints of the run in this folder, oldest first."""
     return sorted(path.parent for path in (out / "checkpoints").glob("step_*/state.json"))
+
+
+def _appended(state: Mapping[str, Any], data: Data, folder: Path) -> str:
+    """A word on the documents behind those of the checkpoint; "" for the same data. Raises UserError for others."""
+    if state["data"] == data.fingerprint:
+        return ""
+    was = state.get("documents") or {}
+    grown = []
+    for side, now in (("train", data.train), ("val", data.val)):
+        before = Extent(**was[side]) if was.get(side) else None
+        if before is None or now is None or not now.begins_with(before):
+            raise UserError(
+                f"{folder}: the data or its tokenizer has changed since this run was saved: bring it back (documents "
+                "may be appended behind those that were there)"
+            )
+        grown.append((before.count, now.count))
+    (train, more), (val, held) = grown
+    return (
+        f"data: {more - train:,} documents more to train on and {held - val:,} held out, behind the {train:,} and "
+        f"{val:,} that were there: a new pass over all of them begins"
+    )
 
 
 def _remove(checkpoint: Path) -> None:
@@ -199,15 +279,3 @@ def _restore_optimizer_(
         values |= {n: torch.tensor(v, dtype=torch.float32, device=device) for n, v in numbers.items()}
         if values:
             optimizer.state[parameter] = values
-
-
-def _write_tensors(stage: Stage, name: str, tensors: Mapping[str, Tensor]) -> None:
-    with stage.open(name) as file:
-        write_safetensors(file, {key: lazy(t.detach().cpu()) for key, t in tensors.items()})
-
-
-def _read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(path, device=str(device))
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): remove its folder to continue from an older one") from None

@@ -4,9 +4,7 @@ python -m finetune.tinystories          # one of the entries; the others are tin
 """
 
 import errno
-import json
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -16,23 +14,22 @@ from typing import Any
 
 import torch
 
+from finetune import interrupts
+from finetune.again import continue_line
 from finetune.build import Start, adapt_, build_model, open_start
-from finetune.config import LORA_METHODS, TrainConfig, resolve
-from finetune.data.files import write_atomically
+from finetune.closing import Step, finish, quoted
+from finetune.config import TrainConfig, changes, resolve
+from finetune.data.documents import whole
+from finetune.data.packing import Packer
 from finetune.errors import TrainingStopped, UserError
-from finetune.evaluate import Score, bigram, whole
-from finetune.lora import adapter_of, merged_weights
 from finetune.parallelize import World, default_device, open_world
 from finetune.prepare.cache import Prepared, Say, cache_folder, prepare
-from finetune.prepare.corpus import Source
-from finetune.report import write_report
-from finetune.resume import RunFolder, begin, checkpoints, resume
-from finetune.train import Outcome, Setup, train
+from finetune.prepare.corpus import Source, text_files
+from finetune.recipe import settle
+from finetune.resume import RunFolder, begin, checkpoints, resume, saved_config
+from finetune.train import Setup, train
 from nanollama.chat import encode_chat
-from nanollama.checkpoint import CheckpointError
-from nanollama.checkpoint.adapter import write_adapter
-from nanollama.checkpoint.hf import write_hf
-from nanollama.checkpoint.meta import write_meta
+from nanollama.checkpoint import CheckpointError, open_checkpoint
 from nanollama.cli import run_config
 from nanollama.generation.llama import Llama, Sampling
 from nanollama.model import Transformer
@@ -54,25 +51,36 @@ class Entry:
     make: Callable[[TrainConfig, Path, Say], Prepared] | None = None  # (config, tokenizer, say), in place of shards
     talks: bool = False  # the model answers messages; else it continues text
     larger: tuple[str, ...] = ()  # flags of larger runs, printed at the end of a default run
+    onward: tuple[Step, ...] = ()  # what may be done next with the model: (what for, a module and its flags)
 
 
 def run_entry(entry: Entry) -> None:
+    interrupts.hand_over_()
     run_config(TrainConfig, lambda config: run(entry, config), defaults=entry.defaults)
 
 
 def run(entry: Entry, given: TrainConfig) -> int:
     """The whole run; returns the exit code. Raises UserError, or another ValueError, for what the user can mend."""
-    folder = resume(entry.name, given, TrainConfig(**entry.defaults)) if given.resume else None
-    config = folder.config if folder else complete(entry, given)
+    try:
+        folder = resume(entry.name, given, TrainConfig(**entry.defaults)) if given.resume else None
+        config = folder.config if folder else complete(entry, given)
+        world = open_world(config.device)
+    except KeyboardInterrupt:
+        print(interrupts.WORD, file=sys.stderr)
+        return 130
     out = Path(given.out or ".")
-    with closing(open_world(config.device)) as world:
+    with closing(world):
         try:
             folder = folder or world.from_main(lambda: begin(entry.name, config))
             out = folder.path
             return train_in(entry, folder, world)
         except TrainingStopped as stopped:
-            _complain(world, f"{stopped}\ncontinue with: {_command(entry)} --out {given.out or out} --resume")
+            _complain(world, f"{stopped}\ncontinue with: {continue_line(entry.name, out)}")
             return stopped.code
+        except KeyboardInterrupt:
+            again = f"interrupted; continue with: {continue_line(entry.name, out)}"
+            _complain(world, again if checkpoints(out) else interrupts.WORD)
+            return 130
         except (OSError, CheckpointError) as error:
             if not _is_full_disk(error):
                 raise
@@ -81,31 +89,47 @@ def run(entry: Entry, given: TrainConfig) -> int:
 
 
 def complete(entry: Entry, given: TrainConfig) -> TrainConfig:
-    """A new run's config, with what was left to the entry, the preset and the device filled in. Raises UserError."""
+    """A new run's config, with what was left to the entry, the preset, the checkpoint and the device filled in.
+
+    Raises UserError.
+    """
     device = default_device() if given.device == "auto" else given.device
-    return resolve(suggest(entry, given), device, given.threads or torch.get_num_threads())
+    context = open_checkpoint(given.ckpt).config.max_seq_len if given.ckpt and not given.seq_len else 0
+    return resolve(suggest(entry, given), device, given.threads or torch.get_num_threads(), context)
 
 
 def train_in(entry: Entry, folder: RunFolder, world: World) -> int:
-    """Everything between the run's folder and its final model, on this rank."""
-    config, say = folder.config, _sayer(world)
-    torch.set_num_threads(config.threads)
+    """Everything between the run's folder and its final model, on this rank; returns the exit code."""
+    say = _sayer(world)
+    torch.set_num_threads(folder.config.threads)
     with folder.forgotten_if_refused(world):
         setup, prepared = _set_up(entry, folder, world, say)
         outcome = train(setup)
         if world.is_main:
-            finish(entry, setup, prepared, outcome, say)
+            finish(setup, prepared.tokenizer, outcome, _further(entry, setup.folder), say)
         world.barrier()
-    return 0
+    return int(outcome.verdict.is_worse)
+
+
+def _further(entry: Entry, folder: RunFolder) -> list[Step]:
+    """What to do with the entry's model: talk to it, train it on, train a larger one."""
+    final, prompt = quoted(folder.path / "final"), quoted(folder.config.prompt)
+    talk = f"chat --ckpt {final}" if entry.talks else f"generate --ckpt {final} --prompt {prompt}"
+    onward = [(what, f"python -m {line} --ckpt {final}") for what, line in entry.onward]
+    larger = [("a larger one", f"python -m finetune.{entry.name} {flags}") for flags in entry.larger]
+    return [("talk to it", f"python -m nanollama {talk}"), *onward, *larger]
 
 
 def _set_up(entry: Entry, folder: RunFolder, world: World, say: Say) -> tuple[Setup, Prepared]:
     """The data, and the model with all that its config puts on it."""
-    config = folder.config
+    config, was = folder.config, saved_config(folder)
     start = open_start(config)
     for notice in start.checkpoint.notices if start.checkpoint else ():
         say(notice)
-    prepared = _prepare(entry, config, start, world, say)
+    prepared = _prepare(entry, folder, start, world, say)
+    packer = Packer(prepared.train, config.seq_len, seed=config.seed, doc_mask=config.doc_mask == "on")
+    config = settle(config, packer, world.size)
+    folder = replace(folder, config=config)
     tokenizer = open_tokenizer(prepared.tokenizer, rows=start.rows)
     model = build_model(start, config, tokenizer.vocab_size, world.device)
     check_rows(prepared, tokenizer, model.config.vocab_size)
@@ -120,6 +144,8 @@ def _set_up(entry: Entry, folder: RunFolder, world: World, say: Say) -> tuple[Se
         fingerprint=prepared.fingerprint(),
         world=world,
         sample=lambda m: sample(m, tokenizer, config.prompt, talks=entry.talks),
+        tokenizer_file=str(prepared.tokenizer),
+        changed=changes(was, config) if config.resume else {},
     )
     return setup, prepared
 
@@ -145,15 +171,16 @@ def suggest(entry: Entry, given: TrainConfig) -> TrainConfig:
     return replace(given, **recipe)
 
 
-def _prepare(entry: Entry, config: TrainConfig, start: Start, world: World, say: Say) -> Prepared:
+def _prepare(entry: Entry, folder: RunFolder, start: Start, world: World, say: Say) -> Prepared:
     """The main rank prepares; then every rank opens what is there."""
+    config = folder.config
     cache = cache_folder(config.cache)
-    tokenizer = Path(config.tokenizer) if config.tokenizer else start.tokenizer
+    tokenizer = Path(config.tokenizer) if config.tokenizer else start.tokenizer or _tokenizer_of(folder)
     if config.ckpt and tokenizer is None:
         raise UserError(f"--ckpt {config.ckpt}: has no tokenizer beside it: name one with --tokenizer")
     if start.rows and tokenizer:
         fitting(open_tokenizer(tokenizer).vocabulary, start.rows)  # before an hour of tokenizing with another model's
-    source = world.from_main(lambda: entry.find(config, cache, say))
+    source = world.from_main(lambda: _find(entry, config, cache, say))
     if entry.make is not None:
         assert tokenizer is not None, "an entry that makes its documents finds no data without a checkpoint"
         return entry.make(config, tokenizer, say)
@@ -170,6 +197,23 @@ def _prepare(entry: Entry, config: TrainConfig, start: Start, world: World, say:
 
     world.from_main(lambda: opened(say).name)
     return opened(lambda text: None)
+
+
+def _tokenizer_of(folder: RunFolder) -> Path | None:
+    """The one that a run trained on its data when it began: documents that came later must not make another."""
+    state = folder.saved_state() if folder.config.resume else None
+    path = Path(state.get("tokenizer") or "") if state else Path()
+    return path if path.is_file() else None
+
+
+def _find(entry: Entry, config: TrainConfig, cache: Path, say: Say) -> Source | Path:
+    """The entry's data, with `--val_data` beside them where that is given."""
+    source = entry.find(config, cache, say)
+    if not config.val_data or entry.make is not None:
+        return source
+    if isinstance(source, Path):
+        raise UserError(f"--val_data {config.val_data}: {source} is a folder of shards, which has its own")
+    return replace(source, val=text_files(Path(config.val_data), "--val_data"))
 
 
 def check_rows(prepared: Prepared, tokenizer: Tokenizer, rows: int) -> None:
@@ -205,65 +249,6 @@ def describe(folder: RunFolder, prepared: Prepared, model: Transformer, world: W
     ranks = f" on each of {world.size} ranks" if world.size > 1 else ""
     rows = f"{config.batch_size} x {config.accumulate} rows of {config.seq_len} tokens"
     say(f"run: {folder.path}: {config.max_steps} steps of {rows}{ranks}")
-
-
-def finish(entry: Entry, setup: Setup, prepared: Prepared, outcome: Outcome, say: Say) -> None:
-    """The final model, the report and what to type next."""
-    out = setup.folder.path
-    write_model(setup, prepared.tokenizer)
-    beaten = bigram(prepared.train, outcome.held_out, prepared.vocabulary.size)
-    write_atomically(out / "summary.json", json.dumps(summary(outcome, beaten), indent=2).encode())
-    say(f"sample: {setup.sample(setup.model)}")
-    say(
-        f"held-out bits per byte: {outcome.score.bpb:.4f}; a bigram model fitted on the training text: {beaten.bpb:.4f}"
-    )
-    say(f"held-out nats per token: {outcome.score.loss:.4f}; the bigram model: {beaten.loss:.4f}")
-    say(f"model: {out / 'final'}")
-    if setup.folder.config.method in LORA_METHODS:
-        say(f"adapter: {out / 'adapter'}, for --adapter beside --ckpt {setup.folder.config.ckpt}")
-    try:
-        say(f"curves: {write_report(out)}")
-    except ValueError as error:  # the model is what counts: no picture is no failure
-        say(f"no curves: {error}")
-    say("next:")
-    for command in _next_commands(entry, out / "final", setup.folder.config.prompt):
-        say(f"  {command}")
-
-
-def write_model(setup: Setup, tokenizer: Path) -> None:
-    """final/ with adapters merged in, final-hf/ where asked for, and the adapter."""
-    config, out, model = setup.folder.config, setup.folder.path, setup.model
-    weights = merged_weights(model)
-    for folder, write in ((out / "final", write_meta), (out / "final-hf", write_hf)):
-        if folder.exists():
-            shutil.rmtree(folder)  # of this run, when it is resumed after its end
-        if folder.name == "final" or config.export == "hf":
-            write(folder, model.config, weights, tokenizer=tokenizer)
-    if config.method in LORA_METHODS:
-        write_adapter(out / "adapter", adapter_of(model), model.config, base=base_name(config.ckpt or ""))
-
-
-def _next_commands(entry: Entry, final: Path, prompt: str) -> list[str]:
-    talk = f"chat --ckpt {final}" if entry.talks else f'generate --ckpt {final} --prompt "{prompt}"'
-    larger = [f"{_command(entry)} {flags}" for flags in entry.larger]
-    return [f"python -m nanollama {talk}", f"python -m parity.check --ckpt {final}", *larger]
-
-
-def base_name(ckpt: str) -> str:
-    """The checkpoint as an adapter names it, to be found from whatever folder: an absolute path, or a hub id."""
-    local = Path(ckpt).expanduser()
-    return str(local.resolve()) if ckpt and local.exists() else ckpt
-
-
-def summary(outcome: Outcome, beaten: Score) -> dict[str, float]:
-    return {
-        "steps": outcome.progress.step,
-        "tokens": outcome.progress.tokens,
-        "val_loss": outcome.score.loss,
-        "val_bpb": outcome.score.bpb,
-        "bigram_loss": beaten.loss,
-        "bigram_bpb": beaten.bpb,
-    }
 
 
 def sample(model: Transformer, tokenizer: Tokenizer, prompt: str, *, talks: bool = False) -> str:

@@ -5,6 +5,11 @@ python -m finetune.text --data notes/ --ckpt Llama-3.2-1B
 
 from pathlib import Path
 
+from finetune import interrupts
+
+if __name__ == "__main__":
+    interrupts.announce_()
+
 from finetune.config import TrainConfig
 from finetune.errors import UserError
 from finetune.prepare.cache import Say, path_source
@@ -21,7 +26,7 @@ def find(config: TrainConfig, cache: Path, say: Say) -> Source | Path:
     return path_source(Path(config.data), Format.typed(config.separator, config.field), say)
 
 
-ENTRY = Entry("text", find, {})
+ENTRY = Entry("text", find, {}, onward=(("teach it to chat", "finetune.chat --data DIALOGS.jsonl"),))
 
 if __name__ == "__main__":
     run_entry(ENTRY)

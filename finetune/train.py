@@ -10,22 +10,28 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import FrameType, TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from finetune.best import Best, load_best_, write_best
 from finetune.build import mixed_precision, wrap_
+from finetune.data.appended import Extent
 from finetune.data.documents import Documents
 from finetune.data.packing import Batch, Cursor, Packer
 from finetune.errors import TrainingStopped, UserError
-from finetune.evaluate import HeldOut, Score, evaluate, hold_out, loss_model_of
+from finetune.evaluate import Score, evaluate, hold_out, loss_model_of
 from finetune.memory import plan_memory
-from finetune.metrics import Metrics, StepMetrics, flops_per_token, peak_bytes, peak_flops
+from finetune.metrics import Metrics, StepMetrics, flops_per_token, peak_bytes, peak_flops, read_metrics
 from finetune.optim import StepInBackward, learning_rate, make_optimizer, mixed_seed, set_learning_rate_, trained
 from finetune.parallelize import World, no_sync
-from finetune.resume import Progress, RunFolder
+from finetune.plan import plan_lines
+from finetune.resume import Data, Progress, RunFolder
+from finetune.verdict import Verdict, Yardsticks, doubt, judge, yardsticks
+from finetune.watch import Watch
 from nanollama.model import Transformer
 from nanollama.tokenizer import Tokenizer
 
@@ -42,13 +48,16 @@ class Setup:
     fingerprint: str  # of the data
     world: World
     sample: Callable[[Transformer], str]  # a text that the model continues
+    tokenizer_file: str = ""
+    changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # what a resumed run does otherwise than before
 
 
 @dataclass(frozen=True)
 class Outcome:
     progress: Progress
-    score: Score  # of the held-out documents, at the end
-    held_out: HeldOut
+    score: Score  # of the held-out documents, with the parameters that are kept
+    yards: Yardsticks
+    verdict: Verdict
 
 
 class StopSignals:
@@ -74,30 +83,66 @@ class StopSignals:
 
 
 def train(setup: Setup) -> Outcome:
-    """Train from the newest checkpoint of the run's folder, or from step 0. Raises TrainingStopped, UserError."""
+    """Train from the newest checkpoint of the run's folder, or from step 0; the model ends with the parameters that are
+    kept. Raises TrainingStopped, UserError.
+    """
     config, world = setup.folder.config, setup.world
     loop = Loop(setup)
+    if world.is_main:
+        setup.folder.write_config()
     with StopSignals() as signals, Metrics(setup.folder, world, loop.progress.step) as metrics:
         plan = plan_memory(setup.model, config, world.device)
-        metrics.say(plan.text())
-        score = None
-        while loop.progress.step < config.max_steps:
+        if world.is_main:
+            for line in plan_lines(config, setup.model, loop.packer, loop.held_out, plan, world):
+                metrics.say(line)
+        metrics.write_changes(loop.progress.step, setup.changed)
+        if loop.news:
+            metrics.say(loop.news)
+        if loop.progress.step == config.max_steps:
+            metrics.say(f"all {config.max_steps:,} steps are done: --max_steps with a larger number goes on")
+        yards = world.from_main(lambda: yardsticks(setup.train, loop.held_out, setup.tokenizer.vocab_size))
+        began = began_with(loop, metrics, yards)
+        watch = Watch.replayed(world.from_main(lambda: read_metrics(setup.folder.path / "metrics.jsonl")))
+        while loop.progress.step < config.max_steps and not loop.out_of_patience:
             measured, stop = loop.step(signals.caught)
             step = loop.progress.step
             is_last = step == config.max_steps
             metrics.write_step(step, measured)
-            if step % config.eval_every == 0 or is_last:
-                score = loop.evaluate()
-                metrics.write_score(step, score)
+            if is_last or (config.eval_every and step % config.eval_every == 0):
+                metrics.write_score(step, loop.judge())
+            trouble = watch.see(measured.loss, measured.grad_norm)
+            if trouble:
+                metrics.say(f"step {step}: {trouble}; its batch holds documents {loop.documents()}")
             if config.sample_every and step % config.sample_every == 0 and world.is_main:
                 metrics.say(f"step {step}: {setup.sample(setup.model)}")
-            if step % config.save_every == 0 or is_last or stop:
+            if step % config.save_every == 0 or is_last or stop or watch.diverged or loop.out_of_patience:
                 loop.save()
             if stop and not is_last:
                 name = signal.Signals(stop).name
                 raise TrainingStopped(f"stopped by {name} after step {step}, which is saved", 128 + stop)
+            if watch.diverged and not is_last:
+                raise TrainingStopped(
+                    f"step {step}: {watch.diverged}; the state is saved: continue with a lower --lr", 1
+                )
+        if loop.out_of_patience:
+            metrics.say(f"step {loop.progress.step}: {config.patience} validations without a better one: stopped early")
         metrics.say(f"memory: {peak_bytes(world.device) / 1e6:,.0f} MB at the peak, {plan.total / 1e6:,.0f} MB planned")
-        return Outcome(loop.progress, score or loop.evaluate(), loop.held_out)
+        return loop.outcome(yards, began)
+
+
+def began_with(loop: "Loop", metrics: Metrics, yards: Yardsticks) -> Score | None:
+    """The validation before the first step, or, of a run that goes on, the one that it wrote down then."""
+    step, out = loop.progress.step, loop.setup.folder.path
+    if not step or loop.news:
+        score = loop.evaluate()
+        metrics.write_score(step, score)
+        metrics.say(f"step {step}: beside it {yards.text()}")
+        if loop.config.ckpt and (word := doubt(yards, score)):
+            metrics.say(word)
+        return score
+    found = loop.world.from_main(lambda: [e for e in read_metrics(out / "metrics.jsonl") if "val_loss" in e])
+    first = next((e for e in found if e["step"] == 0), None)
+    return Score(first["val_loss"], first["val_bpb"]) if first else None
 
 
 @dataclass(frozen=True)
@@ -125,8 +170,14 @@ class Loop:
         self.in_backward = StepInBackward(self.optimizer) if config.optimizer_in_backward else None
         if self.in_backward and self.world.size > 1:
             raise UserError("--optimizer_in_backward runs in one process: gradients are not summed over ranks yet")
-        self.progress = setup.folder.restore_(model, self.optimizer, setup.fingerprint)
+        train, val = Extent.of(setup.train), Extent.of(setup.val)
+        self.data = Data(setup.fingerprint, train, val, setup.tokenizer_file)
+        self.progress, self.news = setup.folder.restore_(model, self.optimizer, self.data)
+        if config.max_steps < self.progress.step:
+            raise UserError(f"--max_steps {config.max_steps}: the run has done {self.progress.step} steps already")
         self.ahead: StepData | None = None  # of the next step
+        self.rows: list[list[int]] = []  # of the step that was done last
+        self.judged: tuple[int, Score] | None = None  # the last validation, and its step
         self.autocast = mixed_precision(config, self.world.device)
         parameters = sum(p.numel() for p in model.parameters())
         self.flops_per_token = flops_per_token(model.config, parameters, config.seq_len)
@@ -158,7 +209,8 @@ class Loop:
         # 3. Update.
         self.optimizer.step()  # no parameter has a gradient left where the backward pass updated them
         self.optimizer.zero_grad(set_to_none=True)
-        self.progress = Progress(self.progress.step + 1, self.progress.tokens + labels, data.behind)
+        self.rows, now = data.rows, self.progress
+        self.progress = replace(now, step=now.step + 1, tokens=now.tokens + labels, cursor=data.behind)
         return self._measure(loss, lr, grad_norm, labels / (time.perf_counter() - started)), stop
 
     def _take(self, cursor: Cursor) -> StepData:
@@ -210,9 +262,41 @@ class Loop:
         model = loss_model_of(self.loss_model)
         return evaluate(model, self.held_out, self.world, self.config.batch_size, self.autocast)
 
+    def judge(self) -> Score:
+        """Validate, and keep the parameters where they are the best so far."""
+        score, step = self.evaluate(), self.progress.step
+        self.judged = step, score
+        best = self.progress.best.after(step, score) if self.progress.best else Best(step, score)
+        self.progress = replace(self.progress, best=best)
+        if best.step == step and self.config.keep == "best" and self.world.is_main:
+            write_best(self.setup.folder.path, step, self.setup.model)
+        return score
+
+    @property
+    def out_of_patience(self) -> bool:
+        best = self.progress.best
+        return bool(self.config.patience and best and best.waited >= self.config.patience)
+
+    def outcome(self, yards: Yardsticks, began: Score | None) -> Outcome:
+        """The verdict on the run; the model gets the parameters that are kept."""
+        step, best = self.progress.step, self.progress.best
+        if best and best.step == step:
+            self.judged = step, best.score
+        last = self.judged[1] if self.judged and self.judged[0] == step else self.evaluate()
+        kept, at = last, step
+        if best and best.step != step and self.config.keep == "best":
+            kept, at = best.score, best.step
+            if self.world.is_main:
+                load_best_(self.setup.folder.path, at, self.setup.model)
+        return Outcome(self.progress, kept, yards, judge(yards, began, kept, at, last, step))
+
+    def documents(self) -> list[int]:
+        """Those of the last step's batch."""
+        return self.packer.documents_in(self.rows)
+
     def save(self) -> None:
         if self.world.is_main:
-            self.setup.folder.save(self.progress, self.setup.model, self.optimizer, self.setup.fingerprint)
+            self.setup.folder.save(self.progress, self.setup.model, self.optimizer, self.data)
         self.world.barrier()
 
 

@@ -28,7 +28,7 @@ from nanollama.model import ModelConfig, Transformer
 
 
 class Letters:
-    bos_id, lengths = 1, np.full(8, 9)
+    bos_id, lengths, special_ids = 1, np.full(8, 9), {}
 
     def tokens(self, document, start, stop):
         return np.arange(1 + start, 1 + stop)
