@@ -355,7 +355,7 @@ def chart(found: dict[str, Any], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no chart: pip install nanollama[plots]", file=sys.stderr)
+        print("no chart: pip install 'llama-parity[finetune]'", file=sys.stderr)
         return
     items = sorted(found["engines"].items(), key=lambda item: item[1]["tokens_per_s"])
     names, speeds = [name for name, _ in items], [figure["tokens_per_s"] for _, figure in items]

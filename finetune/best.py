@@ -11,13 +11,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from finetune.errors import UserError
 from finetune.evaluate import Score
+from finetune.gather import Whole
 from finetune.optim import trained
-from finetune.tensors import read_tensors, write_tensors
+from finetune.tensors import read_into_, write_tensors
 from nanollama.checkpoint.staging import staged
 
 SCHEMA = "nanollama.best/1"
@@ -40,25 +39,19 @@ def folder_of(out: Path, step: int) -> Path:
     return out / "best" / f"step_{step:08d}"
 
 
-def write_best(out: Path, step: int, model: nn.Module) -> None:
-    """Raises CheckpointError when the disk refuses."""
+def write_best(out: Path, step: int, model: nn.Module, whole: Whole = Tensor.detach) -> None:
+    """Raises CheckpointError when the disk refuses. whole: gives a trained parameter in one piece."""
     folder = folder_of(out, step)
     if (folder / "state.json").exists():  # done before a kill: the same numbers
         return
     with staged(folder) as stage:
-        write_tensors(stage, "model.safetensors", trained(model))
+        write_tensors(stage, "model.safetensors", trained(model), whole)
         stage.text("state.json", json.dumps({"schema": SCHEMA, "step": step}) + "\n")
 
 
 def load_best_(out: Path, step: int, model: nn.Module) -> None:
-    """The model's trained parameters become those of that step. Raises UserError."""
-    folder, parameters = folder_of(out, step), trained(model)
-    weights = read_tensors(folder / "model.safetensors", next(model.parameters()).device)
-    if weights.keys() != parameters.keys():
-        raise UserError(f"{folder}: model.safetensors does not hold the parameters that this run trains")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+    """The model's trained parameters become those of that step, each rank's its part. Raises UserError."""
+    read_into_(trained(model), folder_of(out, step) / "model.safetensors")
 
 
 def keep_only(out: Path, step: int | None) -> None:

@@ -26,6 +26,7 @@ from finetune.lora import add_lora_, add_rows_, quantize_base_, wear_
 from finetune.loss import LossModel
 from finetune.optim import select_trained_
 from finetune.parallelize import World, replicate
+from finetune.sharding import shard_
 from nanollama.checkpoint import Checkpoint, open_checkpoint
 from nanollama.checkpoint.adapter import LINEARS, Adapter, read_adapter, target_names
 from nanollama.checkpoint.weights import Weights, as_weights
@@ -217,8 +218,13 @@ def _matrices(model: Transformer) -> list[torch.Tensor]:
 # --- Wraps: the model knows of none ----------------------------------------------------------------------------------
 
 
-def wrap_(model: Transformer, config: TrainConfig, world: World) -> nn.Module:
-    """Everything that `config` puts around the model, in the order in which it has to be."""
+def wrap_(
+    model: Transformer,
+    config: TrainConfig,
+    world: World,
+    loss_model: Callable[[Transformer], nn.Module] = LossModel,
+) -> nn.Module:
+    """Everything that `config` puts around the model, in the order in which it has to be; loss_model: the last."""
     select_trained_(model, config.method)
     if config.dropout:
         add_dropout_(model, config.dropout)
@@ -226,7 +232,8 @@ def wrap_(model: Transformer, config: TrainConfig, world: World) -> nn.Module:
         checkpoint_blocks_(model, offload=config.offload_activations and world.device.type != "cpu")
     if config.compile:
         compile_blocks_(model)
-    return replicate(LossModel(model).train(), world)
+    shard_(model, config, world)
+    return replicate(loss_model(model).train(), world)
 
 
 def mixed_precision(config: TrainConfig, device: torch.device) -> torch.autocast:

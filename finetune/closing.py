@@ -10,8 +10,10 @@ from pathlib import Path
 
 from finetune.config import LORA_METHODS, TrainConfig
 from finetune.data.files import Say, write_atomically
-from finetune.lora import adapter_of, merged_lazily
+from finetune.gather import Whole, gathering
+from finetune.lora import adapter_of, merged_when_read
 from finetune.report import write_report
+from finetune.sharding import rest_
 from finetune.train import Outcome, Setup
 from nanollama.checkpoint import convert, sniff
 from nanollama.checkpoint.adapter import write_adapter
@@ -22,12 +24,20 @@ Step = tuple[str, str]  # what for, and what to type
 
 
 def finish(setup: Setup, tokenizer: Path, outcome: Outcome, further: list[Step], say: Say) -> None:
-    """The final model, the report, the verdict, and what to type next. further: lines of the entry's own."""
-    out, config = setup.folder.path, setup.folder.config
-    write_model(setup, tokenizer)
+    """The final model, the report, the verdict, and what to type next. All ranks bring their shards; the main one
+    writes. further: lines of the entry's own.
+    """
+    out, config, world = setup.folder.path, setup.folder.config, setup.world
+    rest_(setup.model)
+    with gathering(dict(setup.model.named_parameters()), world) as whole:
+        if whole is not None:
+            write_model(setup, tokenizer, whole)
+    text = setup.sample(setup.model) if world.is_main or world.mesh else ""
+    if not world.is_main:
+        return
     write_atomically(out / "summary.json", json.dumps(summary(outcome), indent=2).encode())
     score, bigram = outcome.score, outcome.yards.bigram
-    say(f"sample: {setup.sample(setup.model)}")
+    say(f"sample: {text}")
     say(f"held-out bits per byte: {score.bpb:.4f}; a bigram model fitted on the training text: {bigram.bpb:.4f}")
     say(f"held-out nats per token: {score.loss:.4f}; the bigram model: {bigram.loss:.4f}")
     say(f"verdict: {outcome.verdict.text}")
@@ -43,10 +53,13 @@ def finish(setup: Setup, tokenizer: Path, outcome: Outcome, further: list[Step],
         say(f"  {what + ':':17}{line}")
 
 
-def write_model(setup: Setup, tokenizer: Path) -> None:
-    """final/ with adapters merged in, final-hf/ where asked for, and the adapter."""
+def write_model(setup: Setup, tokenizer: Path, whole: Whole) -> None:
+    """final/ with adapters merged in, final-hf/ where asked for, and the adapter.
+
+    whole: gives a parameter in one piece.
+    """
     config, out, model = setup.folder.config, setup.folder.path, setup.model
-    weights = merged_lazily(model)
+    weights = merged_when_read(model, whole)
     for folder, write in ((out / "final", write_meta), (out / "final-hf", write_hf)):
         if folder.exists():
             shutil.rmtree(folder)  # of this run, when it is resumed after its end
@@ -54,7 +67,7 @@ def write_model(setup: Setup, tokenizer: Path) -> None:
             write(folder, model.config, weights, tokenizer=tokenizer)
     if config.method in LORA_METHODS:
         base = base_for_peft(config, out)
-        write_adapter(out / "adapter", adapter_of(model), model.config, base=base_name(base))
+        write_adapter(out / "adapter", adapter_of(model, whole), model.config, base=base_name(base))
 
 
 def base_name(ckpt: str) -> str:

@@ -21,6 +21,7 @@ from nanollama.model import ModelConfig
 METHODS = ("full", "norms", "no_embeddings", "lora", "qlora")
 LORA_METHODS = ("lora", "qlora")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of --dtype and --weights
+MESH = ("dp", "fsdp", "tp")  # processes along each dimension, see finetune/mesh.py
 FROM_PRESET = ("seq_len", "batch_size", "lr", "max_steps", "vocab_size")  # 0: what the preset says
 EVAL_TOKENS = 50_000
 TWO_LENGTHS = "--epochs {0.epochs:g} and --max_steps {0.max_steps} together: each says how long to train"
@@ -53,6 +54,9 @@ class TrainConfig:
     lora_dropout: float = 0.0  # on what the adapters read
     adapter: str | None = None  # lora and qlora: start from this adapter; its rank, alpha and targets are the run's
     chat_rows: Literal["auto", "reinit", "keep"] = "keep"  # chat words' rows become the mean; auto: untrained ones
+    # Preferences (finetune.preference)
+    loss: Literal["dpo", "ipo", "dpo_norm", "orpo"] = "dpo"  # dpo_norm, ipo: by length; orpo: without a reference
+    beta: float = 0.0  # how far the margin of an answer counts; 0: 0.1, and 5 for dpo_norm
     # Run
     out: str | None = None  # folder of the run; else out/ENTRY-TIME
     resume: bool = False  # continue the run in --out, bit by bit
@@ -80,7 +84,11 @@ class TrainConfig:
     device: str = "auto"  # cpu, cuda, mps; auto: cuda where there is one
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the computation
     weights: Literal["fp32", "bf16"] = "fp32"  # bf16: states and computation too, every update rounded stochastically
+    dp: int = 0  # copies of the model among the processes of torchrun, each on its own rows; 0: the rest of them
+    fsdp: int = 0  # shards of weights, gradients and states, each on its own rows; 0: 1, or with --dp the rest
+    tp: int = 0  # parts of each layer, on the same rows; 0: 1
     threads: int = 0  # CPU threads; 0: torch's choice; recorded, since another number rounds differently
+    collective_timeout_s: int = 600  # of several ranks: seconds that one waits for the others before the run ends
     compile: bool = False  # torch.compile the model
     activation_checkpointing: bool = False  # recompute each block in the backward pass instead of keeping it
     offload_activations: bool = False  # with it: what is kept waits in the CPU's memory, not in the GPU's
@@ -97,9 +105,10 @@ class TrainConfig:
     export: Literal["hf"] | None = None  # also write final-hf/, a Hugging Face folder
 
     def __post_init__(self) -> None:
-        for name in ("accumulate", "save_every", "lora_rank"):
+        for name in ("accumulate", "save_every", "lora_rank", "collective_timeout_s"):
             _at_least(self, name, 1)
-        for name in ("lr", "min_lr", "weight_decay", "grad_clip", "dropout", "seed", *FROM_PRESET, *WHEN):
+        rates = ("beta", "lr", "min_lr", "weight_decay", "grad_clip", "dropout")
+        for name in (*rates, "seed", *MESH, *FROM_PRESET, *WHEN):
             _at_least(self, name, 0)
         _at_least(self, "warmup_steps", -1)
         if self.seq_len == 1:
@@ -247,11 +256,11 @@ def init_shape(config: TrainConfig, vocab_size: int) -> ModelConfig:
     return ModelConfig(**{**common, **shape})
 
 
-# Fields that may differ between a run and its continuation. FREE: they change what is seen and kept, not what is
-# computed. GOING_ON: the rest of the run is another one, which is said and logged.
+# Fields that may differ between a run and its continuation. FREE: they change what is seen and kept, and on how many
+# ranks, not what is computed. GOING_ON: the rest of the run is another one, which is said and logged.
 FREE = frozenset(
     ("resume", "out", "cache", "workers", "save_every", "eval_every", "eval_tokens", "sample_every", "prompt")
-    + ("tensorboard", "wandb", "export", "patience")
+    + ("tensorboard", "wandb", "export", "patience", "collective_timeout_s", "dp", "fsdp", "tp")
 )
 GOING_ON = ("lr", "min_lr", "schedule", "weight_decay", "grad_clip", "max_steps", "epochs")
 
@@ -287,6 +296,18 @@ def changes(saved: TrainConfig, now: TrainConfig) -> dict[str, tuple[Any, Any]]:
     names = [f.name for f in fields(TrainConfig) if f.name not in ("resume", "out", "cache", "workers")]
     pairs = {name: (getattr(saved, name), getattr(now, name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+# Fields that mean something to one entry alone.
+OWNED = {"loss": "preference", "beta": "preference"}
+
+
+def refuse_foreign(entry: str, config: TrainConfig) -> None:
+    """Raises UserError for a flag that this entry would not look at."""
+    usual = TrainConfig()
+    for name, owner in OWNED.items():
+        if owner != entry and getattr(config, name) != getattr(usual, name):
+            raise UserError(f"--{name} is finetune.{owner}'s: finetune.{entry} has no use for it")
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:

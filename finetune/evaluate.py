@@ -5,15 +5,14 @@ bigram model fitted on the training tokens, which a model that has learned anyth
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import nn
 
-from finetune.data.documents import Bools, Documents, Ints, first_documents, whole, whole_mask
-from finetune.data.packing import Packer
-from finetune.loss import LossModel
+from finetune.data.documents import Bools, Documents, Ints, MaskedDocuments, first_documents, whole, whole_mask
+from finetune.data.packing import Packer, Packing
 from finetune.parallelize import World
 from nanollama.tokenizer import Tokenizer
 
@@ -25,13 +24,14 @@ PRIOR_COUNTS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 class Score:
     loss: float  # nats per token
     bpb: float  # bits per byte
+    more: dict[str, float] = field(default_factory=dict)  # of losses that have more to say
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """What is evaluated: whole documents, packed, and the bytes of their text."""
 
-    packer: Packer
+    packer: Packing
     rows: list[list[int]]
     documents: int
     text_bytes: int  # of the labels
@@ -56,10 +56,10 @@ class Beginning:
         return self.documents.tokens(document, start, stop)
 
 
-def hold_out(packer: Packer, tokenizer: Tokenizer, max_tokens: int) -> HeldOut:
+def hold_out(packer: Packing, tokenizer: Tokenizer, max_tokens: int) -> HeldOut:
     """The first documents, about `max_tokens` of them and at least one; of one that is far longer its beginning."""
     documents = packer.documents
-    if documents.lengths[0] > 2 * max_tokens:
+    if isinstance(packer, Packer) and documents.lengths[0] > 2 * max_tokens and not _is_masked(documents):
         documents = Beginning(documents, np.array([max_tokens]))
         packer = Packer(documents, packer.seq_len, doc_mask=packer.doc_mask)
     count = first_documents(documents, max_tokens)
@@ -69,6 +69,11 @@ def hold_out(packer: Packer, tokenizer: Tokenizer, max_tokens: int) -> HeldOut:
     texts = (tokenizer.decode(ids[~np.isin(ids, special)].tolist()) for ids in labels)
     bytes_of_text = sum(len(text.encode()) for text in texts)
     return HeldOut(packer, packer.in_order(count), count, max(1, bytes_of_text), sum(map(len, labels)))
+
+
+def _is_masked(documents: Documents) -> bool:
+    """Dialogues and pairs are never longer than a row."""
+    return isinstance(documents, MaskedDocuments)
 
 
 def _labels(documents: Documents, i: int) -> Bools:
@@ -83,13 +88,14 @@ def evaluate(model: nn.Module, held_out: HeldOut, world: World, batch_size: int,
     """Score `model` (a LossModel or what compiles it) on the held-out rows, shared among the ranks."""
     was_training = model.training
     model.eval()
-    mine = held_out.rows[world.rank :: world.size]
+    mine = held_out.rows[world.data_rank :: world.data_size]
+    most = -(-len(held_out.rows) // world.data_size)  # rows of any rank: shards are gathered by all ranks together
     nats, tokens = 0.0, 0
-    for i in range(0, len(mine), batch_size):
+    for i in range(0, most, batch_size):
         rows = mine[i : i + batch_size]
         batch = held_out.packer.batch(rows + [[]] * (batch_size - len(rows))).to(world.device)
         with autocast:
-            nats += model(batch.tokens, batch.labels, batch.positions, batch.doc_ids).item()
+            nats += model(*batch.inputs()).item()
         tokens += batch.valid
     model.train(was_training)
     total_nats, total_tokens = world.sum([nats, float(tokens)]).tolist()
@@ -115,8 +121,8 @@ def _pairs(documents: Documents, count: int) -> tuple[Ints, Ints]:
     return np.concatenate([t[:-1][mask] for t, mask in texts]), np.concatenate([t[1:][mask] for t, mask in texts])
 
 
-def loss_model_of(module: nn.Module) -> LossModel:
+def loss_model_of(module: nn.Module) -> nn.Module:
     """The LossModel inside DDP's wrapper: ranks with different numbers of rows must not wait for each other."""
     inner = getattr(module, "module", module)
-    assert isinstance(inner, LossModel)
+    assert isinstance(inner, nn.Module)
     return inner

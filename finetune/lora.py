@@ -135,23 +135,23 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def merged_weights(model: Transformer) -> dict[str, Tensor]:
     """Meta's names -> plain tensors, adapters summed in; a model without adapters gives its own tensors."""
-    return dict(merged_lazily(model))
+    return dict(merged_when_read(model))
 
 
-def merged_lazily(model: Transformer) -> Weights:
-    """`merged_weights`, each summed when it is read: no second model in memory while one is written."""
+def merged_when_read(model: Transformer, whole: Callable[[Tensor], Tensor] = Tensor.detach) -> Weights:
+    """The same, each made when it is read. whole: gives a parameter in one piece, where it is sharded."""
     bases = {}
     for name, module in model.named_modules():
         base = module.base if isinstance(module, (LoraLinear, TokenRows)) else module
         if ".base" not in f".{name}" and isinstance(getattr(base, "weight", None), Tensor):
-            bases[f"{name}.weight"] = _weight_of(base)
-    return merged(Weights(bases), adapter_of(model))
+            bases[f"{name}.weight"] = _weight_of(base, whole)
+    return merged(Weights(bases), adapter_of(model, whole))
 
 
-def _weight_of(module: Any) -> Lazy:
+def _weight_of(module: Any, whole: Callable[[Tensor], Tensor]) -> Lazy:
     """Read when it is asked for: a 4-bit layer makes its whole matrix anew each time, and all at once would not fit."""
     weight = module.weight
-    return Lazy(tuple(weight.shape), weight.dtype, lambda start, stop: module.weight.detach()[start:stop])
+    return Lazy(tuple(weight.shape), weight.dtype, lambda start, stop: whole(module.weight)[start:stop])
 
 
 def merged_model(model: Transformer, attention: str = "fast") -> Transformer:
@@ -161,14 +161,17 @@ def merged_model(model: Transformer, attention: str = "fast") -> Transformer:
     )
 
 
-def adapter_of(model: Transformer) -> Adapter:
-    """The adapter that the model wears, as nanollama.checkpoint.adapter writes it; an empty one where it wears none."""
+def adapter_of(model: Transformer, whole: Callable[[Tensor], Tensor] = Tensor.detach) -> Adapter:
+    """The adapter that the model wears, as nanollama.checkpoint.adapter writes it; an empty one where it wears none.
+
+    whole: gives a parameter in one piece, where it is sharded.
+    """
     loras = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
     tables = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, TokenRows)}
     return Adapter(
-        pairs={name: (m.lora_A.detach(), m.lora_B.detach()) for name, m in loras.items()},
+        pairs={name: (whole(m.lora_A), whole(m.lora_B)) for name, m in loras.items()},
         alphas={name: m.alpha for name, m in loras.items()},
-        rows={name: (tuple(m.ids.tolist()), m.token_rows.detach()) for name, m in tables.items()},
+        rows={name: (tuple(m.ids.tolist()), whole(m.token_rows)) for name, m in tables.items()},
         dropout=max((m.dropout for m in loras.values()), default=0.0),  # the same of all
     )
 
@@ -203,7 +206,7 @@ def _replace_(model: nn.Module, name: str, module: nn.Module) -> None:
 
 BLOCK, SCALER_BLOCK = 64, 256  # weights that share a scale, and scales that share one: QLoRA's
 PATHS = ("torchao.quantization.quantize_.workflows.nf4.nf4_tensor", "torchao.dtypes.nf4tensor")  # newest first
-EXTRA = "--method qlora needs the package torchao: pip install 'nanollama[lean]'"
+EXTRA = "--method qlora needs the package torchao: pip install 'llama-parity[lean]'"
 
 
 class NF4Linear(nn.Module):

@@ -40,6 +40,15 @@ def linear_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor
     return LinearCrossEntropy.apply(hidden, head, labels)
 
 
+def token_log_probs(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """log p(label) of each row, (N,) in fp32 or finer, 0 where the label is IGNORE; in chunks, as the loss is.
+
+    For losses that need what all tokens of a sequence sum to before a gradient is known: the backward pass makes the
+    logits of each chunk again.
+    """
+    return TokenLogProbs.apply(hidden, head, labels)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Gradients are made in the forward pass; the backward pass scales them."""
 
@@ -79,15 +88,64 @@ class LinearCrossEntropy(torch.autograd.Function):
         return hidden, head, None
 
 
+class TokenLogProbs(torch.autograd.Function):
+    """Keeps its inputs alone."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        device = hidden.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        ctx.save_for_backward(hidden, head, labels)
+        valid = (labels != IGNORE).nonzero().squeeze(1)
+        rows, weight, picks = hidden[valid].to(ctx.dtype), head.to(ctx.dtype), labels[valid]
+        exact, step = torch.promote_types(ctx.dtype, torch.float32), chunk_tokens(head)
+        found = torch.zeros(len(labels), dtype=exact, device=hidden.device)
+        for start in range(0, len(valid), step):
+            part = slice(start, start + step)
+            logits = F.linear(rows[part], weight)  # (n, V)
+            picked = logits.gather(1, picks[part].unsqueeze(1))
+            _, largest, sums = softmax_parts_(logits)
+            found[valid[part]] = (picked - largest - sums.log()).squeeze(1)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        hidden, head, labels = ctx.saved_tensors
+        valid = (labels != IGNORE).nonzero().squeeze(1)
+        rows, weight, picks = hidden[valid].to(ctx.dtype), head.to(ctx.dtype), labels[valid]
+        need_hidden, need_head, _ = ctx.needs_input_grad
+        grad_rows = torch.empty_like(rows) if need_hidden else None
+        exact, step = torch.promote_types(ctx.dtype, torch.float32), chunk_tokens(head)
+        grad_head = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, exact)) if need_head else None
+        counts = -grad[valid].unsqueeze(1)  # a chunk's gradients are those of -log p
+        for start in range(0, len(valid), step):
+            part = slice(start, start + step)
+            _chunk(rows[part], weight, picks[part], part, grad_rows, grad_head, counts[part])
+        grad_hidden = None
+        if grad_rows is not None:
+            grad_hidden = torch.zeros_like(hidden)
+            grad_hidden[valid] = grad_rows.to(hidden.dtype)
+        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None
+
+
 def chunk_tokens(head: Tensor) -> int:
     """Tokens whose logits exist at a time, for a head (V, C)."""
     return max(MIN_CHUNK_TOKENS, (CHUNK_LOGITS_GPU if head.is_cuda else CHUNK_LOGITS) // head.shape[0])
 
 
 def _chunk(
-    rows: Tensor, weight: Tensor, labels: Tensor, part: slice, grad_rows: Tensor | None, grad_head: Tensor | None
+    rows: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    part: slice,
+    grad_rows: Tensor | None,
+    grad_head: Tensor | None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Loss of some rows (n, C); their gradients are put into grad_rows[part] and added to grad_head. No graph here.
+
+    counts (n, 1): how often each row counts in the gradients; once, where there are none.
 
     With e = exp(logits - largest) and s = sum(e), the gradient of the logits is e / s less one at the label. The
     division moves to the small side of each product, and the label's part is taken off its row.
@@ -97,8 +155,10 @@ def _chunk(
     powers, largest, sums = softmax_parts_(logits)
     loss = (sums.log() + largest - picked).sum()
     if grad_rows is not None:
-        grad_rows[part] = (powers @ weight) / sums - weight[labels]
+        found = (powers @ weight) / sums - weight[labels]
+        grad_rows[part] = found if counts is None else found * counts
     if grad_head is not None:
+        rows = rows if counts is None else (rows * counts).to(rows.dtype)
         scaled = (rows / sums).to(rows.dtype)
         if grad_head.dtype == rows.dtype:
             grad_head.addmm_(powers.T, scaled)

@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -50,10 +50,12 @@ class StepMetrics:
     tokens_per_s: float  # labels of this step
     peak_bytes: int
     mfu: float | None = None  # share of the GPUs' peak in FLOP/s; None where that is not known
+    more: dict[str, float] = field(default_factory=dict)  # of losses that have more to say
 
     def values(self) -> dict[str, float]:
         """As metrics.jsonl has them."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        known = {name: value for name, value in asdict(self).items() if name != "more" and value is not None}
+        return known | self.more
 
 
 class Writer(Protocol):
@@ -67,7 +69,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError(
-                "--tensorboard needs the package tensorboard: pip install 'nanollama[tensorboard]'"
+                "--tensorboard needs the package tensorboard: pip install 'llama-parity[tensorboard]'"
             ) from None
         self.writer = SummaryWriter(str(out / "tensorboard"))
 
@@ -84,7 +86,7 @@ class WandB:
         try:
             import wandb  # type: ignore[import-not-found,unused-ignore]
         except ImportError:
-            raise UserError("--wandb needs the package wandb: pip install 'nanollama[wandb]'") from None
+            raise UserError("--wandb needs the package wandb: pip install 'llama-parity[wandb]'") from None
         # The run's folder is its name there too, so a resumed run continues its own curves.
         self.run = wandb.init(project="nanollama", id=out.name, resume="allow", dir=str(out), config=to_json(config))
 
@@ -165,8 +167,9 @@ class Metrics:
             print(line, file=sys.stderr, flush=True)
 
     def write_score(self, step: int, score: Score) -> None:
-        self._write(step, {"val_loss": score.loss, "val_bpb": score.bpb})
-        self.say(f"step {step}: validation loss {score.loss:.4f}, {score.bpb:.4f} bits per byte")
+        self._write(step, {"val_loss": score.loss, "val_bpb": score.bpb, **score.more})
+        more = "".join(f", {name.removeprefix('val_')} {value:.4f}" for name, value in score.more.items())
+        self.say(f"step {step}: validation loss {score.loss:.4f}, {score.bpb:.4f} bits per byte{more}")
 
     def write_changes(self, step: int, changed: dict[str, tuple[Any, Any]]) -> None:
         """What a resumed run does otherwise from `step` on, said and logged."""

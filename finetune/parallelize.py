@@ -1,21 +1,30 @@
-"""Data parallelism, from outside: one process per rank, started by torchrun; gradients are summed over ranks, not
-averaged, since each rank divides its loss by the number of valid tokens on all of them.
+"""The processes of a run and how they meet: one a rank, started by torchrun, in a mesh of copies, shards and parts of
+layers (finetune/mesh.py). Gradients are summed over the ranks that read different rows, not averaged, since each rank
+divides its loss by the number of valid tokens on all of them.
 
     torchrun --nproc_per_node 2 -m finetune.tinystories --init 15M
+    torchrun --nproc_per_node 4 -m finetune.tinystories --init 110M --fsdp 2 --tp 2
 """
 
+import faulthandler
+import itertools
 import os
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from finetune.errors import UserError
+from finetune.mesh import DIMENSIONS, MeshSizes
+from finetune.peers import Peers, meet, wait_for
 
 T = TypeVar("T")
 
@@ -27,18 +36,39 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
+    sizes: MeshSizes = field(default_factory=MeshSizes)
+    mesh: DeviceMesh | None = None  # where the model is sharded
+    store: dist.Store | None = None  # where there are peers
+    peers: Peers | None = None
+    calls: Iterator[int] = field(default_factory=itertools.count)  # of from_main
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def data_rank(self) -> int:
+        """Among the ranks that read different rows; those that split a layer among them share one."""
+        return self.rank // self.sizes.tp
+
+    @property
+    def data_size(self) -> int:
+        return self.size // self.sizes.tp
+
     def sum(self, values: list[float] | Tensor) -> Tensor:
-        """Element by element over all ranks, in float64 for a list (counts stay exact)."""
+        """Element by element over the ranks that read different rows, in float64 for a list (counts stay exact)."""
         total = torch.tensor(values, dtype=torch.float64) if isinstance(values, list) else values.clone()
         total = total.to(self.device) if self.device.type == "cuda" else total
         if self.size > 1:
-            dist.all_reduce(total)
+            for group in self._data_groups():
+                dist.all_reduce(total, group=group)
         return total
+
+    def _data_groups(self) -> list[dist.ProcessGroup | None]:
+        """Groups over which a sum, one after the other, is one over all ranks that read different rows."""
+        if self.mesh is None:
+            return [None]
+        return [self.mesh.get_group(name) for name in ("dp", "fsdp") if getattr(self.sizes, name) > 1]
 
     def max(self, value: int) -> int:
         """The largest over all ranks."""
@@ -49,12 +79,24 @@ class World:
         return int(largest)
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What `make` returns on the main rank, on every rank."""
-        if self.size == 1:
+        """What `make` returns on the main rank, on every rank; they wait for as long as it takes, and it lives."""
+        if self.store is None:
             return make()
-        box = [make() if self.is_main else None]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]  # type: ignore[return-value]
+        key = f"from_main/{next(self.calls)}"
+        if self.is_main:
+            made = make()
+            self.store.set(key, pickle.dumps(made))  # type: ignore[arg-type]  # its stub knows text alone
+            return made
+        wait_for(self.store, key)
+        return pickle.loads(self.store.get(key))
+
+    def wait_for_main(self) -> None:
+        """Until the main rank comes here, however long what it does alone takes."""
+        self.from_main(lambda: None)
+
+    def guard(self, act: Callable[[], int]) -> int:
+        """`act()`, an exit code; when a rank dies or hangs meanwhile, every process ends, with a line that names it."""
+        return self.peers.guard(act) if self.peers else act()
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -74,8 +116,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def open_world(device: str) -> World:
-    """Join the ranks that torchrun started, if it did. Raises UserError for a device that is not there."""
+def open_world(device: str, sizes: MeshSizes | None = None, limit_s: float = 600) -> World:
+    """Join the ranks that torchrun started, if it did. sizes: the mesh; None: each a copy of the model.
+
+    limit_s: how long a rank waits for the others in one collective. Raises UserError for a device that is not there.
+    """
     name = device.partition(":")[0]
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: no CUDA device is there: use --device cpu")
@@ -87,10 +132,32 @@ def open_world(device: str) -> World:
     if size == 1:
         return World(torch.device(device))
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    dist.init_process_group("nccl" if name == "cuda" else "gloo")
     if name == "cuda":
         torch.cuda.set_device(local)
-    return World(torch.device(name, local) if name == "cuda" else torch.device(name), rank, size)
+        record_flights()
+    faulthandler.enable()  # NCCL's watchdog aborts a process whose collective takes too long: say where it was
+    store = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=max(limit_s, 60)))))[0]
+    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{size}"  # torchrun's store outlives the processes
+    ours = dist.PrefixStore(f"finetune/{attempt}", store)
+    peers = meet(ours, rank, size, int(os.environ.get("LOCAL_RANK", rank)), os.environ["MASTER_ADDR"], limit_s)
+    dist.init_process_group(
+        "nccl" if name == "cuda" else "gloo",
+        store=dist.PrefixStore(f"group/{attempt}", store),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=limit_s),
+    )
+    sizes, mesh = sizes or MeshSizes(dp=size), None
+    if sizes.is_sharded:
+        mesh = init_device_mesh(name, (sizes.dp, sizes.fsdp, sizes.tp), mesh_dim_names=DIMENSIONS)
+    on = torch.device(name, local) if name == "cuda" else torch.device(name)
+    return World(on, rank, size, sizes, mesh, ours, peers)
+
+
+def record_flights() -> None:
+    """Let NCCL's watchdog write down the last collectives of every rank when one takes too long, unless told else."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
 
 def _sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -100,8 +167,8 @@ def _sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[T
 
 
 def replicate(module: nn.Module, world: World) -> nn.Module:
-    """`module` with its gradients summed over all ranks in the backward pass; itself when there is one rank."""
-    if world.size == 1:
+    """`module` with its gradients summed over all ranks in the backward pass; itself on one rank, or sharded."""
+    if world.size == 1 or world.mesh:
         return module
     replica = DistributedDataParallel(module)
     replica.register_comm_hook(None, _sum_gradients)

@@ -31,13 +31,16 @@ from finetune.data.files import write_atomically
 from finetune.data.packing import Cursor
 from finetune.errors import UserError
 from finetune.evaluate import Score
+from finetune.gather import Whole, like
+from finetune.mesh import mesh_sizes
 from finetune.optim import trained
 from finetune.parallelize import World, world_size
-from finetune.tensors import read_tensors, write_tensors
+from finetune.tensors import read_into_, read_tensors, write_tensors
 from nanollama.checkpoint.staging import staged
 
 CONFIG = "config.json"
 SCHEMA = "nanollama.run/1"  # of state.json
+BESIDE = ("entry", "world_size", "micro_batches")  # in config.json, what is no flag
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,20 @@ class RunFolder:
 
     path: Path
     config: TrainConfig
+    micro_batches: int = 0  # in a step, on all ranks together, as the run was begun; 0: as the config and the ranks say
 
-    def save(self, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, data: Data) -> None:
-        """Write a checkpoint, then remove the older ones. Raises CheckpointError where the disk refuses; they stay."""
+    def save(
+        self,
+        progress: Progress,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data: Data,
+        whole: Whole = Tensor.detach,
+    ) -> None:
+        """Write a checkpoint, then remove the older ones. Raises CheckpointError when the disk refuses; they stay then.
+
+        whole: what gives a tensor of `saved_tensors` in one piece.
+        """
         folder = self.path / "checkpoints" / f"step_{progress.step:08d}"
         if (folder / "state.json").exists():
             return
@@ -93,8 +107,8 @@ class RunFolder:
         }
         older = checkpoints(self.path)
         with staged(folder) as stage:
-            write_tensors(stage, "model.safetensors", trained(model))
-            write_tensors(stage, "optimizer.safetensors", tensors)
+            write_tensors(stage, "model.safetensors", trained(model), whole)
+            write_tensors(stage, "optimizer.safetensors", tensors, whole)
             stage.text("state.json", json.dumps(state, indent=2) + "\n")
         for old in older:
             _remove(old)
@@ -123,16 +137,10 @@ class RunFolder:
             return Progress(), ""
         folder = checkpoints(self.path)[-1]
         news = _appended(state, data, folder)
-        device = next(model.parameters()).device
-        weights, parameters = read_tensors(folder / "model.safetensors", device), trained(model)
-        if weights.keys() != parameters.keys():
-            raise UserError(f"{folder}: model.safetensors does not hold the parameters that this run trains")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
-        _restore_optimizer_(
-            optimizer, parameters, read_tensors(folder / "optimizer.safetensors", device), state["optimizer"]
-        )
+        parameters = trained(model)
+        read_into_(parameters, folder / "model.safetensors")
+        states = read_tensors(folder / "optimizer.safetensors", parameters)
+        _restore_optimizer_(optimizer, parameters, states, state["optimizer"])
         progress = Progress.read(state["progress"])
         keep_only(self.path, progress.best.step if progress.best else None)
         if news:
@@ -175,13 +183,16 @@ def begin(entry: str, config: TrainConfig) -> RunFolder:
     if inside:
         raise UserError(f"--out {out}: is not empty (it holds {min(inside)}): choose another folder")
     config = replace(config, out=str(out))
-    saved = {"entry": entry, "world_size": world_size(), **to_json(config)}
+    ranks = world_size()
+    sizes = mesh_sizes(config.dp, config.fsdp, config.tp, world_size=ranks)
+    micro_batches = config.accumulate * sizes.dp * sizes.fsdp
+    saved = {"entry": entry, "world_size": ranks, "micro_batches": micro_batches, **to_json(config)}
     write_atomically(out / CONFIG, (json.dumps(saved, indent=2) + "\n").encode())
     return RunFolder(out, config)
 
 
 def resume(entry: str, given: TrainConfig, defaults: TrainConfig) -> RunFolder:
-    """The folder of the run that `--resume` continues, its config with what of `given` may differ.
+    """The folder of the run that `--resume` continues, its config with what of `given` may differ; the ranks may, too.
 
     defaults: the entry's; a flag that has its default counts as not given. Raises UserError.
     """
@@ -197,10 +208,11 @@ def resume(entry: str, given: TrainConfig, defaults: TrainConfig) -> RunFolder:
     if began != entry:
         raise UserError(f"--out {given.out}: holds a run of finetune.{began}: resume it with the command that began it")
     ranks = saved.pop("world_size")
-    if ranks != world_size():
-        raise UserError(f"--resume continues a run of {ranks} processes: start as many")
+    micro_batches = saved.pop("micro_batches", ranks * saved["accumulate"])
     config = merge_resumed(given, from_json(saved, path), defaults)
-    return RunFolder(path.parent, replace(config, out=str(path.parent)))
+    if ranks != world_size() or given.dp or given.fsdp or given.tp:  # the mesh that was is not the one that is
+        config = replace(config, dp=given.dp, fsdp=given.fsdp, tp=given.tp)
+    return RunFolder(path.parent, replace(config, out=str(path.parent)), micro_batches)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -218,7 +230,7 @@ def saved_config(folder: RunFolder) -> TrainConfig:
     """What config.json says."""
     path = folder.path / CONFIG
     saved = _read_config(path)
-    return from_json({name: value for name, value in saved.items() if name not in ("entry", "world_size")}, path)
+    return from_json({name: value for name, value in saved.items() if name not in BESIDE}, path)
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -274,8 +286,14 @@ def _restore_optimizer_(
     # Not by load_state_dict, which casts every state to its parameter's dtype: bytes and their scales stay as they are.
     for name, parameter in parameters.items():
         prefix, device = f"{name}:", parameter.device
-        values = {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+        mine = {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+        values = {n: like(tensor, parameter) for n, tensor in mine.items()}
         numbers = {n.removeprefix(prefix): number for n, number in scalars.items() if n.startswith(prefix)}
         values |= {n: torch.tensor(v, dtype=torch.float32, device=device) for n, v in numbers.items()}
         if values:
             optimizer.state[parameter] = values
+
+
+def saved_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What a checkpoint's files hold, sharded as it is: trained parameters, states by "parameter name:state name"."""
+    return {**trained(model), **_optimizer_state(model, optimizer)[0]}

@@ -15,18 +15,19 @@ from typing import Any
 import torch
 
 from finetune import interrupts
-from finetune.again import continue_line
 from finetune.build import Start, adapt_, build_model, open_start
 from finetune.closing import Step, finish, quoted
-from finetune.config import TrainConfig, changes, resolve
+from finetune.config import TrainConfig, changes, refuse_foreign, resolve
 from finetune.data.documents import whole
-from finetune.data.packing import Packer
 from finetune.errors import TrainingStopped, UserError
-from finetune.parallelize import World, default_device, open_world
+from finetune.launcher import folder_of_the_first_start, remember_folder, to_continue
+from finetune.mesh import mesh_sizes
+from finetune.parallelize import World, default_device, open_world, world_size
 from finetune.prepare.cache import Prepared, Say, cache_folder, prepare
 from finetune.prepare.corpus import Source, text_files
 from finetune.recipe import settle
 from finetune.resume import RunFolder, begin, checkpoints, resume, saved_config
+from finetune.sharding import refuse_unshardable
 from finetune.train import Setup, train
 from nanollama.chat import encode_chat
 from nanollama.checkpoint import CheckpointError, open_checkpoint
@@ -50,6 +51,8 @@ class Entry:
     suggested: dict[str, int] = field(default_factory=dict)  # of what is left open, where the start is left open too
     make: Callable[[TrainConfig, Path, Say], Prepared] | None = None  # (config, tokenizer, say), in place of shards
     talks: bool = False  # the model answers messages; else it continues text
+    recipe: Callable[[TrainConfig], TrainConfig] = lambda config: config  # fills what is left open, or refuses
+    ready: Callable[[Setup, Say], Setup] = lambda setup, say: setup  # what else is made of model and data
     larger: tuple[str, ...] = ()  # flags of larger runs, printed at the end of a default run
     onward: tuple[Step, ...] = ()  # what may be done next with the model: (what for, a module and its flags)
 
@@ -62,30 +65,44 @@ def run_entry(entry: Entry) -> None:
 def run(entry: Entry, given: TrainConfig) -> int:
     """The whole run; returns the exit code. Raises UserError, or another ValueError, for what the user can mend."""
     try:
+        if begun := folder_of_the_first_start():
+            given = replace(given, out=begun, resume=True)
         folder = resume(entry.name, given, TrainConfig(**entry.defaults)) if given.resume else None
         config = folder.config if folder else complete(entry, given)
-        world = open_world(config.device)
+        sizes = mesh_sizes(config.dp, config.fsdp, config.tp, world_size=world_size())
+        refuse_unshardable(config, sizes)
+        opened = open_world(config.device, sizes, config.collective_timeout_s)
     except KeyboardInterrupt:
         print(interrupts.WORD, file=sys.stderr)
         return 130
-    out = Path(given.out or ".")
-    with closing(world):
-        try:
-            folder = folder or world.from_main(lambda: begin(entry.name, config))
-            out = folder.path
-            return train_in(entry, folder, world)
-        except TrainingStopped as stopped:
-            _complain(world, f"{stopped}\ncontinue with: {continue_line(entry.name, out)}")
-            return stopped.code
-        except KeyboardInterrupt:
-            again = f"interrupted; continue with: {continue_line(entry.name, out)}"
-            _complain(world, again if checkpoints(out) else interrupts.WORD)
-            return 130
-        except (OSError, CheckpointError) as error:
-            if not _is_full_disk(error):
-                raise
-            _complain(world, f"error: {_full_disk(error, out)}")
-            return 1
+    with closing(opened) as world:
+        return world.guard(lambda: run_on(entry, config, folder, world))
+
+
+def run_on(entry: Entry, config: TrainConfig, folder: RunFolder | None, world: World) -> int:
+    """`run` on this rank, in the folder of the run to resume or in a new one."""
+    out = Path(config.out or ".")
+    try:
+        folder = folder or world.from_main(lambda: begin(entry.name, config))
+        out = folder.path
+        if world.peers:
+            world.peers.advice = lambda: f"; {_last_good(out)}: continue with {to_continue(entry.name, out)}"
+            remember_folder(out)
+        return train_in(entry, folder, world)
+    except TrainingStopped as stopped:
+        _complain(world, f"{stopped}\ncontinue with: {to_continue(entry.name, out)}")
+        return stopped.code
+    except KeyboardInterrupt:
+        again = f"interrupted; continue with: {to_continue(entry.name, out)}"
+        _complain(world, again if checkpoints(out) else interrupts.WORD)
+        if world.peers:
+            raise
+        return 130
+    except (OSError, CheckpointError) as error:
+        if not _is_full_disk(error):
+            raise
+        _complain(world, f"error: {_full_disk(error, out)}")
+        return 1
 
 
 def complete(entry: Entry, given: TrainConfig) -> TrainConfig:
@@ -94,8 +111,10 @@ def complete(entry: Entry, given: TrainConfig) -> TrainConfig:
     Raises UserError.
     """
     device = default_device() if given.device == "auto" else given.device
+    refuse_foreign(entry.name, given)
     context = open_checkpoint(given.ckpt).config.max_seq_len if given.ckpt and not given.seq_len else 0
-    return resolve(suggest(entry, given), device, given.threads or torch.get_num_threads(), context)
+    threads = given.threads or torch.get_num_threads()
+    return resolve(suggest(entry, entry.recipe(given)), device, threads, context)
 
 
 def train_in(entry: Entry, folder: RunFolder, world: World) -> int:
@@ -104,11 +123,22 @@ def train_in(entry: Entry, folder: RunFolder, world: World) -> int:
     torch.set_num_threads(folder.config.threads)
     with folder.forgotten_if_refused(world):
         setup, prepared = _set_up(entry, folder, world, say)
+        setup = settled(entry.ready(setup, say))
         outcome = train(setup)
-        if world.is_main:
-            finish(setup, prepared.tokenizer, outcome, _further(entry, setup.folder), say)
-        world.barrier()
+        finish(setup, prepared.tokenizer, outcome, _further(entry, setup.folder), say)
+        world.wait_for_main()
+        world.barrier()  # the main rank's end may be that of the store that the others ask
     return int(outcome.verdict.is_worse)
+
+
+def settled(setup: Setup) -> Setup:
+    """With everything in its config that follows from the data, and with what is otherwise than before."""
+    config, was = setup.folder.config, saved_config(setup.folder)
+    masked = config.doc_mask == "on"
+    packer = setup.objective.packer(setup.train, config.seq_len, seed=config.seed, doc_mask=masked)
+    config = settle(config, packer, config.batch_size * setup.micro_batches)
+    changed = changes(was, config) if config.resume else {}
+    return replace(setup, folder=replace(setup.folder, config=config), changed=changed)
 
 
 def _further(entry: Entry, folder: RunFolder) -> list[Step]:
@@ -122,14 +152,11 @@ def _further(entry: Entry, folder: RunFolder) -> list[Step]:
 
 def _set_up(entry: Entry, folder: RunFolder, world: World, say: Say) -> tuple[Setup, Prepared]:
     """The data, and the model with all that its config puts on it."""
-    config, was = folder.config, saved_config(folder)
+    config = folder.config
     start = open_start(config)
     for notice in start.checkpoint.notices if start.checkpoint else ():
         say(notice)
     prepared = _prepare(entry, folder, start, world, say)
-    packer = Packer(prepared.train, config.seq_len, seed=config.seed, doc_mask=config.doc_mask == "on")
-    config = settle(config, packer, world.size)
-    folder = replace(folder, config=config)
     tokenizer = open_tokenizer(prepared.tokenizer, rows=start.rows)
     model = build_model(start, config, tokenizer.vocab_size, world.device)
     check_rows(prepared, tokenizer, model.config.vocab_size)
@@ -145,7 +172,6 @@ def _set_up(entry: Entry, folder: RunFolder, world: World, say: Say) -> tuple[Se
         world=world,
         sample=lambda m: sample(m, tokenizer, config.prompt, talks=entry.talks),
         tokenizer_file=str(prepared.tokenizer),
-        changed=changes(was, config) if config.resume else {},
     )
     return setup, prepared
 
@@ -158,9 +184,12 @@ def _is_full_disk(error: OSError | CheckpointError) -> bool:
 def _full_disk(error: OSError | CheckpointError, out: Path) -> str:
     """One line for a disk that takes no more, at whatever moment."""
     what = f"{error.filename or out}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    return f"{what}; {_last_good(out)}: make room, then continue with --resume"
+
+
+def _last_good(out: Path) -> str:
     left = checkpoints(out)
-    good = f"the last good checkpoint is {left[-1]}" if left else "no checkpoint was saved before"
-    return f"{what}; {good}: make room, then continue with --resume"
+    return f"the last good checkpoint is {left[-1]}" if left else "no checkpoint was saved before"
 
 
 def suggest(entry: Entry, given: TrainConfig) -> TrainConfig:
@@ -246,9 +275,10 @@ def describe(folder: RunFolder, prepared: Prepared, model: Transformer, world: W
     say(f"model: {begun}: {parameters:,} parameters, {prepared.vocabulary.size:,} words; --method {config.method}")
     if config.offload_activations and config.device == "cpu":
         say("--offload_activations: activations of a run on the CPU are in its memory already")
-    ranks = f" on each of {world.size} ranks" if world.size > 1 else ""
+    ranks = f" on each of {world.data_size} ranks" if world.data_size > 1 else ""
+    ranks += f", mesh {world.sizes}" if world.mesh else ""
     rows = f"{config.batch_size} x {config.accumulate} rows of {config.seq_len} tokens"
-    say(f"run: {folder.path}: {config.max_steps} steps of {rows}{ranks}")
+    say(f"run: {folder.path}: steps of {rows}{ranks}")
 
 
 def sample(model: Transformer, tokenizer: Tokenizer, prompt: str, *, talks: bool = False) -> str:
@@ -275,7 +305,3 @@ def _sayer(world: World) -> Say:
 def _complain(world: World, text: str) -> None:
     if world.is_main:
         print(text, file=sys.stderr, flush=True)
-
-
-def _command(entry: Entry) -> str:
-    return f"python -m finetune.{entry.name}"

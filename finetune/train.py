@@ -9,7 +9,7 @@ on the checkpoint before it and on (seed, step, rank), so a resumed run repeats 
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import FrameType, TracebackType
 from typing import Any
@@ -21,15 +21,19 @@ from finetune.best import Best, load_best_, write_best
 from finetune.build import mixed_precision, wrap_
 from finetune.data.appended import Extent
 from finetune.data.documents import Documents
-from finetune.data.packing import Batch, Cursor, Packer
+from finetune.data.packing import Cursor, MicroBatch
 from finetune.errors import TrainingStopped, UserError
-from finetune.evaluate import Score, evaluate, hold_out, loss_model_of
+from finetune.evaluate import Score, hold_out, loss_model_of
+from finetune.gather import full, gathering
+from finetune.launcher import started_by_torchrun
 from finetune.memory import plan_memory
 from finetune.metrics import Metrics, StepMetrics, flops_per_token, peak_bytes, peak_flops, read_metrics
+from finetune.objective import NEXT_TOKEN, Objective
 from finetune.optim import StepInBackward, learning_rate, make_optimizer, mixed_seed, set_learning_rate_, trained
 from finetune.parallelize import World, no_sync
-from finetune.plan import plan_lines
-from finetune.resume import Data, Progress, RunFolder
+from finetune.preview import plan_lines
+from finetune.resume import Data, Progress, RunFolder, saved_tensors
+from finetune.sharding import rest_
 from finetune.verdict import Verdict, Yardsticks, doubt, judge, yardsticks
 from finetune.watch import Watch
 from nanollama.model import Transformer
@@ -48,8 +52,14 @@ class Setup:
     fingerprint: str  # of the data
     world: World
     sample: Callable[[Transformer], str]  # a text that the model continues
+    objective: Objective = NEXT_TOKEN  # what is learned
     tokenizer_file: str = ""
     changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # what a resumed run does otherwise than before
+
+    @property
+    def micro_batches(self) -> int:
+        """In a step, on all ranks together."""
+        return self.folder.micro_batches or self.folder.config.accumulate * self.world.data_size
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,11 @@ class Outcome:
 
 
 class StopSignals:
-    """SIGINT and SIGTERM set `caught`, and the loop stops behind the step; a second one acts as usual."""
+    """SIGINT and SIGTERM set `caught`, and the loop stops behind the step; a second one acts as usual.
+
+    Under torchrun it does not: what is typed there comes from the terminal and once more from torchrun, which itself
+    ends what does not stop in 30 s.
+    """
 
     def __init__(self) -> None:
         self.caught = 0
@@ -71,8 +85,9 @@ class StopSignals:
         return self
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        self.caught = number
-        self._restore()
+        self.caught = self.caught or number
+        if not started_by_torchrun():
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self.before.items():
@@ -91,9 +106,10 @@ def train(setup: Setup) -> Outcome:
     if world.is_main:
         setup.folder.write_config()
     with StopSignals() as signals, Metrics(setup.folder, world, loop.progress.step) as metrics:
-        plan = plan_memory(setup.model, config, world.device)
+        plan = None if world.mesh else plan_memory(setup.model, config, world.device)
         if world.is_main:
-            for line in plan_lines(config, setup.model, loop.packer, loop.held_out, plan, world):
+            rows = config.batch_size * setup.micro_batches
+            for line in plan_lines(config, setup.model, loop.packer, loop.held_out, plan, rows):
                 metrics.say(line)
         metrics.write_changes(loop.progress.step, setup.changed)
         if loop.news:
@@ -113,8 +129,8 @@ def train(setup: Setup) -> Outcome:
             trouble = watch.see(measured.loss, measured.grad_norm)
             if trouble:
                 metrics.say(f"step {step}: {trouble}; its batch holds documents {loop.documents()}")
-            if config.sample_every and step % config.sample_every == 0 and world.is_main:
-                metrics.say(f"step {step}: {setup.sample(setup.model)}")
+            if config.sample_every and step % config.sample_every == 0 and (world.is_main or world.mesh):
+                metrics.say(f"step {step}: {setup.sample(setup.model)}")  # over shards by all ranks together
             if step % config.save_every == 0 or is_last or stop or watch.diverged or loop.out_of_patience:
                 loop.save()
             if stop and not is_last:
@@ -126,7 +142,8 @@ def train(setup: Setup) -> Outcome:
                 )
         if loop.out_of_patience:
             metrics.say(f"step {loop.progress.step}: {config.patience} validations without a better one: stopped early")
-        metrics.say(f"memory: {peak_bytes(world.device) / 1e6:,.0f} MB at the peak, {plan.total / 1e6:,.0f} MB planned")
+        planned = f", {plan.total / 1e6:,.0f} MB planned" if plan else ""
+        metrics.say(f"memory: {peak_bytes(world.device) / 1e6:,.0f} MB at the peak{planned}")
         return loop.outcome(yards, began)
 
 
@@ -137,7 +154,7 @@ def began_with(loop: "Loop", metrics: Metrics, yards: Yardsticks) -> Score | Non
         score = loop.evaluate()
         metrics.write_score(step, score)
         metrics.say(f"step {step}: beside it {yards.text()}")
-        if loop.config.ckpt and (word := doubt(yards, score)):
+        if loop.config.ckpt and loop.learns_text and (word := doubt(yards, score)):
             metrics.say(word)
         return score
     found = loop.world.from_main(lambda: [e for e in read_metrics(out / "metrics.jsonl") if "val_loss" in e])
@@ -150,7 +167,7 @@ class StepData:
     """What one step trains on."""
 
     rows: list[list[int]]  # of all ranks, each a list of pieces
-    batches: list[Batch]  # this rank's micro-batches of them
+    batches: list[MicroBatch]  # this rank's micro-batches of them
     behind: Cursor  # of the row after them
 
 
@@ -161,10 +178,11 @@ class Loop:
         self.setup, self.config, self.world = setup, setup.folder.config, setup.world
         config, model = self.config, setup.model
         masked = config.doc_mask == "on"
-        self.packer = Packer(setup.train, config.seq_len, seed=config.seed, doc_mask=masked)
-        held_out = Packer(setup.val, config.seq_len, doc_mask=masked)
+        self.objective = setup.objective
+        self.packer = self.objective.packer(setup.train, config.seq_len, seed=config.seed, doc_mask=masked)
+        held_out = self.objective.packer(setup.val, config.seq_len, seed=0, doc_mask=masked)
         self.held_out = hold_out(held_out, setup.tokenizer, config.eval_tokens)
-        self.loss_model = wrap_(model, config, self.world)
+        self.loss_model = wrap_(model, config, self.world, self.objective.loss_model)
         self.optimizer = make_optimizer(model, config)
         self.parameters = list(trained(model).values())
         self.in_backward = StepInBackward(self.optimizer) if config.optimizer_in_backward else None
@@ -192,17 +210,18 @@ class Loop:
         data = self.ahead or self._take(self.progress.cursor)
 
         # 1. Labels: their number on all ranks is known before any forward pass, so that each weighs the same.
-        labels = int(self.world.sum([float(sum(batch.valid for batch in data.batches))]))
+        mine = [float(sum(numbers)) for numbers in zip(*((b.valid, b.count) for b in data.batches), strict=True)]
+        labels, count = map(int, self.world.sum(mine))
         stop = self.world.max(stop)
 
         # 2. Forward and backward: the gradients of the mean loss over these labels.
         lr = learning_rate(self.config, self.progress.step)
         set_learning_rate_(self.optimizer, lr)  # already here: the backward pass itself may update
-        torch.manual_seed(mixed_seed(self.config.seed, self.progress.step, self.world.rank))  # of dropout
-        nats = accumulate_(self.loss_model, data.batches, labels, self.autocast, self.world)
+        torch.manual_seed(mixed_seed(self.config.seed, self.progress.step, self.world.data_rank))  # of dropout
+        nats = accumulate_(self.loss_model, data.batches, count, self.autocast, self.world)
         self.ahead = self._take(data.behind)  # while a GPU is still busy with this step (docs/LOG.md)
         grad_norm = self._clip_()
-        loss = float(self.world.sum(nats)) / labels
+        loss = float(self.world.sum(nats)) / count
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise self._stopped_before_update(loss, grad_norm, data)
 
@@ -215,19 +234,21 @@ class Loop:
 
     def _take(self, cursor: Cursor) -> StepData:
         """The rows of a step from `cursor` on. The ranks take turns with micro-batches of them, so k ranks see what
-        one rank sees in k times as many.
+        one rank sees in k times as many; where they do not come out even, some ranks end with empty rows.
         """
         size, world = self.config.batch_size, self.world
-        rows, behind = self.packer.take(cursor, size * self.config.accumulate * world.size)
+        count = self.setup.micro_batches
+        rows, behind = self.packer.take(cursor, size * count)
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-        batches = [self.packer.batch(part) for part in parts[world.rank :: world.size]]
+        parts += [[[]] * size] * (-count % world.data_size)
+        batches = [self.packer.batch(part) for part in parts[world.data_rank :: world.data_size]]
         return StepData(rows, [b.pinned() for b in batches] if world.device.type == "cuda" else batches, behind)
 
     def _clip_(self) -> float:
         """Scale the gradients down to `--grad_clip`; returns their norm before."""
         if self.in_backward:
             return self.in_backward.norm()
-        return float(nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf))
+        return float(full(nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf)))
 
     def _stopped_before_update(self, loss: float, grad_norm: float, data: StepData) -> TrainingStopped:
         """The parameters are still those before the step: save them, so that the step can be looked at again.
@@ -256,11 +277,12 @@ class Loop:
             tokens_per_s=round(labels_per_s, 1),
             peak_bytes=peak_bytes(self.world.device),
             mfu=labels_per_s * self.flops_per_token / peak / self.world.size if peak else None,
+            more=self.objective.measure_step(loss_model_of(self.loss_model), self.world),
         )
 
     def evaluate(self) -> Score:
         model = loss_model_of(self.loss_model)
-        return evaluate(model, self.held_out, self.world, self.config.batch_size, self.autocast)
+        return self.objective.evaluate(model, self.held_out, self.world, self.config.batch_size, self.autocast)
 
     def judge(self) -> Score:
         """Validate, and keep the parameters where they are the best so far."""
@@ -268,9 +290,18 @@ class Loop:
         self.judged = step, score
         best = self.progress.best.after(step, score) if self.progress.best else Best(step, score)
         self.progress = replace(self.progress, best=best)
-        if best.step == step and self.config.keep == "best" and self.world.is_main:
-            write_best(self.setup.folder.path, step, self.setup.model)
+        if best.step == step and self.config.keep == "best":
+            rest_(self.setup.model)
+            with gathering(trained(self.setup.model), self.world) as whole:
+                if whole is not None:
+                    write_best(self.setup.folder.path, step, self.setup.model, whole)
+            self.world.wait_for_main()
         return score
+
+    @property
+    def learns_text(self) -> bool:
+        """Whether the loss is that of the next token, which chance and a bigram model have, too."""
+        return self.setup.objective is NEXT_TOKEN
 
     @property
     def out_of_patience(self) -> bool:
@@ -286,30 +317,36 @@ class Loop:
         kept, at = last, step
         if best and best.step != step and self.config.keep == "best":
             kept, at = best.score, best.step
-            if self.world.is_main:
+            rest_(self.setup.model)
+            if self.world.is_main or self.world.mesh:
                 load_best_(self.setup.folder.path, at, self.setup.model)
-        return Outcome(self.progress, kept, yards, judge(yards, began, kept, at, last, step))
+        verdict = judge(yards, began, kept, at, last, step, learns_text=self.learns_text)
+        return Outcome(self.progress, kept, yards, verdict)
 
     def documents(self) -> list[int]:
         """Those of the last step's batch."""
         return self.packer.documents_in(self.rows)
 
     def save(self) -> None:
-        if self.world.is_main:
-            self.setup.folder.save(self.progress, self.setup.model, self.optimizer, self.data)
-        self.world.barrier()
+        """One checkpoint, the same whatever the mesh. The main rank writes; others give it their shards."""
+        setup, model = self.setup, self.setup.model
+        rest_(model)
+        with gathering(saved_tensors(model, self.optimizer), self.world) as whole:
+            if whole is not None:
+                setup.folder.save(self.progress, model, self.optimizer, self.data, whole)
+        self.world.wait_for_main()
 
 
 def accumulate_(
-    loss_model: nn.Module, batches: list[Batch], labels: float, autocast: torch.autocast, world: World
+    loss_model: nn.Module, batches: Sequence[MicroBatch], count: float, autocast: torch.autocast, world: World
 ) -> Tensor:
-    """Add the gradients of (summed loss / labels) of all micro-batches; returns this rank's summed loss, float64."""
+    """Add the gradients of (summed loss / count) of all micro-batches; returns this rank's summed loss, float64."""
     nats = torch.zeros((), dtype=torch.float64, device="cpu" if world.device.type == "mps" else world.device)
     for i, batch in enumerate(batches):
         on_device = batch.to(world.device)
         with no_sync(loss_model, is_last=i == len(batches) - 1):
             with autocast:
-                loss = loss_model(on_device.tokens, on_device.labels, on_device.positions, on_device.doc_ids)
-            (loss / labels).backward()
+                loss = loss_model(*on_device.inputs())
+            (loss / count).backward()
         nats += loss.detach().to(nats.device)
     return nats

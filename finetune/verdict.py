@@ -49,23 +49,35 @@ class Verdict:
     is_worse: bool = False  # than where the run began
 
 
-def judge(yards: Yardsticks, began: Score | None, kept: Score, step: int, last: Score, last_step: int) -> Verdict:
-    """kept: the score of step `step`, which becomes final/; last: that of the run's last step."""
+def judge(
+    yards: Yardsticks,
+    began: Score | None,
+    kept: Score,
+    step: int,
+    last: Score,
+    last_step: int,
+    *,
+    learns_text: bool = True,
+) -> Verdict:
+    """kept: the score of step `step`, which becomes final/; last: that of the run's last step. learns_text: the loss is
+    that of the next token; else the yardsticks know nothing of it, and it is judged as it is.
+    """
     final = f"step {step}, kept as final/" if step == last_step else f"best at step {step}, kept as final/"
     if step != last_step:
         final += f" (the last, {last_step}, ended at {last.bpb:.4f})" if last.loss > kept.loss + SAME_NATS else ""
-    beaten = _beaten(yards, kept)
+    beaten = _beaten(yards, kept) if learns_text else ""
     if began is None:
         return Verdict(f"{kept.bpb:.4f} bits per byte at {final}{beaten}")
-    gain = began.bpb - kept.bpb
+    gain = began.bpb - kept.bpb if learns_text else began.loss - kept.loss
+    unit = "bits per byte" if learns_text else "of loss"
     if not math.isfinite(kept.loss) or kept.loss > began.loss + SAME_NATS:
         return Verdict(
-            f"worse than where it began by {-gain:.2g} bits per byte: lower --lr, or look at the data; {final}{beaten}",
+            f"worse than where it began by {-gain:.2g} {unit}: lower --lr, or look at the data; {final}{beaten}",
             is_worse=True,
         )
     if kept.loss > began.loss - SAME_NATS:
         return Verdict(f"no better than where it began: raise --lr or --max_steps; {final}{beaten}")
-    return Verdict(f"better than where it began by {_rounded(gain)} bits per byte; {final}{beaten}")
+    return Verdict(f"better than where it began by {_rounded(gain)} {unit}; {final}{beaten}")
 
 
 def _rounded(gain: float) -> str:

@@ -186,5 +186,10 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "convert": convert,
 }
 
+
+def main() -> None:
+    run(COMMANDS, prog="python -m nanollama")
+
+
 if __name__ == "__main__":
-    run(COMMANDS)
+    main()

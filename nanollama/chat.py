@@ -42,7 +42,10 @@ LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 @dataclass(frozen=True)
 class ChatTokens:
-    """loss_mask[i]: whether ids[i] is one that the assistant says (its content, tool calls and end of turn)."""
+    """loss_mask[i]: whether ids[i] is one that the assistant says (its content, tool calls and end of turn).
+
+    By a template, all False where a generation prompt follows: such ids are for an answer, not for training.
+    """
 
     ids: list[int]
     loss_mask: list[bool]
@@ -139,8 +142,8 @@ def _encode_template(
     assert tokenizer.chat_template is not None
     names = "|".join(map(re.escape, sorted(tokenizer.special_ids, key=len, reverse=True)))
     given = [_for_template(message, i, tokenizer.chat_template, names) for i, message in enumerate(messages)]
-    texts = {f"{role}_token": _text_of(tokenizer, getattr(tokenizer, f"{role}_id")) for role in ("bos", "eos", "pad")}
-    values: dict[str, Any] = {**texts, "tools": list(tools) if tools else None}
+    values: dict[str, Any] = {"tools": list(tools) if tools else None, "documents": None}
+    values |= {f"{role}_token": _text_of(tokenizer, token_id) for role, token_id in _roles(tokenizer).items()}
     values |= {"date_string": date} if date is not None else {}
 
     def encode(part: Sequence[Mapping[str, Any]], prompt: bool) -> list[int]:
@@ -151,7 +154,14 @@ def _encode_template(
         return _encode_marked(text, tokenizer)
 
     ids = encode(given, add_generation_prompt)
-    return ChatTokens(ids, _said(given, ids, encode, tokenizer.stop_ids))
+    # Before an answer nothing is trained on, and templates may show what was said otherwise later (no old reasoning).
+    mask = [False] * len(ids) if add_generation_prompt else _said(given, ids, encode, tokenizer.stop_ids)
+    return ChatTokens(ids, mask)
+
+
+def _roles(tokenizer: Tokenizer) -> dict[str, int | None]:
+    unknown = tokenizer.vocabulary.unknown_id
+    return {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id, "unk": unknown}
 
 
 def _text_of(tokenizer: Tokenizer, token_id: int | None) -> str:
@@ -182,7 +192,10 @@ def _said(
         if common_length(before, ids) < len(before) - 1:  # the last one may merge with what follows
             raise ChatError(f"message {i}: the chat template changes what comes before it, so what is said is unknown")
         start = common_length(encode(messages[:i], True), ids) if i else 0
-        end = common_length(encode(messages[: i + 1], False), ids)
+        said = encode(messages[: i + 1], False)
+        end = common_length(said, ids)
+        if end < len(said) - 2:  # its end may be written otherwise
+            raise ChatError(f"message {i}: the chat template changes it when others follow, so what is said is unknown")
         ends = [at for at in range(start, end) if ids[at] in stop_ids]
         mask[start : ends[-1] + 1 if ends else end] = [True] * ((ends[-1] + 1 if ends else end) - start)
     return mask

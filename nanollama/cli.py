@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from nanollama import __version__
+from nanollama.printable import complain, printed
 
 WORDS_FOR_BOOL = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 NAMES_OF_TYPES = {int: "a whole number", float: "a number", bool: "true or false"}
@@ -150,7 +151,8 @@ def user_errors(errors: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[E
     end = End()
     kinds: tuple[type[Exception], ...] = (UsageError, *errors)
     try:
-        yield end
+        with printed():
+            yield end
         sys.stdout.flush()
     except KeyboardInterrupt:
         end.code = 130
@@ -161,14 +163,8 @@ def user_errors(errors: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[E
     except kinds as error:
         if os.environ.get("NANOLLAMA_DEBUG") == "1":
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        complain(error)
         end.code = 2
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
 
 
 def _dispatch(commands: Commands, args: list[str], prog: str, doc: str | None) -> int:

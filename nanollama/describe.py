@@ -15,6 +15,7 @@ from typing import Any
 from nanollama.checkpoint import Checkpoint
 from nanollama.checkpoint.weights import DTYPES
 from nanollama.model import ModelConfig
+from nanollama.printable import printable, printable_all
 from nanollama.tokenizer import TokenizerError, open_tokenizer
 
 # (dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size, whether RoPE is scaled) -> name
@@ -79,6 +80,7 @@ def dtype_name(dtype: object) -> str:
 
 def as_text(facts: dict[str, Any]) -> str:
     """The same for people; weights that all layers have in common take one line."""
+    facts = printable_all(facts)
     lines = [summary(facts)]
     lines += [f"notice: {notice}" for notice in facts["notices"]]
     if facts["verified"]:
@@ -98,7 +100,8 @@ def as_text(facts: dict[str, Any]) -> str:
 def summary(facts: dict[str, Any]) -> str:
     """One line: path, format, published shape, parameters, dtype."""
     shape = f"the shape of {facts['published_shape']}" if facts["published_shape"] else "no published shape"
-    return f"{facts['path']}: format {facts['format']}, {shape}, {facts['parameters']:,} parameters in {facts['dtype']}"
+    parameters = f"{facts['parameters']:,} parameters in {facts['dtype']}"
+    return f"{printable(facts['path'])}: format {facts['format']}, {shape}, {parameters}"
 
 
 def _grouped(tensors: dict[str, Any]) -> dict[tuple[str, str, str], int]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from nanollama.printable import LINE_CHARACTERS, printable
+
 if TYPE_CHECKING:
     from nanollama.generation.llama import Llama
     from nanollama.model import Transformer
@@ -32,9 +34,11 @@ class ModelOptions:
 
     tokenizer: Path | None = None  # a tokenizer file, where there is none beside the checkpoint
     adapter: Path | None = None  # folder of a LoRA adapter (PEFT's format) to add to the checkpoint
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None  # of the weights and the computation; default: as stored
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None  # of weights and computation; default: as stored
     device: Literal["cpu", "cuda", "mps"] = "cpu"  # where the model runs
-    quantize: Literal["int8", "int4"] | None = None  # weights as integers; activations keep the dtype
+    quantize: Literal["int8", "int4"] | None = (
+        None  # weights as integers; int4 computes in bf16 where no --dtype is given
+    )
     compile: Literal["auto", "on", "off"] = "auto"  # the decode step; auto: where it wins back its time
     draft: str | None = None  # a smaller checkpoint with the same vocabulary, which guesses tokens ahead
     lookup: bool = False  # guess tokens ahead from what was said before (speculative decoding, same answers)
@@ -65,4 +69,4 @@ class ModelOptions:
 
 def say(line: str) -> None:
     """A line for the user beside the answer."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line, LINE_CHARACTERS), file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nanollama.cli import execute, from_config
+from nanollama.printable import complain
 from parity.contract import UsageError
 from parity.run import twin
 from parity.run.process import Crash
@@ -46,6 +47,9 @@ class Flags:
     candidate_python: str | None = None  # run it under this Python: VENV/bin/python, with packages of its own
     model: str | None = None  # of a server that has several: the one to ask
     api_key: str | None = None  # the environment variable that holds a server's key
+    first_byte_s: float | None = None  # of an answer of a program (default: 1800 s) or a server (default: 300 s)
+    answer_s: float | None = None  # until the answer is whole (default: 3600 s of a program, 600 s of a server)
+    answer_mb: float | None = None  # the largest answer, in MiB (default: 64)
     references: str = "meta,hf"  # comma list of meta, hf
     dtype: str = "fp32,bf16"  # comma list of fp32, bf16, fp16
     device: Literal["cpu", "cuda", "mps"] = "cpu"  # where the references and the candidate run
@@ -62,12 +66,17 @@ class Flags:
 def request_of(flags: Flags) -> Request:
     """The flags as a request; what can be refused before any work is. Raises UsageError."""
     from parity.candidates import is_python, resolve
+    from parity.candidates.limits import limited
     from parity.candidates.server.endpoint import server_name
     from parity.checks import CHECKS
 
     candidate = server_name(flags.candidate, model=flags.model, api_key=flags.api_key, tokenizer=flags.tokenizer)
+    if flags.candidate_python is not None:
+        from parity.candidates.environment import within as in_environment
+
+        candidate = in_environment(flags.candidate_python, flags.candidate)
     request = Request(
-        candidate,
+        limited(candidate, flags.first_byte_s, flags.answer_s, flags.answer_mb),
         flags.ckpt,
         flags.tokenizer,
         split_list("--references", flags.references, tuple(REFERENCES)),
@@ -87,10 +96,6 @@ def request_of(flags: Flags) -> Request:
         require_writable(flag, getattr(flags, flag))
     require_installed(request.references)
     require_device(request.device)
-    if flags.candidate_python is not None:
-        from parity.candidates.environment import within as in_environment
-
-        request = replace(request, candidate=in_environment(flags.candidate_python, flags.candidate))
     if not is_python(request.candidate):  # else its own process imports it, and says what is wrong
         resolve(request.candidate)
     return request
@@ -126,7 +131,7 @@ def run(flags: Flags) -> int:
     try:
         report = check(request)
     except Crash as crash:  # of a reference: nothing was judged
-        print(f"error: {crash} (NANOLLAMA_DEBUG=1 shows all of it)", file=sys.stderr)
+        complain(crash, " (NANOLLAMA_DEBUG=1 shows all of it)")
         return 3
     from parity.checks.verdict import EXIT_CODES
     from parity.report import terminal
@@ -227,5 +232,6 @@ def compare(
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the temporary folder goes however the run is ended
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # the temporary folder goes however the run is ended
+        signal.signal(ending, signal.default_int_handler)
     sys.exit(main())

@@ -13,41 +13,11 @@ from typing import Any
 import torch
 
 from nanollama.cli import UsageError
+from reference.protocol import CASE_SCHEMA
 
-CASE_SCHEMA = "nanollama.case/1"
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Unit roundoff: the largest relative error of one rounding. Gates are floored at half of it.
 UNIT: dict[str, float] = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
-
-LAYER_TAPS = (
-    "attn_norm",
-    "q",
-    "k",
-    "v",
-    "q_rope",
-    "k_rope",
-    "attn_mix",
-    "attn_out",
-    "ffn_norm",
-    "gate",
-    "up",
-    "ffn_mix",
-    "ffn_out",
-    "out",
-)
-
-
-def tap_names(n_layers: int) -> list[str]:
-    """Every tap in the order of computation."""
-    layers = [f"layers.{i}.{tap}" for i in range(n_layers) for tap in LAYER_TAPS]
-    return ["embed", *layers, "final_norm", "logits"]
-
-
-def part_of(tap: str) -> str:
-    """The file of a trace that holds a tap: embed, layers.N or head."""
-    if tap.startswith("layers."):
-        return ".".join(tap.split(".")[:2])
-    return "embed" if tap == "embed" else "head"
 
 
 class Status(str, Enum):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nanollama.cli import read
+from nanollama.printable import printable_all
 
 if TYPE_CHECKING:
     from parity.contract import Result
@@ -64,7 +65,7 @@ class ParityItem(pytest.Item):
     def runtest(self) -> None:
         from parity.contract import Status
 
-        report = report_of(self.candidate, *self.flags)
+        report = printable_all(report_of(self.candidate, *self.flags))
         check = self.name.removeprefix("parity::")
         results = [r for r in report.results if r.check == check]
         bad = [r for r in results if r.status in (Status.FAIL, Status.ERROR)]

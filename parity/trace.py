@@ -17,9 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from parity.contract import UsageError, part_of
-
-SCHEMA = "nanollama.trace/1"
+from parity.contract import UsageError
+from reference.protocol import TRACE_SCHEMA, tap_part
 
 
 class Readable(Protocol):
@@ -42,8 +41,8 @@ class Trace:
         if not path.is_file():
             raise UsageError(f"{folder} holds no trace: trace.json is missing")
         self.meta: dict[str, Any] = json.loads(path.read_text())
-        if self.meta.get("schema") != SCHEMA:
-            raise UsageError(f"{path} has schema {self.meta.get('schema')!r}: this version reads {SCHEMA!r}")
+        if self.meta.get("schema") != TRACE_SCHEMA:
+            raise UsageError(f"{path} has schema {self.meta.get('schema')!r}: this version reads {TRACE_SCHEMA!r}")
 
     @property
     def sequences(self) -> list[list[int]]:
@@ -78,11 +77,11 @@ class Trace:
         return self._open(dtype, part)[1]
 
     def has(self, dtype: str, sequence: int, tap: str) -> bool:
-        return f"{sequence}/{tap}" in self.keys(dtype, part_of(tap.split("@")[0]) if "@" not in tap else "extra")
+        return f"{sequence}/{tap}" in self.keys(dtype, tap_part(tap.split("@")[0]) if "@" not in tap else "extra")
 
     def get(self, dtype: str, sequence: int, tap: str) -> Tensor:
         """The tensor (T, ...). Taps with an @ ("logits@cached") live in the part `extra`. Raises KeyError if absent."""
-        part, key = "extra" if "@" in tap else part_of(tap), f"{sequence}/{tap}"
+        part, key = "extra" if "@" in tap else tap_part(tap), f"{sequence}/{tap}"
         file, keys = self._open(dtype, part)
         if key not in keys:
             raise KeyError(f"{self._file(dtype, part)} holds no {key}")
@@ -111,7 +110,7 @@ class TraceWriter:
         save_file({"cos": cos.contiguous(), "sin": sin.contiguous()}, self.folder / "rope.safetensors")
 
     def finish(self, meta: dict[str, Any]) -> None:
-        (self.folder / "trace.json").write_text(json.dumps({"schema": SCHEMA, **meta}))
+        (self.folder / "trace.json").write_text(json.dumps({"schema": TRACE_SCHEMA, **meta}))
 
 
 def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -131,5 +130,5 @@ def by_part(tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         tap = key.split("/", 1)[1]
-        parts.setdefault("extra" if "@" in tap else part_of(tap), {})[key] = tensor
+        parts.setdefault("extra" if "@" in tap else tap_part(tap), {})[key] = tensor
     yield from parts.items()

@@ -101,7 +101,8 @@ def forget(trainable: Trainable) -> None:
 
 def longest(training: dict[str, Any]) -> int:
     """Tokens of the longest document."""
-    return max(len(tokens) for batch in training["batches"] for tokens, _ in batch)
+    batches = training["batches"] + training["preferences"]["pairs"]
+    return max(len(tokens) for batch in batches for tokens, _ in batch)
 
 
 def gradient(parameter: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from finetune.data.rows import ROW_SUFFIXES, Row, hub_rows, read_rows
 from finetune.data.shapes import Dialogue, as_dialogue
 from finetune.errors import UserError
 from nanollama.chat import encode_chat, template_source
+from nanollama.printable import printable
 from nanollama.tokenizer import Tokenizer
 
 
@@ -67,28 +68,28 @@ def read_dialogs(
     encoded: list[tuple[Ints, Bools]] = []
     bad: list[str] = []
     unread: Counter[str] = Counter()
-    for row in _rows(path, say):
+    for row in named_rows(path, say):
         try:
             if row.trouble:
                 raise UserError(row.trouble)
             dialogue = as_dialogue(row.value)
             unread.update(dialogue.unread)
-            encoded.append(_encode(dialogue, tokenizer, seq_len))
+            encoded.append(encode_dialogue(dialogue, tokenizer, seq_len))
         except ValueError as error:  # ChatError is one
             bad.append(f"{row.where}: {error}")
-    _report(bad, len(encoded) + len(bad), on_bad, say)
+    report_bad(bad, len(encoded) + len(bad), on_bad, say)
     if unread:
         counted = [f"{key} ({count:,})" for key, count in unread.most_common()]
-        say(f"data: keys beside the dialogues that are left unread: {', '.join(counted)}")
+        say(f"data: keys beside the dialogues that are left unread: {printable(', '.join(counted))}")
     if not encoded:
         raise UserError(f"--data {path}: holds no dialogue: one JSON object with messages a line")
     train = [dialogue for i, dialogue in enumerate(encoded) if not (hold_out and is_held_out(i))]
     val = [dialogue for i, dialogue in enumerate(encoded) if hold_out and is_held_out(i)] or encoded
     bos_id = tokenizer.bos_id if tokenizer.add_bos else None
-    return _joined(train, bos_id), _joined(val, bos_id)
+    return joined(train, bos_id), joined(val, bos_id)
 
 
-def _rows(path: Path, say: Say) -> Iterator[Row]:
+def named_rows(path: Path, say: Say) -> Iterator[Row]:
     """Of a file, a folder of them, or a data set of the hub."""
     if not path.exists():
         yield from hub_rows(str(path))
@@ -100,21 +101,21 @@ def _rows(path: Path, say: Say) -> Iterator[Row]:
         yield from read_rows(file)
 
 
-def _report(bad: Sequence[str], count: int, on_bad: str, say: Say) -> None:
+def report_bad(bad: Sequence[str], count: int, on_bad: str, say: Say, what: str = "dialogues") -> None:
     """The first few dialogues that cannot be used. Raises UserError unless they are to be skipped."""
     if not bad:
         return
-    many = f"{len(bad):,} of {count:,} dialogues cannot be used"
+    many = f"{len(bad):,} of {count:,} {what} cannot be used"
     if len(bad) > 1 or on_bad == "skip":
         more = f"; the first {NAMED}" if len(bad) > NAMED else ""
         say(f"data: {many}{' and are left out' if on_bad == 'skip' else ''}{more}:")
         for line in bad[:NAMED]:
-            say(f"  {line}")
+            say(f"  {printable(line)}")
     if on_bad == "stop":
         raise UserError(f"{bad[0]} ({many}; --on_bad skip leaves {'it' if len(bad) == 1 else 'them'} out)")
 
 
-def _encode(dialogue: Dialogue, tokenizer: Tokenizer, seq_len: int) -> tuple[Ints, Bools]:
+def encode_dialogue(dialogue: Dialogue, tokenizer: Tokenizer, seq_len: int) -> tuple[Ints, Bools]:
     """Ids, and which of them are learned. Raises UserError."""
     if dialogue.tools and "tools" not in (tokenizer.chat_template or ""):
         raise UserError(
@@ -149,6 +150,6 @@ def _only(learned: Sequence[bool], mask: Bools) -> Bools:
     return mask & np.append(False, learned)[np.cumsum(begins)]
 
 
-def _joined(encoded: list[tuple[Ints, Bools]], bos_id: int | None) -> Dialogs:
+def joined(encoded: list[tuple[Ints, Bools]], bos_id: int | None) -> Dialogs:
     starts = np.cumsum([0, *(len(ids) for ids, _ in encoded)])
     return Dialogs(bos_id, np.concatenate([i for i, _ in encoded]), np.concatenate([m for _, m in encoded]), starts)

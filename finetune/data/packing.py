@@ -13,6 +13,7 @@ integers is the whole state of the loader, and a resumed run continues at the sa
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -58,6 +59,15 @@ class Batch:
     doc_ids: Tensor | None  # 0, 1, ... along a row, the padding at its end counts as one more; None: no document mask
     valid: int  # labels that are not IGNORE
 
+    @property
+    def count(self) -> int:
+        """What the summed loss is divided by."""
+        return self.valid
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What a LossModel takes."""
+        return self.tokens, self.labels, self.positions, self.doc_ids
+
     def to(self, device: torch.device) -> "Batch":
         return self._each(lambda t: t.to(device, non_blocking=True))
 
@@ -94,6 +104,36 @@ def pack(lengths: Ints, capacity: int) -> list[list[int]]:
         rows[row].append(item)
         insort(room, (free - length, row))
     return rows
+
+
+class MicroBatch(Protocol):
+    """What a loss is computed on at a time."""
+
+    @property
+    def valid(self) -> int:
+        """Labels that are not IGNORE."""
+
+    @property
+    def count(self) -> int:
+        """What the summed loss is divided by."""
+
+    def inputs(self) -> tuple[Any, ...]:
+        """What the loss's model takes."""
+
+    def to(self, device: torch.device) -> "MicroBatch": ...
+    def pinned(self) -> "MicroBatch": ...
+
+
+class Packing(Protocol):
+    """Rows in a fixed order, as `Packer` makes them."""
+
+    @property
+    def documents(self) -> Documents: ...
+    def take(self, cursor: Cursor, count: int) -> tuple[list[list[int]], Cursor]: ...
+    def in_order(self, documents: int) -> list[list[int]]: ...
+    def batch(self, rows: Sequence[Sequence[int]]) -> MicroBatch: ...
+    def documents_in(self, rows: Sequence[Sequence[int]]) -> list[int]: ...
+    def rows_an_epoch(self) -> int: ...
 
 
 class Packer:

@@ -110,7 +110,7 @@ def _parquet(path: Path) -> Any:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise UserError(f"--data {path}: .parquet needs the extra: pip install 'nanollama[data]'") from None
+        raise UserError(f"--data {path}: .parquet needs the extra: pip install 'llama-parity[data]'") from None
     try:
         return parquet.ParquetFile(path)
     except (ArrowException, OSError) as error:
@@ -128,7 +128,7 @@ def hub_rows(name: str) -> Iterator[Row]:
     except ImportError:
         raise UserError(
             f"--data {name}: no such file or folder; a data set of the hub needs the extra: pip install "
-            "'nanollama[data]'"
+            "'llama-parity[data]'"
         ) from None
     try:
         found = datasets.load_dataset(name, split="train")

@@ -3,38 +3,16 @@
 python -c "from nanollama.checkpoint.fields import read_json; print(read_json('DIR/params.json')['dim'])"
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nanollama import gate
 from nanollama.checkpoint.weights import CheckpointError
+from nanollama.gate.documents import read_json
 
+__all__ = ["REQUIRED", "Fields", "read_json"]
 REQUIRED: Any = object()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises CheckpointError for anything else, duplicate keys and NaN included."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in items]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"the key {key!r} stands there twice")
-        return dict(items)
-
-    def constant(name: str) -> Any:
-        raise ValueError(f"{name} is not a JSON number")
-
-    try:
-        found = json.loads(path.read_bytes(), object_pairs_hook=pairs, parse_constant=constant)
-    except OSError as error:
-        raise CheckpointError(path, f"cannot be read ({error.strerror}): check the path and its permissions") from None
-    except (ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
-        raise CheckpointError(path, f"is not JSON ({error}): download it again") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(path, f"holds a JSON {type(found).__name__}, expected an object {{...}}")
-    return found
 
 
 class Fields:
@@ -57,7 +35,7 @@ class Fields:
         """A value that fits; the error names what was expected."""
         value = self.take(key, default)
         if value is not default and not fits(value):
-            raise self.error(key, f"is {value!r}: expected {expected}")
+            raise self.error(key, f"is {gate.shown(value)}: expected {expected}")
         return value
 
     def integer(self, key: str, default: Any = REQUIRED, alias: int | None = None) -> Any:
@@ -87,7 +65,9 @@ class Fields:
         """Refuse every key that was not taken, is not `harmless`, and is not switched off (null or false)."""
         for key, value in self._left.items():
             if key not in harmless and value is not None and value is not False:
-                raise self.error(key, f"is {value!r}, which this implementation does not know: it may change the model")
+                raise self.error(
+                    key, f"is {gate.shown(value)}, which this implementation does not know: it may change the model"
+                )
 
     def error(self, key: str, what: str) -> CheckpointError:
-        return CheckpointError(self.path, f"{self._inside}{key} {what}")
+        return CheckpointError(self.path, f"{self._inside}{key[:60]} {what}")

@@ -49,7 +49,7 @@ def package(path: Path, what: str) -> Any:
     try:
         import gguf
     except ImportError:
-        raise CheckpointError(path, f"{what} needs the gguf package: pip install 'nanollama[gguf]'") from None
+        raise CheckpointError(path, f"{what} needs the gguf package: pip install 'llama-parity[gguf]'") from None
     return gguf
 
 

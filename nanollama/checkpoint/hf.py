@@ -104,16 +104,16 @@ def _refuse_other_models(fields: Fields) -> None:
     for key, (allowed, why) in COMPUTED.items():
         value = fields.take(key, None)
         if not any(value is a or (value == a and type(value) is type(a)) for a in allowed):
-            raise fields.error(key, f"is {value!r}: {why}")
+            raise fields.error(key, f"is {gate.shown(value)}: {why}")
     if quantized := fields.take("quantization_config", None):
         found = quantized if isinstance(quantized, dict) else {}
-        method = f"{found.get('quant_method', 'an unnamed method')}, {found.get('bits', found.get('weight_dtype', ''))}"
+        method = ", ".join(str(found.get(k, ""))[:40] for k in ("quant_method", "bits", "weight_dtype") if k in found)
         how = "quantised weights of a Hugging Face folder are not read: get the bf16 weights, or a .gguf of this model"
-        raise fields.error("quantization_config", f"says {method.rstrip(', ')}: {how}")
+        raise fields.error("quantization_config", f"says {method or 'an unnamed method'}: {how}")
     code = fields.take("auto_map", None)
     if code and not (isinstance(code, dict) and all("AutoModel" not in name for name in code)):
         raise fields.error(
-            "auto_map", f"is {code!r}: the folder brings code of its own for its model, which is not run"
+            "auto_map", f"is {gate.shown(code)}: the folder brings code of its own for its model, which is not run"
         )
     layers = fields.take("layer_types", None)
     if layers and not (isinstance(layers, list) and all(kind == "full_attention" for kind in layers)):
@@ -130,7 +130,9 @@ def _unread(fields: Fields, scaling: RopeScaling | None) -> list[str]:
         else:
             off = not value if not isinstance(value, (int, float)) else _is_neutral(key, value)
         if not known and not off and SUSPECT.search(key) and not TECHNICAL.search(key):
-            raise fields.error(key, f"is {value!r}, which this implementation does not know: it may change the model")
+            raise fields.error(
+                key, f"is {gate.shown(value)}, which this implementation does not know: it may change the model"
+            )
         if not known and not off:
             found.append(repr(key[:60]))
     return found
@@ -155,7 +157,9 @@ def _read_rope_section(part: Fields) -> tuple[float | None, RopeScaling | None]:
     theta = part.number("rope_theta", None)
     kinds = {str(part.take(key, None)) for key in ("rope_type", "type")} - {"None"}
     if kinds - {"default", "llama3"} or len(kinds) > 1:
-        raise part.error("rope_type", f"is {', '.join(map(repr, kinds))}: only default and llama3 can be computed")
+        raise part.error(
+            "rope_type", f"is {', '.join(map(gate.shown, sorted(kinds)))}: only default and llama3 can be computed"
+        )
     scaling = None
     if kinds == {"llama3"}:
         scaling = RopeScaling(**{key: part.number(key) for key in FACTORS}, original_context=part.integer(CONTEXT))
@@ -176,11 +180,11 @@ def _stored_tensors(folder: Path) -> dict[str, Lazy]:
         return _open_safetensors(single)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(index, "has no weight_map of tensor names to file names; download it again")
+        raise CheckpointError(index, "has no weight_map of tensor names to file names: get the index of this model")
     stored: dict[str, Lazy] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or file in ("", ".", ".."):
-            raise CheckpointError(index, f"weight_map names {file!r}, outside of the folder: refused")
+            raise CheckpointError(index, f"weight_map names {gate.shown(file)}, outside of the folder: refused")
         tensors = _open_safetensors(folder / file)
         promised = {name for name, where in weight_map.items() if where == file}
         for name in sorted(promised ^ tensors.keys()):

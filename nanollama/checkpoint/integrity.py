@@ -8,7 +8,9 @@ import hashlib
 import re
 from pathlib import Path
 
+from nanollama import gate
 from nanollama.checkpoint.weights import CheckpointError
+from nanollama.gate.documents import read_text
 
 MANIFESTS = {"checklist.chk": "md5", "SHA256SUMS": "sha256"}
 DIGEST_LENGTH = {"md5": 32, "sha256": 64}  # hexadecimal digits
@@ -22,6 +24,7 @@ def verify(path: str | Path) -> list[str]:
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     verified = []
     for manifest, algorithm in MANIFESTS.items():
+        gate.require_file(folder / manifest)
         if (folder / manifest).is_file():
             for name, digest in read_manifest(folder / manifest, algorithm).items():
                 _check(folder / manifest, folder / name, algorithm, digest)
@@ -32,9 +35,9 @@ def verify(path: str | Path) -> list[str]:
 def read_manifest(path: Path, algorithm: str) -> dict[str, str]:
     """Lines of `digest  name` (a `*` before the name marks binary mode) -> name: digest."""
     try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(path, f"cannot be read ({error}): download it again or remove it") from None
+        lines = read_text(path).splitlines()
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read ({error.strerror}): remove it") from None
     found = {}
     for line in filter(str.strip, lines):
         match = re.fullmatch(rf"([0-9a-fA-F]{{{DIGEST_LENGTH[algorithm]}}}) [ *](.+)", line.rstrip())
@@ -48,6 +51,7 @@ def read_manifest(path: Path, algorithm: str) -> dict[str, str]:
 
 def file_digest(path: Path, algorithm: str) -> str:
     """Hexadecimal digest of a file, read once in blocks."""
+    gate.require_file(path)
     digest = hashlib.new(algorithm, usedforsecurity=False)
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanollama import gate
 from nanollama.checkpoint import pth
 from nanollama.checkpoint.fields import Fields, read_json
 from nanollama.checkpoint.names import EMBEDDING, HEAD
@@ -134,7 +135,7 @@ def _refuse_vision(fields: Fields) -> None:
     for key in ("vision_chunk_size", "vision_num_cross_attention_layers"):
         value = fields.take(key, -1)
         if value != -1:
-            raise fields.error(key, f"is {value!r}: only text models can be read")
+            raise fields.error(key, f"is {gate.shown(value)}: only text models can be read")
     fields.take("vision_max_num_chunks", 4)
 
 

@@ -155,6 +155,7 @@ def find_tokenizer(path: Path, kind: str | None = None) -> Path | None:
     if found is None:
         return None
     gate.refuse_strangers(found)
+    gate.require_inside(found)
     whole = folder / "tokenizer.json"
     if found.suffix == ".model" and whole.is_file() and _count(whole) > (_count(found) or sys.maxsize):
         return whole

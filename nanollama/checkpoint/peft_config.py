@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanollama import gate
 from nanollama.checkpoint.fields import Fields, read_json
 from nanollama.checkpoint.weights import CheckpointError
 
@@ -85,7 +86,9 @@ def read_config(path: Path) -> PeftConfig:
     try:
         config = _taken(fields)
     except re.error as error:
-        raise CheckpointError(path, f"{error.pattern!r} is no regular expression ({error}): mend it") from None
+        raise CheckpointError(
+            path, f"{gate.shown(error.pattern)} is no regular expression ({error}): mend it"
+        ) from None
     try:
         fields.finish(IDLE)
     except CheckpointError as error:
@@ -98,7 +101,9 @@ def _taken(fields: Fields) -> PeftConfig:
         value = fields.take(key, plain[0])
         if value not in plain:
             wanted = " or ".join(repr(good) for good in plain)
-            raise fields.error(key, f"is {value!r}: of LoRA's kinds only {wanted} is read; merge it with peft")
+            raise fields.error(
+                key, f"is {gate.shown(value)}: of LoRA's kinds only {wanted} is read; merge it with peft"
+            )
     targets = _names(fields, "target_modules", pattern=True) or LLAMA
     layers = fields.take("layers_to_transform", [])
     rows = fields.take("trainable_token_indices", {})
@@ -140,5 +145,5 @@ def _names(fields: Fields, key: str, *, pattern: bool = False) -> str | tuple[st
 
 def _numbers(fields: Fields, key: str, value: object) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(type(i) is int and i >= 0 for i in value):
-        raise fields.error(key, f"is {value!r}: expected whole numbers from 0")
+        raise fields.error(key, f"is {gate.shown(value)}: expected whole numbers from 0")
     return tuple(value)

@@ -4,7 +4,6 @@ python -c "from nanollama.checkpoint import pth; print(list(pth.read('consolidat
 """
 
 import itertools
-import zipfile
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from nanollama import gate
 from nanollama.checkpoint.names import EMBEDDING, HEAD
 from nanollama.checkpoint.weights import CheckpointError
+from nanollama.gate import archive
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -29,7 +29,9 @@ def check_plain(path: Path, state: dict) -> None:
     """Names to plain, contiguous tensors on bytes of their own: all that a checkpoint of Meta's holds."""
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise CheckpointError(path, f"{name!r} is a {type(tensor).__name__}: expected a plain dict of tensors")
+            raise CheckpointError(
+                path, f"{gate.shown(name)} is a {type(tensor).__name__}: expected a plain dict of tensors"
+            )
         if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.device.type != "cpu":
             raise CheckpointError(path, f"{name} is not a plain contiguous tensor; save it again with torch.save")
     _refuse_shared_bytes(path, state)
@@ -37,37 +39,14 @@ def check_plain(path: Path, state: dict) -> None:
 
 def load(path: Path) -> dict:
     """torch.load with weights_only, memory-mapped; any failure as one CheckpointError."""
-    _check_archive(path)
+    archive.check(path)
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises whatever its zip reader, its unpickler or a rebuilt tensor raise
-        what = str(error).split("WeightsUnpickler error:")[-1] or type(error).__name__
-        raise CheckpointError(
-            path, f"is not a plain state dict and is not loaded ({what.strip()[:300]}); download it again"
-        ) from None
+        raise CheckpointError(path, f"is not a plain state dict and is not loaded ({gate.reason(error)})") from None
     if not isinstance(state, dict):
         raise CheckpointError(path, f"holds a {type(state).__name__}: expected a plain dict of tensors")
     return state
-
-
-def _check_archive(path: Path) -> None:
-    """The zip's directory against the file's size, before anything is allocated by what it claims."""
-    try:
-        size = path.stat().st_size
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-    except FileNotFoundError:
-        raise gate.missing(path, "is missing: download it again") from None
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        gate.refuse_strangers(path)
-        raise CheckpointError(
-            path, f"is truncated or not a .pth file of torch >= 1.6 ({error}); download it again"
-        ) from None
-    for record in records:
-        if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
-            raise CheckpointError(path, f"record {record.filename} is compressed: torch never writes that; refused")
-        if record.header_offset + record.file_size > size:
-            raise CheckpointError(path, f"is truncated: record {record.filename} ends beyond it; download it again")
 
 
 def _refuse_shared_bytes(path: Path, state: dict[str, Tensor]) -> None:

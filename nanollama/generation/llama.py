@@ -65,7 +65,8 @@ class Llama:
 
         tokenizer: a file, where the checkpoint has none beside it. adapter: a LoRA adapter's folder, added to the
         weights as they are read. dtype: "fp32", "bf16", "fp16". quantize: "int8" or "int4" (see
-        nanollama.speed.quantize). compile, say, drafter: as for the class.
+        nanollama.speed.quantize), which computes in bf16 on a CPU where no dtype is given. compile, say, drafter: as
+        for the class.
         Raises ValueError (CheckpointError, TokenizerError) with one line.
         """
         if dtype is not None and dtype not in DTYPES:
@@ -82,7 +83,8 @@ class Llama:
             # In one dtype: a GGUF may keep norms as fp32 beside bf16 matrices.
             model = Transformer.from_weights(config, weights, dtype=wanted or weights.dtype, device=device)
         else:
-            model = load_quantized(config, weights, quantize, dtype=wanted).to(device)
+            kept = torch.bfloat16 if quantize == "int4" and device == "cpu" else weights.dtype  # the kernel's
+            model = load_quantized(config, weights, quantize, dtype=wanted or kept, device=device)
         return cls(model.eval(), opened, compile=compile, say=say, drafter=drafter)
 
     @property

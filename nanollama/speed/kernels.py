@@ -12,14 +12,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nanollama.speed import int4
+
 
 def matvec(x: Tensor, operands: Sequence[Tensor]) -> Tensor:
-    """x (B, K) times a matrix -> (B, N) in x's dtype.
+    """x (B, K) times a matrix -> (B, N) in x's dtype. Packed int4 goes to the library's kernel.
 
     Written row by row and in two halves of the outputs: the compiler fuses them into one pass over the weights with
     independent sums, which keeps the adders busy (one running sum alone waits four cycles for each addition). int4 has
     independent sums of its own, and a GPU has sums enough.
     """
+    if operands[-1].ndim == 3:
+        return int4.matmul(x.to(torch.bfloat16), *operands).to(x.dtype)
     halves = 2 if operands[0].device.type == "cpu" and operands[0].dtype != torch.uint8 else 1
     parts = list(zip(*(tensor.chunk(halves) for tensor in operands), strict=True))
     # Beside integers, a vector of bf16 would take the compiler's slow conversions for both: fp32 is loaded instead.

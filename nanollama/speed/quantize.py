@@ -6,9 +6,10 @@ stream from the checkpoint one matrix at a time, so the process never holds both
 
     python -m nanollama generate Meta-Llama-3.1-8B --prompt "Once upon a time" --quantize int8
 
-int8: one fp32 scale for each output row. int4: two numbers a byte, one bf16 scale for each group of about 32 inputs.
-A group is a stride of the inputs (0, n, 2n, ...), so the scales of neighbouring inputs lie side by side and a vector
-unit multiplies 16 groups at once. Scales as in llama.cpp's Q8_0 and Q4_0 (the largest number becomes -127 or -8).
+int8: one fp32 scale for each output row. int4 with bf16 activations on a CPU: `nanollama.speed.int4`, torch's kernel.
+int4 elsewhere: two numbers a byte, one bf16 scale for each group of about 32 inputs. A group is a stride of the inputs
+(0, n, 2n, ...), so the scales of neighbouring inputs lie side by side and a vector unit multiplies 16 groups at once.
+Scales as in llama.cpp's Q8_0 and Q4_0 (the largest number becomes -127 or -8).
 """
 
 import ctypes
@@ -22,11 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanollama.model import ModelConfig, Transformer
+from nanollama.speed import int4
 
 Scheme = Literal["int8", "int4"]
 SCHEMES: tuple[str, ...] = get_args(Scheme)
 GROUP_INPUTS = 32  # aimed at; see `group_size`
 BLOCK_BYTES = 2**22  # of dequantised weights, as fp32, at a time: they stay in the processor's cache
+PROMPT_ROWS = 128  # of packed int4: with more, dequantising for the matrix product of bf16 costs less than it wins
 QUANTIZE_BYTES = 2**21  # of fp32 weights at a time: small enough that the allocator gives its memory back
 MADV_PAGEOUT = 21  # Linux's
 
@@ -92,16 +95,19 @@ class QuantLinear(nn.Module):
     """A linear layer without bias whose weights are integers. `dtype` is that of its activations."""
 
     is_quantized = True
-    numbers: Tensor  # int8 (N, K), or uint8 (N, G/2, K/G)
-    scales: Tensor  # fp32 (N,), or bf16 (N, K/G)
+    numbers: Tensor  # int8 (N, K), uint8 (N, G/2, K/G), or packed (N, K/2)
+    scales: Tensor  # fp32 (N,), bf16 (N, K/G), or (K/32, N, 2) beside packed numbers
 
     def __init__(self, weight: Tensor, scheme: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype, self.scheme = dtype, scheme
         self.out_features, self.in_features = weight.shape
-        numbers, scales = quantize(weight, scheme)
+        numbers, scales = self._quantize(weight)
         self.register_buffer("numbers", numbers)
         self.register_buffer("scales", scales)
+
+    def _quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize(weight, self.scheme)
 
     @property
     def weight(self) -> Tensor:
@@ -134,8 +140,49 @@ class QuantLinear(nn.Module):
         return self
 
 
+class PackedLinear(QuantLinear):
+    """int4 as `nanollama.speed.int4` packs it for bf16 activations; others are rounded to bf16 on the way in."""
+
+    def _quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        N, K = weight.shape
+        numbers = torch.empty(N, K // 2, dtype=torch.uint8)
+        scales = torch.empty(K // int4.GROUP, N, 2, dtype=torch.bfloat16)
+        step = self._step(QUANTIZE_BYTES)
+        for at in range(0, N, step):
+            rows = weight[at : at + step]
+            numbers[at : at + step], scales[:, at : at + step] = int4.quantize(rows)
+            release(rows)
+        return numbers, scales
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return int4.dequantize(self.numbers[start:stop], self.scales[:, start:stop]).to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.in_features)
+        if len(flat) <= PROMPT_ROWS:
+            products = int4.matmul(flat.to(torch.bfloat16), self.numbers, self.scales)
+        else:
+            step = self._step(BLOCK_BYTES)
+            blocks = range(0, self.out_features, step)
+            products = torch.cat([F.linear(flat, self.rows(at, at + step)) for at in blocks], dim=-1)
+        return products.to(x.dtype).unflatten(0, x.shape[:-1])
+
+    def _step(self, block_bytes: int) -> int:
+        """Rows at a time, in whole blocks of the kernel's."""
+        rows = block_rows(block_bytes, self.in_features, torch.device("cpu"))
+        return max(rows // int4.ROWS, 1) * int4.ROWS
+
+
+def quantized_linear(weight: Tensor, scheme: str, dtype: torch.dtype, device: torch.device) -> QuantLinear:
+    """The layer in the form that this device multiplies fastest."""
+    is_packed = scheme == "int4" and device.type == "cpu" and int4.fits(weight, dtype)
+    return (PackedLinear if is_packed else QuantLinear)(weight, scheme, dtype).to(device)
+
+
 def dequantize(numbers: Tensor, scales: Tensor) -> Tensor:
-    """fp32 (N, K) from either form."""
+    """fp32 (N, K) from any form."""
+    if scales.ndim == 3:
+        return int4.dequantize(numbers, scales)
     if numbers.dtype == torch.int8:
         return numbers.float() * scales.unsqueeze(1)
     both = torch.cat((numbers & 15, numbers >> 4), dim=1).float() - 8  # (N, G, K/G)
@@ -143,15 +190,22 @@ def dequantize(numbers: Tensor, scales: Tensor) -> Tensor:
 
 
 def load_quantized(
-    config: ModelConfig, weights: Mapping[str, Tensor], scheme: str, *, dtype: torch.dtype | None = None
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    scheme: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
 ) -> Transformer:
     """A quantised model straight from a checkpoint's weights, read one matrix at a time and let go.
 
-    dtype: of activations, norms and embedding; None: as stored. Raises ValueError for an unknown scheme.
+    dtype: of activations, norms and embedding; None: as stored. device: None: the weights' own. Raises ValueError for
+    an unknown scheme.
     """
     with torch.device("meta"):
         model = Transformer(config)
-    dtype = dtype or weights["norm.weight"].dtype
+    norm = weights["norm.weight"]
+    dtype, device = dtype or norm.dtype, torch.device(device or norm.device)
     if scheme not in SCHEMES:
         raise ValueError(f"quantize is {scheme!r}: expected one of {', '.join(SCHEMES)}")
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -162,14 +216,15 @@ def load_quantized(
             continue
         # A copy, so that nothing keeps the checkpoint's file mapped.
         weight = weights[name]
-        kept = nn.Parameter(weight.to(dtype, copy=True), requires_grad=parameter.requires_grad)
+        kept = nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=parameter.requires_grad)
         setattr(model.get_submodule(parent), last, kept)
         release(weight)
     for name in linears:
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, QuantLinear(weights[f"{name}.weight"], scheme, dtype))
+        setattr(model.get_submodule(parent), last, quantized_linear(weights[f"{name}.weight"], scheme, dtype, device))
     if model.output is None:
-        model.output = QuantLinear(weights["tok_embeddings.weight"], scheme, dtype)  # type: ignore[assignment]
+        head = quantized_linear(weights["tok_embeddings.weight"], scheme, dtype, device)
+        model.output = head  # type: ignore[assignment]
     return model
 
 

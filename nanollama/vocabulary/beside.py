@@ -1,6 +1,7 @@
 """What the files beside a tokenizer say of it: which tokens begin and end a text, the chat template.
 
     tokenizer_config.json, special_tokens_map.json    bos_token, eos_token, pad_token; add_bos_token; chat_template
+    tokenizer_config.json, added_tokens.json          tokens that the tokenizer does not list itself (`added`)
     config.json, generation_config.json               bos_token_id, eos_token_id (one or a list), pad_token_id
     chat_template.jinja, chat_template.json           the template
 
@@ -12,11 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nanollama.vocabulary.value import TokenType, Vocabulary
+from nanollama import gate
+from nanollama.gate import documents
+from nanollama.vocabulary.added import Declared, declared
+from nanollama.vocabulary.value import TokenizerError, TokenType, Vocabulary
 
 MAX_FILE_BYTES = 2**22
 NAMED = ("tokenizer_config.json", "special_tokens_map.json")
 BY_ID = ("generation_config.json", "config.json")
+ADDED = "added_tokens.json"
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 ROLES = ("bos", "eos", "pad")
 # What Llama's own names are, for files that stand alone; turns end by these whatever else is declared.
@@ -28,14 +33,18 @@ USUAL = {
 }
 
 
-def with_declared(vocabulary: Vocabulary, folders: list[Path]) -> Vocabulary:
-    """The vocabulary with what the files of these folders declare; without folders, its own word and usual names."""
-    files = {
-        name: data
-        for folder in reversed(folders)
-        for name in (*NAMED, *BY_ID, *TEMPLATES)
-        if (data := _read(folder / name))
-    }
+def files_beside(folders: list[Path]) -> dict[str, bytes]:
+    """Those that say something, by name; of the first folder that has one."""
+    names = (*NAMED, *BY_ID, *TEMPLATES, ADDED)
+    return {name: data for folder in reversed(folders) for name in names if (data := _read(folder / name))}
+
+
+def declared_tokens(files: dict[str, bytes]) -> Declared:
+    return declared([json_object(files.get(name)) for name in NAMED], json_object(files.get(ADDED)))
+
+
+def with_declared(vocabulary: Vocabulary, files: dict[str, bytes]) -> Vocabulary:
+    """The vocabulary with what these files declare; without files, its own word and usual names."""
     named, by_id = [json_object(files.get(name)) for name in NAMED], [json_object(files.get(name)) for name in BY_ID]
     added = {TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED}
     names = {vocabulary.tokens[i]: i for i, kind in enumerate(vocabulary.types) if kind in added}
@@ -90,10 +99,14 @@ def _template(files: dict[str, bytes]) -> str | None:
 
 
 def _read(path: Path) -> bytes:
+    """Nothing where there is no file; raises TokenizerError for one that is not to be read."""
     try:
-        return path.read_bytes() if path.is_file() and path.stat().st_size <= MAX_FILE_BYTES else b""
+        gate.require_file(path)
+        return documents.read_bytes(path, MAX_FILE_BYTES) if path.is_file() else b""
     except OSError:
         return b""
+    except gate.CheckpointError as error:
+        raise TokenizerError(str(error)) from None
 
 
 def json_object(data: bytes | None) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from nanollama.gate import CheckpointError, tokenizers
 from nanollama.vocabulary import spoken
+from nanollama.vocabulary.added import Declared
 from nanollama.vocabulary.charsmap import check_charsmap
 from nanollama.vocabulary.value import BYTE_PIECES, MAX_TOKENS, TokenizerError, TokenType, Vocabulary, byte_alphabet
 
@@ -17,9 +19,13 @@ DEEPEST = 32  # of nested normalizers and the like; Rust's recursion is not limi
 Kind = Literal["bpe", "spm", "unigram"]
 
 
-def parse(data: bytes) -> Vocabulary:
-    """The vocabulary of a tokenizer.json; raises TokenizerError where its shape is not one."""
+def parse(data: bytes, declared: Declared = Declared()) -> Vocabulary:
+    """The vocabulary of a tokenizer.json, with what is declared beside it as its added tokens.
+
+    Raises TokenizerError where its shape is not one.
+    """
     content = _load(data)
+    more = _not_listed(content, declared)
     model, listed = content["model"], content.get("added_tokens") or []
     texts, added = _texts(model, listed), {token["id"]: token for token in listed}
     kind: Kind = "unigram" if model["type"] == "Unigram" else "bpe" if _uses(content, "ByteLevel") else "spm"
@@ -40,19 +46,29 @@ def parse(data: bytes) -> Vocabulary:
         add_bos=begins is not None,
         add_dummy_prefix='"Prepend"' in normalizer or ('"Metaspace"' in normalizer and '"never"' not in normalizer),
         format="json",
+        data=json.dumps(content, ensure_ascii=False).encode() if more else b"",
         content=content,
     )
+
+
+def _not_listed(content: dict[str, Any], declared: Declared) -> bool:
+    """Adds to the list of added tokens what is declared elsewhere; whether there was any."""
+    vocab, listed = content["model"].get("vocab"), content.get("added_tokens") or []
+    if not isinstance(vocab, dict):
+        return False
+    ids = vocab | {token["content"]: token["id"] for token in listed}
+    more = declared.of_vocabulary(ids, {token["content"] for token in listed})
+    content["added_tokens"] = sorted([*listed, *more], key=lambda token: token["id"])
+    return bool(more)
 
 
 def _load(data: bytes) -> dict[str, Any]:
     """The file's content, the shape of what is used of it checked."""
     try:
-        content = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"not a usable tokenizer.json: not valid JSON: {error}") from None
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict):
-        raise TokenizerError('JSON, but no tokenizer: it has no "model"')
+        content = tokenizers.load(data, "")
+    except CheckpointError as error:
+        raise TokenizerError(str(error).removeprefix(": ")) from None
+    model = content["model"]
     # The oldest files do not name the type.
     kind = model.setdefault("type", "BPE" if "merges" in model else "Unigram" if "unk_id" in model else None)
     if kind not in ("BPE", "Unigram") or (kind == "BPE" and not isinstance(model.get("merges"), list)):

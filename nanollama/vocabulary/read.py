@@ -27,22 +27,24 @@ from google.protobuf.message import DecodeError
 
 from nanollama import gguf_header
 from nanollama.vocabulary import from_json
-from nanollama.vocabulary.beside import with_declared
+from nanollama.vocabulary.added import Declared
+from nanollama.vocabulary.beside import declared_tokens, files_beside, with_declared
 from nanollama.vocabulary.charsmap import check_charsmap
 from nanollama.vocabulary.spoken import pattern_of
 from nanollama.vocabulary.value import (
     BYTE_PIECES,
     MAX_FILE_BYTES,
+    MAX_TOKEN_BYTES,
     SPACE,
     TokenizerError,
     TokenType,
     Vocabulary,
     check_count,
+    check_lengths,
     llama3_special_tokens,
 )
 
 UNIGRAM, BPE = 1, 2  # sentencepiece's TrainerSpec.ModelType
-MAX_TOKEN_BYTES = 65_535  # Llama 2's longest is 27
 
 
 def read(path: str | Path) -> Vocabulary:
@@ -50,14 +52,21 @@ def read(path: str | Path) -> Vocabulary:
     path = Path(path)
     try:
         if _is_gguf(path):
-            return with_declared(from_gguf(_header_keys(path)), [])
+            return with_declared(_checked(from_gguf(_header_keys(path)), path), {})
         data = _read_bytes(path)
         folders = [path.parent, *([path.parent.parent] if path.parent.name == "original" else [])]
-        return with_declared(replace(parse(data), data=data), folders)
+        files = files_beside(folders)
+        found = parse(data, declared_tokens(files))
+        return with_declared(_checked(found if found.data else replace(found, data=data), path), files)
     except OSError as error:
         raise TokenizerError(f"tokenizer {path}: cannot be read: {error.strerror}") from None
     except (TokenizerError, UnicodeDecodeError, struct.error) as error:
         raise TokenizerError(f"tokenizer {path}: {' '.join(str(error).split())[:360]}") from None
+
+
+def _checked(vocabulary: Vocabulary, path: Path) -> Vocabulary:
+    check_lengths(vocabulary)
+    return replace(vocabulary, where=str(path))
 
 
 def _is_gguf(path: Path) -> bool:
@@ -88,16 +97,19 @@ def _read_bytes(path: Path) -> bytes:
     return data
 
 
-def parse(data: bytes) -> Vocabulary:
-    """The vocabulary in a file's content, but for GGUF; raises TokenizerError."""
+def parse(data: bytes, declared: Declared = Declared()) -> Vocabulary:
+    """The vocabulary in a file's content, but for GGUF; raises TokenizerError.
+
+    declared: tokens that files beside it add, to what can hold them: `data` is then the content with them.
+    """
     if len(data) >= 4 and 0 < int.from_bytes(data[:4], "little") <= MAX_TOKEN_BYTES:
         return from_llama2c(data)  # first: a longest token of 123 bytes makes it start with "{"
     if data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"["):
-        return from_json.parse(data)
+        return from_json.parse(data, declared)
     if re.match(rb"\s*[A-Za-z0-9+/]+={0,2}[ \t]+[0-9]+[ \t]*(\r?\n|$)", data):
         return from_ranks(data)
     if len(data) > 2 and data[0] == 0x0A and data[1] > 0:  # a ModelProto starts with its first piece
-        return from_sentencepiece(data)
+        return from_sentencepiece(data, declared)
     raise TokenizerError(
         f"it starts with {data[:8]!r}, which is neither a Llama 3 rank file, a sentencepiece model, "
         "a llama2.c tokenizer.bin nor a tokenizer.json; a cut or a wrong file?"
@@ -186,8 +198,8 @@ def from_llama2c(data: bytes) -> Vocabulary:
 # --- sentencepiece ---------------------------------------------------------------------------------------------------
 
 
-def from_sentencepiece(data: bytes) -> Vocabulary:
-    """A sentencepiece .model (a ModelProto) of type BPE or unigram."""
+def from_sentencepiece(data: bytes, declared: Declared = Declared()) -> Vocabulary:
+    """A sentencepiece .model (a ModelProto) of type BPE or unigram; what is declared beside it becomes its pieces."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     try:
@@ -205,7 +217,18 @@ def from_sentencepiece(data: bytes) -> Vocabulary:
     ):
         if is_there:
             raise TokenizerError(f"it was trained with {name}, which is not supported")
+    for name in ("bos_id", "eos_id", "unk_id", "pad_id"):
+        if not -1 <= getattr(trainer, name) < len(model.pieces):
+            raise TokenizerError(
+                f"its {name} is {getattr(trainer, name)}: expected -1 or one of {len(model.pieces)} ids"
+            )
     check_charsmap(normalizer.precompiled_charsmap)
+    ids = {p.piece: i for i, p in enumerate(model.pieces) if isinstance(p.piece, str)}
+    control = {p.piece for p in model.pieces if p.type != TokenType.NORMAL}
+    more = declared.of_vocabulary(ids, control) if len(ids) == len(model.pieces) else []
+    for token in more:
+        piece = model.pieces[token["id"]] if token["id"] < len(model.pieces) else model.pieces.add()
+        piece.piece, piece.type = token["content"], TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
     # A piece that is not UTF-8 arrives as bytes; check_pieces refuses it.
     tokens = [p.piece.encode() if isinstance(p.piece, str) else p.piece for p in model.pieces]
     types = [p.type for p in model.pieces]
@@ -215,6 +238,7 @@ def from_sentencepiece(data: bytes) -> Vocabulary:
         bos_id=ids.get(trainer.bos_piece), eos_id=ids.get(trainer.eos_piece), pad_id=ids.get(trainer.pad_piece),
         add_dummy_prefix=normalizer.add_dummy_prefix, rewrites=bool(normalizer.precompiled_charsmap),
         remove_extra_whitespaces=normalizer.remove_extra_whitespaces, format="sentencepiece",
+        data=model.SerializeToString(deterministic=True) if more else b"",
     )  # fmt: skip
     check_pieces(vocabulary, needs_bytes=trainer.byte_fallback)
     return vocabulary

@@ -17,6 +17,7 @@ BYTE_PIECES = {f"<0x{byte:02X}>".encode(): bytes([byte]) for byte in range(256)}
 # hostile file can ask for below 1 GiB.
 MAX_FILE_BYTES = 32 * 2**20
 MAX_TOKENS = 2**20
+MAX_TOKEN_BYTES = 65_535  # Llama 2's longest is 27
 
 LLAMA3_SPECIAL_COUNT = 256
 LLAMA3_NAMED = (  # by order of id, as of Llama 3.1 (3.0 called some of them reserved)
@@ -58,6 +59,7 @@ class Vocabulary:
     data: bytes = field(default=b"", repr=False)  # the file as it stands, but for GGUF
     content: dict[str, Any] | None = field(default=None, repr=False)  # of a tokenizer.json, also one within a GGUF
     beside: dict[str, bytes] = field(default_factory=dict, repr=False)  # the files that said some of this, by name
+    where: str = ""  # the file's path, for messages
     rewrites: bool = False  # "spm", "unigram": rules that change the text (nmt_nfkc), which only the file holds
 
     @property
@@ -103,6 +105,13 @@ def byte_alphabet() -> dict[str, int]:
     own = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
     others = [b for b in range(256) if b not in own]
     return {chr(b): b for b in own} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def check_lengths(vocabulary: Vocabulary) -> None:
+    """Raises TokenizerError for a token that no text has: each of its bytes is looked at again and again."""
+    longest = max(map(len, vocabulary.tokens), default=0)
+    if longest > MAX_TOKEN_BYTES:
+        raise TokenizerError(f"it has a token of {longest:,} bytes: at most {MAX_TOKEN_BYTES:,} are read")
 
 
 def check_count(count: int) -> None:

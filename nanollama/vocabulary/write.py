@@ -66,7 +66,7 @@ def _is_llama3(vocabulary: Vocabulary) -> bool:
 
 def _said_beside(vocabulary: Vocabulary, data: bytes) -> dict[str, bytes]:
     """tokenizer_config.json and generation_config.json where the file alone would say something else."""
-    alone = with_declared(parse(data), [])
+    alone = with_declared(parse(data), {})
     template = None if vocabulary.chat_template == LLAMA3_TEMPLATE else vocabulary.chat_template
     same = all(getattr(alone, name) == getattr(vocabulary, name) for name in ("bos_id", "eos_id", "pad_id", "add_bos"))
     if same and set(alone.stop_ids) == set(vocabulary.stop_ids) and template is None:

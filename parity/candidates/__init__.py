@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from parity.candidates.limits import split_limits
 from parity.contract import UsageError
 
 Load = Callable[[str, torch.dtype, str], Any]
@@ -22,11 +23,12 @@ def labels(name: str) -> list[str | None]:
 
 def is_python(name: str) -> bool:
     """Whether resolving the name imports code of the user's."""
-    return ":" in name and not name.startswith(("cmd:", "hf:", "env:", "http://", "https://"))
+    return ":" in name and not name.startswith(("limits:", "cmd:", "hf:", "env:", "http://", "https://"))
 
 
 def resolve(name: str) -> dict[str | None, Load]:
     """The candidate's paths by label (None: its only one). Raises UsageError for a name that leads nowhere."""
+    limits, name = split_limits(name)
     if name == "nanollama":
         from parity.candidates.nano.model import PATHS
 
@@ -35,7 +37,7 @@ def resolve(name: str) -> dict[str | None, Load]:
     if name.startswith("cmd:"):
         from parity.candidates.command import command_loader
 
-        return {None: command_loader(name.removeprefix("cmd:"))}
+        return {None: command_loader(name.removeprefix("cmd:"), limits)}
     if name.startswith("torch:"):
         from parity.candidates.module.loading import module_loader
 
@@ -47,11 +49,11 @@ def resolve(name: str) -> dict[str | None, Load]:
     if name.startswith("env:"):
         from parity.candidates.environment import environment_loader
 
-        return {None: environment_loader(name.removeprefix("env:"))}
+        return {None: environment_loader(name.removeprefix("env:"), limits)}
     if name.startswith(("http://", "https://")):
         from parity.candidates.server.endpoint import endpoint_loader
 
-        return {None: endpoint_loader(name)}
+        return {None: endpoint_loader(name, limits)}
     if ":" not in name:
         known = (
             "nanollama, module:attr, file.py:attr, torch:file.py:Class, hf:FOLDER, cmd:PROGRAM or http://host:port/v1"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from nanollama.printable import complain
 from parity.candidates import Load, resolve
 from parity.contract import Case, UsageError
 from parity.run.run_candidate import record
@@ -39,12 +40,12 @@ def main(argv: list[str], load: Load | None = None) -> int:
         given = {Path(folder).name: Trace(Path(folder)) for folder in forced}
         record(load, case, TraceWriter(Path(out)), progress, given)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return 2
     except Exception as error:
         # Errors of our own readers are user errors too; they are ValueErrors of one line with a name of their own.
         if type(error).__name__ in ("CheckpointError", "TokenizerError"):
-            print(f"error: {error}", file=sys.stderr)
+            complain(error)
             return 2
         raise
     return 0

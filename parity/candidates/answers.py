@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from parity.candidates.crash import Wrong
-from parity.contract import tap_names
+from reference.protocol import tap_names
 
 Shape = tuple[int | str, ...]  # a name stands for any size
 

@@ -17,18 +17,21 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
+import signal
 import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from parity.candidates.files import list_arrays, read_float32
 from parity.candidates.interface import ATTRIBUTES
+from parity.candidates.limits import PROGRAM, Limits
 from parity.candidates.nano.opening import Checkpoint, open_checkpoint
+from parity.candidates.program import WORK, Ended, Exceeded, Program
 from parity.contract import DTYPES, UsageError
 
 WITH_HEADS = (".q", ".k", ".v", ".q_rope", ".k_rope")
@@ -46,10 +49,10 @@ METHODS: tuple[str, ...] = (
 )
 METHODS += ("encode", "encode_plain", "encode_chat", "use_tokenizer", "grads")
 NAMES = {"grads": "loss_and_grads"}
-ANSWERS = "{answers}"
+SHOWN_CHARACTERS = 400
 
 
-def command_loader(line: str) -> Callable[[str, torch.dtype, str], "Command"]:
+def command_loader(line: str, limits: Limits = PROGRAM) -> Callable[[str, torch.dtype, str], "Command"]:
     """load(checkpoint, dtype, device) of a program's command line. Raises UsageError where there is no such program."""
     try:
         words = shlex.split(line)
@@ -62,7 +65,7 @@ def command_loader(line: str) -> Callable[[str, torch.dtype, str], "Command"]:
 
     def load(checkpoint: str, dtype: torch.dtype, device: str) -> Command:
         fields = {"{ckpt}": checkpoint, "{dtype}": dtype_name(dtype), "{device}": device}
-        return Command([_filled(word, fields) for word in words], open_checkpoint(checkpoint))
+        return Command([_filled(word, fields) for word in words], open_checkpoint(checkpoint), limits)
 
     return load
 
@@ -80,11 +83,17 @@ def _filled(word: str, fields: dict[str, str]) -> str:
 class Command:
     """A running program; it ends with this object."""
 
-    def __init__(self, words: list[str], opened: Checkpoint, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, words: list[str], opened: Checkpoint, limits: Limits = PROGRAM, environment: dict[str, str] | None = None
+    ) -> None:
         self.words, self.opened = words, opened
-        self.folder = Path(tempfile.mkdtemp(prefix="parity-cmd-"))
-        self.process, self.answers = start_program(words, self.folder / "stderr", environment)
-        weakref.finalize(self, end, self.process, self.answers, self.folder)
+        self.folder = Path(tempfile.mkdtemp(prefix="parity-cmd-", dir=os.environ.get(WORK)))
+        try:
+            self.program = Program(words, limits, environment)
+        except OSError as error:
+            shutil.rmtree(self.folder)
+            raise UsageError(f"candidate {words[0]}: cannot be run ({error.strerror})") from error
+        weakref.finalize(self, end, self.program, self.folder)
         self.able = self.ask("can").split()
         if not {"logits", "next_tokens"} & set(self.able):
             raise RuntimeError(f"{words[0]} answered `can` with {' '.join(self.able)!r}: expected `ok logits`")
@@ -136,10 +145,14 @@ class Command:
     def _loss_and_grads(self, tokens: Tensor, targets: Tensor) -> tuple[float, dict[str, Tensor]]:
         folder = self._emptied()
         both = [*_flat(tokens.tolist()), *_flat(targets.tolist())]
-        loss = float(self.ask("grads", folder, len(tokens), *both).split()[0])
+        said = self.ask("grads", folder, len(tokens), *both)
+        try:
+            loss = float(said.split()[0])
+        except (ValueError, IndexError):
+            raise RuntimeError(f"{self.words[0]} answered `grads` with {said[:60]!r}: expected the loss") from None
         shapes = self.opened.weights.shapes
-        files = {file.name.removesuffix(".f32"): file for file in folder.glob("*.f32")}
-        return loss, {name: self._read(file, shapes.get(name, (-1,))) for name, file in files.items()}
+        files = list_arrays(folder, self.words[0])
+        return loss, {name: self._read(file, shapes.get(name, (-1,)), self.widest) for name, file in files.items()}
 
     def _next_tokens(self, ids: list[int], n: int) -> list[int]:
         return self._ids("next_tokens", n, *ids) or []
@@ -170,22 +183,33 @@ class Command:
         file.unlink(missing_ok=True)
         said = self.ask(request, file, *words)
         if said:
-            return self._read(file, json.loads(said))
+            return self._read(file, self._shape(request, parse(said)), max(len(words), self.widest))
         single = getattr(self, "last_only", False) is True
         if None in lead or single:
-            return self._read(file, (1, -1, self.opened.config.vocab_size))
-        return self._read(file, (*lead, -1))  # type: ignore[arg-type]
+            return self._read(file, (1, -1, self.opened.config.vocab_size), len(words))
+        return self._read(file, (*lead, -1), self.widest)  # type: ignore[arg-type]
 
     def _arrays(self, request: str, rows: int, *words: Any) -> dict[str, Tensor]:
         """NAME.f32 files of a folder, (1, rows, ...) each."""
         folder = self._emptied()
         said = self.ask(request, folder, *words)
-        shapes = json.loads(said) if said else {}
-        files = {file.name.removesuffix(".f32"): file for file in folder.glob("*.f32")}
-        return {name: self._read(file, shapes.get(name, (1, rows, -1))) for name, file in files.items()}
+        shapes = parse(said) if said else {}
+        if not isinstance(shapes, dict):
+            raise RuntimeError(f"{self.words[0]} answered `{request}` with {said[:60]!r}: expected shapes by name")
+        found = {name: self._shape(request, shape) for name, shape in shapes.items()}
+        files = list_arrays(folder, self.words[0])
+        return {name: self._read(file, found.get(name, (1, rows, -1)), self.widest) for name, file in files.items()}
+
+    def _shape(self, request: str, said: Any) -> tuple[int, ...]:
+        """Sizes of an array that the program names."""
+        if not isinstance(said, list) or len(said) > 8 or not all(map(is_size, said)) or said.count(-1) > 1:
+            raise RuntimeError(f"{self.words[0]} answered `{request}` with {str(said)[:60]!r}: expected a shape")
+        return tuple(said)
 
     def _emptied(self) -> Path:
         folder = self.folder / "arrays"
+        if folder.is_symlink():
+            folder.unlink()
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         return folder
@@ -206,88 +230,66 @@ class Command:
 
     def _object(self, request: str) -> dict[str, Any]:
         said = self.ask(request)
-        try:
-            found = json.loads(said)
-        except ValueError:
-            found = None
+        found = parse(said)
         if not isinstance(found, dict):
             raise RuntimeError(f"{self.words[0]} answered `{request}` with {said[:60]!r}: expected a JSON object")
         return found
 
-    def _read(self, file: Path, shape: tuple[int, ...] | list[int]) -> Tensor:
-        """float32 of this shape, in which one size may be -1."""
-        if not file.is_file():
-            raise RuntimeError(f"{self.words[0]} answered ok and wrote no {file.name}")
-        content = bytearray(file.read_bytes())
-        numbers = max(1, abs(torch.Size(shape).numel()))
-        if len(content) % (4 * numbers) or not content or (-1 not in shape and len(content) != 4 * numbers):
-            raise RuntimeError(f"{file.name} holds {len(content)} bytes: expected {_shown(shape)} of float32")
-        return torch.frombuffer(content, dtype=torch.float32).view(*shape)
+    def _read(self, file: Path, shape: tuple[int, ...] | list[int], most: int) -> Tensor:
+        """float32 of this shape, in which one size may be -1: what the program chose, up to `most`."""
+        return read_float32(file, shape, most, self.words[0])
+
+    @property
+    def widest(self) -> int:
+        """A row of any tap, with room for a wrong one that is to be told from garbage."""
+        c = self.opened.config
+        return 4 * max(c.vocab_size, c.hidden_dim, c.dim, c.n_heads * c.head_dim)
 
     def ask(self, request: str, *words: Any) -> str:
         """What follows `ok`. Raises NotImplementedError where the program says `no`, else what `failed` makes of it."""
-        assert self.process.stdin is not None
         try:
-            self.process.stdin.write(" ".join(map(str, (request, *words))) + "\n")
-            answer = self.answers.readline()
-        except BrokenPipeError:
-            answer = ""  # it has ended; the line stays in the pipe's buffer
-        if not answer:
-            code, said = self.process.wait(), (self.folder / "stderr").read_text(errors="replace").strip()
-            raise self.ended(request, code, said.splitlines()[-1] if said else "nothing on stderr")
-        word, _, rest = answer.strip().partition(" ")
+            answer = self.program.ask(" ".join(map(str, (request, *words)))).strip()
+        except Ended as end:
+            raise self.ended(request, end.code, self.program.last_words()) from None
+        except Exceeded as exceeded:
+            raise RuntimeError(f"{self.words[0]} {exceeded}") from None
+        word, _, rest = answer.partition(" ")
         if word == "no":
             raise NotImplementedError(rest)
         if word != "ok":
-            raise self.failed(request, answer.strip())
+            raise self.failed(request, answer[:SHOWN_CHARACTERS])
         return rest
 
-    def ended(self, request: str, code: int, last: str) -> Exception:
-        return RuntimeError(f"{self.words[0]} ended with exit code {code} at `{request}`: {last}")
+    def ended(self, request: str, code: int | None, last: str) -> Exception:
+        return RuntimeError(f"{self.words[0]} {how_it_ended(code)} at `{request}`: {last}")
 
     def failed(self, request: str, answer: str) -> Exception:
         return RuntimeError(f"{self.words[0]} answered `{request}` with {answer!r}")
+
+
+def parse(said: str) -> Any:
+    """JSON; None of what is none."""
+    try:
+        return json.loads(said)
+    except (ValueError, RecursionError):
+        return None
+
+
+def is_size(n: Any) -> bool:
+    return type(n) is int and -1 <= n < 2**40
 
 
 def _flat(rows: list[list[int]]) -> list[int]:
     return [i for row in rows for i in row]
 
 
-def _shown(shape: tuple[int, ...] | list[int]) -> str:
-    if tuple(shape)[-1:] == (-1,):
-        return f"{torch.Size(shape[:-1]).numel()} rows"
-    return f"({', '.join('n' if n == -1 else str(n) for n in shape)})"
+def how_it_ended(code: int | None) -> str:
+    if code is None:
+        return "closed its output"
+    return f"ended with exit code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
 
 
-def start_program(
-    words: list[str], stderr: Path, environment: dict[str, str] | None
-) -> "tuple[subprocess.Popen[str], IO[str]]":
-    """A program, and the stream of its answers: its standard output, or what it writes to {answers}."""
-    own = any(ANSWERS in word for word in words)
-    into, outof = os.pipe() if own else (-1, -1)
-    filled = [word.replace(ANSWERS, f"/dev/fd/{outof}") for word in words]
-    with stderr.open("w") as log:
-        process = subprocess.Popen(
-            filled,
-            stdin=subprocess.PIPE,
-            stdout=log if own else subprocess.PIPE,
-            stderr=log,
-            encoding="utf-8",
-            errors="replace",
-            bufsize=1,
-            env=environment,
-            pass_fds=(outof,) if own else (),
-        )
-    if own:
-        os.close(outof)  # so that the stream ends with the program
-        return process, os.fdopen(into, encoding="utf-8", errors="replace")
-    assert process.stdout is not None
-    return process, process.stdout
-
-
-def end(process: "subprocess.Popen[str]", answers: IO[str], folder: Path) -> None:
+def end(program: Program, folder: Path) -> None:
     """Stop the program and delete what it wrote."""
-    process.kill()
-    process.communicate()
-    answers.close()
+    program.end()
     shutil.rmtree(folder, ignore_errors=True)

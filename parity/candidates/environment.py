@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from parity import serve
-from parity.candidates.command import Command, dtype_name
+from parity.candidates.command import Command, dtype_name, how_it_ended
 from parity.candidates.crash import Crashed, Wrong
 from parity.candidates.interface import ATTRIBUTES, METHODS, accepted
+from parity.candidates.limits import OUTSIDE, PROGRAM, Limits
 from parity.candidates.nano.opening import open_checkpoint
 from parity.contract import UsageError
 
@@ -32,16 +33,12 @@ TABLE = {
 
 def within(python: str, candidate: str) -> str:
     """The name of a Python candidate that is to run under another Python. Raises UsageError for any other candidate."""
-    if (
-        candidate == "nanollama"
-        or candidate.startswith(("cmd:", "http://", "https://", "torch:", "hf:", PREFIX))
-        or ":" not in candidate
-    ):
+    if candidate == "nanollama" or candidate.startswith((*OUTSIDE, "torch:", "hf:")) or ":" not in candidate:
         raise UsageError(f"--candidate_python runs module:attr or file.py:attr, not {candidate!r}")
     return PREFIX + shlex.join([python, candidate])
 
 
-def environment_loader(line: str) -> Callable[[str, torch.dtype, str], Command]:
+def environment_loader(line: str, limits: Limits = PROGRAM) -> Callable[[str, torch.dtype, str], Command]:
     """load(checkpoint, dtype, device) of "PYTHON file.py:attr". Raises UsageError where one of both is not there."""
     words = shlex.split(line)
     if len(words) != 2:
@@ -56,7 +53,7 @@ def environment_loader(line: str) -> Callable[[str, torch.dtype, str], Command]:
     def load(checkpoint: str, dtype: torch.dtype, device: str) -> Command:
         where = [dtype_name(dtype), device]
         command = [python, serve.__file__, name, checkpoint, *where, json.dumps(TABLE)]
-        return Served(command, open_checkpoint(checkpoint), environment())
+        return Served(command, open_checkpoint(checkpoint), limits, environment())
 
     return load
 
@@ -82,10 +79,11 @@ class Served(Command):
         said, _, where = text.rpartition(" (")
         return Crashed(f"{self._asked(request)} raised {said or text}", where.removesuffix(")") if said else None)
 
-    def ended(self, request: str, code: int, last: str) -> Exception:
+    def ended(self, request: str, code: int | None, last: str) -> Exception:
         if code == 2 and last.startswith("error: "):
             return UsageError(last.removeprefix("error: "))
-        return Crashed(f"{self._asked(request)} ended the process with exit code {code}: {last}", None)
+        how = f" ended the process with exit code {code}" if code else f": the process {how_it_ended(code)}"
+        return Crashed(f"{self._asked(request)}{how}: {last}", None)
 
     def _asked(self, request: str) -> str:
         if request == "can":

@@ -98,6 +98,9 @@ TRAINER: tuple[Method, ...] = tuple(
         ("accumulated", ("parts",), "accumulation", "loss and gradients of one step over unequal micro-batches, the"
          " last window not full"),
         ("labels", ("documents",), "target mask", "each document's labels, as its own data path makes them from ids"),
+        ("preferences", ("pairs", "push", "kind", "beta"), "preferences", "loss and gradients of the weights"
+         " `push(weight)` over pairs of a chosen and a rejected document; the weights as loaded are the reference; kind"
+         " is dpo or orpo"),
         ("adamw", ("makers", "hyper"), "optimizer step", "weights after each step from the gradients that"
          " `makers[n](weight at the start)` gives"),
         ("losses", ("batches", "hyper"), "ten losses", "the loss of each batch before its AdamW step"),

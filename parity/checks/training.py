@@ -14,7 +14,7 @@ from parity.contract import UNIT, Result, Status, judge
 from parity.measure.evidence import Evidence, Pair
 from parity.measure.metrics import ratio
 from parity.measure.tolerances import BOUNDS, STEP_DIGITS
-from parity.run.training import DTYPE, FILE, IGNORED, MADE_STEPS, STEPS_FILE, read, splits
+from parity.run.training import DTYPE, FILE, IGNORED, MADE_STEPS, PREFERENCES_FILE, STEPS_FILE, read, splits
 from parity.trace import Trace
 
 U = UNIT[DTYPE]
@@ -65,10 +65,31 @@ def _against(ev: Evidence, trace: Trace, reference: Trace, labels: dict[str, Any
             -1:
         ]
     yield _merged(ev, trace, labels)
+    yield _preferences(ev, trace, reference, floor, labels)
     if "losses" in mine:
         yield _ten_losses(mine["losses"], oracle["losses"], theirs["losses"], floor, labels)
     else:
         yield _uncovered("ten losses", "losses", mine, labels)
+
+
+def _preferences(ev: Evidence, trace: Trace, reference: Trace, floor: float, labels: dict[str, Any]) -> Result:
+    """The worst of loss and gradients over the kinds of losses on pairs."""
+    assert ev.case.training is not None
+    mine, asked = trace.meta["training"], ev.case.training["preferences"]
+    if len(mine["preferences"]) < len(asked["kinds"]):
+        return _uncovered("preferences", "preferences", mine, labels)
+    results = []
+    for kind in asked["kinds"]:
+        exact = ev.oracle.meta["training"]["preferences"][kind]
+        # dpo adds up beta times the error of every label of a pair, by the model and by the reference.
+        count = sum(label >= 0 for pair in asked["pairs"] for _, ids in pair for label in ids) / len(asked["pairs"])
+        noise = floor * max(1.0, asked["beta"] * (2 * count) ** 0.5)
+        results.append(_loss("preferences", mine["preferences"][kind], exact, noise, labels))
+        own = read(trace.folder / FILE, f"preferences/{kind}/")
+        true = read(ev.oracle.folder / PREFERENCES_FILE, f"{kind}/grad/")
+        theirs = [read(reference.folder / PREFERENCES_FILE, f"{kind}/{way}/") for way in ("grad", "padded")]
+        results.append(_worst_gradient("preferences", own, true, theirs, kind, labels))
+    return max(results, key=lambda r: r.value if r.value is not None and r.value == r.value else torch.inf)
 
 
 def loss_noise(ev: Evidence, reference: Trace) -> float:
@@ -88,6 +109,17 @@ def _gradients(
     """The worst parameter's error ratio."""
     mine, exact = read(trace.folder / FILE, prefix), read(ev.oracle.folder / FILE, "grad/")
     theirs = [read(reference.folder / FILE, kind) for kind in ("grad/", "padded/")]
+    return _worst_gradient(metric, mine, exact, theirs, kind, labels)
+
+
+def _worst_gradient(
+    metric: str,
+    mine: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    theirs: list[dict[str, Tensor]],
+    kind: str,
+    labels: dict[str, Any],
+) -> Result:
     if absent := sorted(exact.keys() - mine.keys()):
         reason = f"the gradient of {absent[0]} is missing ({len(absent)} in all)"
         return Result(**_fields(metric), status=Status.FAIL, reason=reason, **labels)

@@ -10,7 +10,6 @@ from dataclasses import replace
 import torch
 
 from parity.checks.ops import first_wrong, measure_ops
-from parity.contract import tap_names
 from parity.explain.causes import View, guess, probable_cause, signature
 from parity.explain.explained import Explained
 from parity.measure.evidence import Evidence, Pair, position_ratios
@@ -18,6 +17,7 @@ from parity.measure.metrics import TapError
 from parity.measure.tolerances import BOUNDS, LONG_SEQUENCE_TOKENS
 from parity.report.model import Divergence
 from parity.trace import Trace
+from reference.protocol import tap_names
 
 KINDS = ("cached", "chunked", "batch", "packed", "compiled")
 SMALL = 0.1  # relative error of logits below which a cache is coarse rather than wrong

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from parity.checks.verdict import decide
-from parity.contract import Result, Status, UsageError, judge, tap_names
+from parity.contract import Result, Status, UsageError, judge
 from parity.explain.causes import View, probable_cause
 from parity.explain.localise import ABOUT
 from parity.kit.arrays import Gate, Kit, read
@@ -20,6 +20,7 @@ from parity.machine import Clock, own_anonymous_bytes
 from parity.measure.metrics import TapError, logit_rows, oracle_rows, ratio
 from parity.measure.tolerances import KL_POSITIONS
 from parity.report.model import CheckpointEntry, Divergence, NoiseFloor, Report, Tokens
+from reference.protocol import tap_names
 
 THE_KIT = "the kit"
 GATES = {"taps": "G3", "logits": "G3", "rope": "G1", "training": "G8"}  # of results that are about a whole array

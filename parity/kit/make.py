@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanollama.cli import execute, from_config
+from nanollama.printable import complain, printable
 from parity.contract import UsageError
 from parity.run.process import Crash
 from parity.run.request import Request, choose_within, require_installed, split_dtypes
@@ -91,9 +92,9 @@ def write_kit(flags: Flags, out: Path) -> int:
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error})") from None
     except Crash as crash:  # of a reference
-        print(f"error: {crash} (NANOLLAMA_DEBUG=1 shows all of it)", file=sys.stderr)
+        complain(crash, " (NANOLLAMA_DEBUG=1 shows all of it)")
         return 3
-    print("\n".join(describe_kit(table, out)))
+    print("\n".join(map(printable, describe_kit(table, out))))
     return 0
 
 

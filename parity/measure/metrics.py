@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from parity.contract import UNIT, tap_names
+from parity.contract import UNIT
 from parity.trace import Trace
+from reference.protocol import tap_names
 
 # Small enough for a core's cache: the passes over a block then run at its speed and not at the memory's.
 ROW_BLOCK_ELEMENTS = 1 << 18

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from nanollama.printable import printable_all
 from parity.mutants.baselines import NAMES
 from parity.report.terminal import table
 
@@ -11,6 +12,7 @@ GATES = ("G0", "G1", "G2", "G3", "G4", "G5", "G6", "G7", "G8")
 
 def text(report: dict[str, Any]) -> str:
     """For the terminal."""
+    report = printable_all(report)
     rows = [("#", "mutant", *GATES, "killed by", "found at", "")]
     rows += [(m["number"], m["what"][:48], *_gates(m), m["killed_by"] or "-", m["found"] or "-", _remark(m))
              for m in report["mutants"]]  # fmt: skip

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from parity.candidates.interface import Interface
 from parity.checks import decoding, forward, identity, ops, verdict
-from parity.contract import Case, Result, Status, tap_names
+from parity.contract import Case, Result, Status
 from parity.measure.evidence import Evidence
 from parity.measure.metrics import TapError
 from parity.run import whole
-from parity.trace import Trace, TraceWriter, by_part, part_of
+from parity.trace import Trace, TraceWriter, by_part
+from reference.protocol import tap_names, tap_part
 
 T, WIDTH, VOCAB = 131, 8, 11
 CONFIG = {"n_layers": 1, "norm_eps": 1e-5, "rope_theta": 1e4, "rope_scaling": None, "head_dim": 8}
@@ -207,8 +208,8 @@ def noticed(fault: Fault) -> bool:
 
 def by_order_in_file(self: Trace, dtype: str, sequence: int, tap: str) -> Tensor:
     """Tensors paired by their place among the names, which shifts where one side lacks a name."""
-    part = "extra" if "@" in tap else part_of(tap)
-    wanted = sorted(t for t in tap_names(self.n_layers) if part_of(t) == part).index(tap)
+    part = "extra" if "@" in tap else tap_part(tap)
+    wanted = sorted(t for t in tap_names(self.n_layers) if tap_part(t) == part).index(tap)
     with safe_open(self._file(dtype, part), "pt") as file:
         names = sorted(file.keys())
         return file.get_tensor(names[min(wanted, len(names) - 1)])

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from nanollama.printable import printable_all
 from parity.peers.registry import PEERS, Peer
 from parity.report.terminal import number, table
 
@@ -10,6 +11,7 @@ HEAD = ("peer", "version", "fp32", "bf16", "rho of logits", "KL mean, nats", "wh
 
 def text(rows: dict[str, dict[str, Any]], peers: list[Peer]) -> str:
     """For the terminal."""
+    rows = printable_all(rows)
     lines = [HEAD[:6], *(_figures(peer, rows[peer.name]) for peer in peers if peer.name in rows)]
     return "\n".join([*table(lines), *(f"{p.name}: {rows[p.name]['why']}" for p in peers if rows[p.name]["why"])])
 

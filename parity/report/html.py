@@ -11,10 +11,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup
 
-from parity.contract import Result, tap_names
+from nanollama.printable import printable_all
+from parity.contract import Result
 from parity.measure.tolerances import BOUNDS
 from parity.report.model import Report
 from parity.report.terminal import number
+from reference.protocol import tap_names
 
 WIDTH, HEIGHT = 1150, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 64  # of the plot, in pixels
@@ -25,7 +27,7 @@ FLOOR, CEILING = 0.05, 1e9  # of the axis: rho beyond is drawn at the edge
 
 def render(report: Report) -> str:
     """The whole page."""
-    folder = Path(__file__).parent
+    folder, report = Path(__file__).parent, printable_all(report)
     env = Environment(loader=FileSystemLoader(folder), autoescape=select_autoescape(default=True), trim_blocks=True)
     env.filters |= {"number": number, "percent": percent}
     results, plotted = report.results, dict.fromkeys(curve.dtype for curve in (report.rho or {}).values())

@@ -5,6 +5,7 @@ A failure carries value, bound and place; a check that could not run is skipped 
 
 from xml.etree import ElementTree as ET
 
+from nanollama.printable import printable_all
 from parity.contract import Result, Status
 from parity.report.model import Report
 from parity.report.terminal import number
@@ -12,6 +13,7 @@ from parity.report.terminal import number
 
 def junit(report: Report) -> str:
     """The whole document."""
+    report = printable_all(report)
     results = report.results
     count = {status: str(sum(r.status is status for r in results)) for status in Status}
     totals = {"tests": str(len(results)), "failures": count[Status.FAIL]}
@@ -37,12 +39,7 @@ def _case(suite: ET.Element, r: Result) -> None:
         kind = "failure" if r.status is Status.FAIL else "error"
         beyond = f"{number(r.value)} beyond {number(r.bound)}" if r.value is not None else r.status.value
         message = " ".join(part for part in (r.metric, beyond, r.unit) if part)
-        element = ET.SubElement(case, kind, {"message": clean(message), "type": r.gate})
-        element.text = clean("\n".join(part for part in (r.where, r.reason) if part))
+        element = ET.SubElement(case, kind, {"message": message, "type": r.gate})
+        element.text = "\n".join(part for part in (r.where, r.reason) if part)
     elif r.status is Status.SKIP:
-        ET.SubElement(case, "skipped", {"message": clean(r.reason or "not run")})
-
-
-def clean(text: str) -> str:
-    """Without the control characters that XML 1.0 cannot hold."""
-    return "".join(c if c in "\t\n" or (ord(c) >= 32 and not 0xD800 <= ord(c) < 0xE000) else "\ufffd" for c in text)
+        ET.SubElement(case, "skipped", {"message": r.reason or "not run"})

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from nanollama.printable import printable_all
 from parity.contract import Result, Status
 from parity.report.model import Divergence, NoiseFloor, Report, Rounded
 
@@ -25,6 +26,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def render(report: Report) -> str:
     """The whole text of one run."""
+    report = printable_all(report)
     c, tokens, versions = report.checkpoint, report.tokens, report.environment
     decided = ", ".join(f"{share:.0%} in {dtype}" for dtype, share in tokens.decided_fraction_by_dtype.items())
     lines = [

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from parity.candidates.program import WORK, end_group, end_noted_groups
 from parity.contract import UsageError
 from parity.machine import anonymous_bytes
 from parity.outside import LIBRARIES, OURS
@@ -107,11 +109,17 @@ def start_process(
 ) -> Iterator[Process]:
     """`python -m module arguments`; killed when the block is left early, so that Ctrl-C leaves nothing behind.
 
-    fed: it reads standard input, see `Process.feed`.
+    fed: it reads standard input, see `Process.feed`. A candidate's process ends with all that it started and with its
+    temporary folder, however it ends.
     """
+    hostile = module.startswith("parity.candidates")
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     quiet = {"PYTHONPATH": path, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    work = log.with_suffix(".work")
+    if hostile:
+        work.mkdir(exist_ok=True)
+        quiet[WORK] = str(work)
     with log.open("w") as stderr:
         popen = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
@@ -120,12 +128,18 @@ def start_process(
             stdin=subprocess.PIPE if fed else subprocess.DEVNULL,
             text=True,
             env=os.environ | quiet,
+            start_new_session=hostile,
         )
     process = Process(label, popen, log, on_progress)
     try:
         yield process
     finally:
-        if popen.poll() is None:
+        reaped = popen.poll() is not None
+        if hostile:
+            end_group(popen.pid, reaped=reaped)
+            end_noted_groups(work)
+            shutil.rmtree(work, ignore_errors=True)
+        if not reaped:
             popen.kill()
             popen.wait()
         if popen.stdin is not None:

@@ -86,7 +86,9 @@ def require_installed(references: Sequence[str]) -> None:
     """Raises UsageError where a reference's package is missing."""
     for module in (REFERENCES[name] for name in references):
         if importlib.util.find_spec(module) is None:
-            raise UsageError(f"the package {module} is not installed: pip install {module}, or leave its reference out")
+            raise UsageError(
+                f"the package {module} is not installed: pip install 'llama-parity[parity]', or leave its reference out"
+            )
 
 
 def require_files(request: Request) -> None:

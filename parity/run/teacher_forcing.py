@@ -13,8 +13,8 @@ from torch import Tensor
 
 from parity.candidates import answers
 from parity.candidates.interface import Interface
-from parity.contract import tap_names
 from parity.trace import Trace, TraceWriter, by_part
+from reference.protocol import tap_names
 
 CUT_LOGITS = 1 << 22  # numbers: a sequence is cut to so many logits, 32 positions of a Llama 3 vocabulary
 CUT_TOKENS = 32  # but to no fewer: 4000 numbers a tap on the smallest shapes, enough for a stable ratio

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from parity.candidates.limits import split_limits
 from parity.contract import Result, Status
 from parity.report.model import Absent, CheckpointEntry, Report
 from parity.run.request import Request
@@ -36,7 +37,7 @@ def absent(request: Request, checkpoint: "Description") -> Absent | None:
         return Absent("none", "nanollama is proved on seeded weights by python -m parity.mutants", needed=False)
     if not request.twin:
         return Absent("off", "the candidate was not asked for seeded weights")
-    if request.candidate.startswith(("http://", "https://")):
+    if split_limits(request.candidate)[1].startswith(("http://", "https://")):
         return Absent("none", "a server keeps the model that it has")
     if not twin_checks(request.checks):
         return Absent("none", "none of the chosen checks depends on weights", needed=False)

@@ -8,14 +8,15 @@ elsewhere shows as a difference. Strict: what is missing, extra, misshapen or un
     checkpoint.config["rope_scaling"]    # {'factor': 8.0, 'low_freq_factor': 1.0, ...}
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from reference.files.weights import Unusable, Weights
+from nanollama import gate
+from nanollama.gate import documents
+from reference.files.weights import Unusable, Weights, through_gate
 
 Config = dict[
     str, Any
@@ -45,15 +46,8 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Unusable(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise Unusable(f"{path}: is not JSON; download it again") from None
-    if not isinstance(value, dict):
-        raise Unusable(f"{path}: should hold a JSON object, not a {type(value).__name__}")
-    return value
+    """The JSON object in a file, as strict as the gate is. Raises Unusable."""
+    return through_gate(documents.read_json, path)
 
 
 def number(values: dict[str, Any], key: str, path: Path, kind: type = int, default: Any = None) -> Any:
@@ -65,14 +59,16 @@ def number(values: dict[str, Any], key: str, path: Path, kind: type = int, defau
         return default
     whole = isinstance(value, int) or (kind is float and isinstance(value, float))
     if isinstance(value, bool) or not whole or not 0 < value < 2**63:
-        raise Unusable(f"{path}: {key} should be a positive {'number' if kind is float else 'integer'}, not {value!r}")
+        raise Unusable(
+            f"{path}: {key} should be a positive {'number' if kind is float else 'integer'}, not {gate.shown(value)}"
+        )
     return kind(value)
 
 
 def flag(values: dict[str, Any], key: str, path: Path) -> bool:
     value = values.get(key)
     if value is not None and not isinstance(value, bool):
-        raise Unusable(f"{path}: {key} should be true or false, not {value!r}")
+        raise Unusable(f"{path}: {key} should be true or false, not {gate.shown(value)}")
     return bool(value)
 
 

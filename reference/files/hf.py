@@ -8,7 +8,6 @@ no lm_head. Names are translated to Meta's; the rows of q_proj and k_proj stay i
 """
 
 import re
-import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nanollama import gate
 from reference.files.checkpoint import (
     Checkpoint,
     Config,
@@ -26,7 +26,7 @@ from reference.files.checkpoint import (
     number,
     read_json,
 )
-from reference.files.weights import Source, Unusable, Weights
+from reference.files.weights import Source, Unusable, Weights, through_gate
 
 LAYER_NAMES = {  # Hugging Face name inside a layer -> Meta name
     "input_layernorm": "attention_norm",
@@ -118,7 +118,7 @@ def _check_keys(raw: dict[str, Any], path: Path) -> tuple[str, ...]:
     for key, value in raw.items():
         if key in USED | SILENT or key.startswith("_") or value in (None, False, "", [], {}):
             continue
-        shown = reprlib.repr(value)
+        shown = gate.shown(value)
         if key in FIXED:
             if value not in FIXED[key]:
                 raise Unusable(f"{path}: {key} is {shown}; only {FIXED[key][0]!r} is a dense text Llama")
@@ -174,7 +174,7 @@ def _rope(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     old, new = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
     for key, value in (("rope_scaling", old), ("rope_parameters", new)):
         if not isinstance(value, dict):
-            raise Unusable(f"{path}: {key} should be a JSON object or null, not {value!r}")
+            raise Unusable(f"{path}: {key} should be a JSON object or null, not {gate.shown(value)}")
     shared = old.keys() & new.keys()
     if any(old[key] != new[key] for key in shared):
         raise Unusable(f"{path}: rope_scaling and rope_parameters disagree; keep one of them")
@@ -187,11 +187,11 @@ def _rope_scaling(rope: dict[str, Any], path: Path) -> dict[str, Any] | None:
     unknown = rope.keys() - needed - {"rope_type", "type", "rope_theta"}
     unknown -= {key for key in unknown if rope[key] is None or (key == "partial_rotary_factor" and rope[key] == 1)}
     if unknown:
-        raise Unusable(f"{path}: unknown RoPE parameter {sorted(unknown)[0]!r}, which may change the computation")
+        raise Unusable(f"{path}: unknown RoPE parameter {gate.shown(min(unknown))}, which may change the computation")
     if kind == "default":
         return None
     if kind != "llama3":
-        raise Unusable(f"{path}: rope_type {kind!r} is not computed here; only 'default' and 'llama3' are")
+        raise Unusable(f"{path}: rope_type {gate.shown(kind)} is not computed here; only 'default' and 'llama3' are")
     return {
         "factor": number(rope, "factor", path, float),
         "low_freq_factor": number(rope, "low_freq_factor", path, float),
@@ -211,7 +211,7 @@ def _open_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file_name in sorted(set(weight_map.values())):
         if Path(file_name).name != file_name:
-            raise Unusable(f"{index_path}: file name {file_name!r} leads out of the folder")
+            raise Unusable(f"{index_path}: file name {gate.shown(file_name)} leads out of the folder")
         tensors |= _open_file(folder / file_name)
     for name, file_name in weight_map.items():
         if name not in tensors:
@@ -220,14 +220,14 @@ def _open_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _open_file(path: Path) -> dict[str, Tensor]:
+    through_gate(gate.require_file, path)
     if not path.is_file():
         raise Unusable(f"{path}: no such file; download the checkpoint again")
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise Unusable(f"{path}: not a readable safetensors file ({reason}); download it again") from None
+        raise Unusable(f"{path}: not a readable safetensors file ({gate.reason(error)}); download it again") from None
 
 
 def _sources(tensors: dict[str, Tensor], config: Config, folder: Path) -> dict[str, Source]:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanollama import gate
+from nanollama.gate import archive
 from reference.files.checkpoint import (
     Checkpoint,
     Config,
@@ -23,7 +25,7 @@ from reference.files.checkpoint import (
     number,
     read_json,
 )
-from reference.files.weights import Source, Unusable, Weights, row_blocks
+from reference.files.weights import Source, Unusable, Weights, row_blocks, through_gate
 
 # Keys that the forward pass uses, and keys that cannot change it (limits of Meta's own run time).
 USED = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps"}
@@ -85,7 +87,7 @@ def _read_params(path: Path) -> dict[str, Any]:
         known = key in USED | HARMLESS or value is None or HARMLESS_VALUES.get(key, params) == value
         if not known:
             raise Unusable(
-                f"{path}: unknown key {key!r}, which may change the computation; only dense text Llamas are read"
+                f"{path}: unknown key {gate.shown(key)}, which may change the computation; only dense Llamas are read"
             )
     return params
 
@@ -166,11 +168,11 @@ def _open_shards(folder: Path) -> list[dict[str, Tensor]]:
 
 
 def _open_shard(path: Path) -> dict[str, Tensor]:
+    through_gate(archive.check, path)
     try:
         loaded = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a hostile or truncated pickle can raise nearly anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise Unusable(f"{path}: not a readable torch checkpoint ({reason}); download it again") from None
+        raise Unusable(f"{path}: not a readable torch checkpoint ({gate.reason(error)})") from None
     if not isinstance(loaded, dict):
         raise Unusable(f"{path}: holds a {type(loaded).__name__}, not a plain state dict")
     for name, value in loaded.items():

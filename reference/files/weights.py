@@ -9,11 +9,17 @@ here is this package's own, so that an error in another reader's permutation can
 """
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from nanollama.gate import CheckpointError
+
+T = TypeVar("T")
 
 BLOCK_BYTES = 1 << 26  # rows are merged, converted and hashed in blocks of this size
 
@@ -23,6 +29,14 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 class Unusable(ValueError):
     """Input that cannot be used. The message is one line: what, where, how to mend it."""
+
+
+def through_gate(check: Callable[[Path], T], path: Path) -> T:
+    """What the gate that all sides share says of a file, its refusal as Unusable."""
+    try:
+        return check(path)
+    except CheckpointError as error:
+        raise Unusable(str(error)) from None
 
 
 @dataclass(frozen=True)

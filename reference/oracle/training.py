@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reference.files import Checkpoint
 from reference.oracle.forward import Oracle, forward
+from reference.preferences import run_preferences
 from reference.training import Trainable, run_training
 
 STEPS_FILE = "adamw.safetensors"
@@ -52,7 +53,8 @@ def train(checkpoint: Checkpoint, training: dict[str, Any], out: Path) -> dict[s
     made = made_up_steps(leaves.leaves, training)
     save_file(made, out / STEPS_FILE)
     trainable = Trainable(logits, leaves.leaves, lambda name, gradient: gradient, batched=False)
-    return run_training(trainable, training, out, adamw)
+    preferences = run_preferences(trainable, training["preferences"], out)
+    return run_training(trainable, training, out, adamw) | {"preferences": preferences}
 
 
 def adamw(parameters: dict[str, Tensor], training: dict[str, Any]) -> Callable[[int], None]:

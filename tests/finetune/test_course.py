@@ -11,9 +11,11 @@ import safetensors.torch
 import torch
 
 from finetune.best import Best, load_best_
-from finetune.build import fresh_weights
+from finetune.build import Copies, fresh_weights
 from finetune.config import RATES, TrainConfig, resolve
-from finetune.evaluate import Score
+from finetune.data.dialogs import Dialogs
+from finetune.data.packing import Packer
+from finetune.evaluate import Score, hold_out
 from finetune.metrics import Lines, StepMetrics, in_words, read_metrics
 from finetune.prepare.stories import stories
 from finetune.prepare.tokenizer import train_tokenizer
@@ -24,6 +26,7 @@ from finetune.train import Loop
 from finetune.verdict import Yardsticks, doubt, judge
 from finetune.watch import LOST_STEPS, Watch
 from nanollama.checkpoint import open_checkpoint, write_meta
+from nanollama.checkpoint.weights import as_weights
 from nanollama.model import ModelConfig
 from nanollama.tokenizer import open_tokenizer
 
@@ -205,7 +208,8 @@ def test_the_length_of_rows_and_of_the_run_follow_from_checkpoint_and_data(home:
             return 400
 
     def steps(**changes: float) -> int:
-        return settle(resolve(TrainConfig(ckpt="x", **changes), "cpu", 1), Rows(), 1).max_steps  # type: ignore[arg-type]
+        config = resolve(TrainConfig(ckpt="x", **changes), "cpu", 1)  # type: ignore[arg-type]
+        return settle(config, Rows(), config.batch_size).max_steps  # type: ignore[arg-type]
 
     assert (steps(), steps(epochs=1), steps(epochs=0.5), steps(max_steps=7)) == (300, 100, 50, 7)
     assert (steps(batch_size=400), steps(batch_size=1)) == (50, 1000)
@@ -254,3 +258,33 @@ def test_healthy_losses_are_not_diverged(falls: bool) -> None:
 def test_a_best_of_other_parameters_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read"):
         load_best_(tmp_path, 3, torch.nn.Linear(2, 2))
+
+
+def test_bits_per_byte_count_the_bytes_of_text_alone(home: Path) -> None:
+    tokenizer = open_tokenizer(home / "t.model")
+    tokenizer.special_ids = {"<s>": 1, "</s>": 2, "<|answer|>": 5}
+    ids = np.array([1, 5, *tokenizer.encode("a cat met a dog", bos=False), 2])
+    said = np.array([False, True, *[True] * (len(ids) - 2)])
+    held_out = hold_out(Packer(Dialogs(1, ids, said, np.array([0, len(ids)])), 64), tokenizer, 50)
+    assert (held_out.text_bytes, held_out.tokens) == (len("a cat met a dog"), len(ids) - 1)
+
+
+def test_of_a_book_the_beginning_is_validated_on(home: Path) -> None:
+    class Book:
+        bos_id, lengths = 1, np.array([5000])
+
+        def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+            return np.where(np.arange(start, stop) == 0, 1, 300 - 1)
+
+    held_out = hold_out(Packer(Book(), 64), open_tokenizer(home / "t.model"), 100)
+    assert held_out.tokens == 99
+    assert sum(len(held_out.packer.batch([row]).tokens[0]) for row in held_out.rows) == 128
+
+
+def test_weights_are_copied_one_at_a_time_and_those_that_come_later_not_at_all() -> None:
+    stored = as_weights({"tok_embeddings.weight": torch.ones(4, 2), "layers.0.wq": torch.ones(6, 3)})
+    copies = Copies(stored, torch.device("cpu"), torch.float32, frozenset(["layers.0.wq"]))
+    mine = copies["tok_embeddings.weight"]
+    assert mine.data_ptr() != stored["tok_embeddings.weight"].data_ptr() and torch.equal(mine, torch.ones(4, 2))
+    later = copies["layers.0.wq"]
+    assert later.shape == (6, 3) and later.untyped_storage().nbytes() == 4

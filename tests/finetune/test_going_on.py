@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from finetune import interrupts
-from finetune.again import launcher
 from finetune.data.appended import Extent
 from finetune.data.dialogs import Dialogs
 from finetune.metrics import read_metrics
@@ -153,32 +152,6 @@ def test_a_foreign_folder_is_not_resumed(
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and message in said
     assert (tmp_path / name / "config.json").read_text() == text
-
-
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"}
-
-
-@pytest.mark.parametrize(
-    ("environment", "parent", "expected"),
-    [
-        ({}, ["bash"], "python -m finetune.text"),
-        (
-            TORCHRUN,
-            ["/usr/bin/python", "/usr/bin/torchrun", "--nproc_per_node", "2", "-m", "finetune.text", "--data", "x"],
-            "torchrun --nproc_per_node 2 -m finetune.text",
-        ),
-        (
-            TORCHRUN,
-            ["python", "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "finetune.text"],
-            "torchrun --nproc-per-node=2 -m finetune.text",
-        ),
-        (TORCHRUN, [], "torchrun --nnodes 2 --nproc_per_node 4 -m finetune.text"),
-    ],
-)
-def test_the_line_to_continue_with_names_the_launcher(
-    environment: dict[str, str], parent: list[str], expected: str
-) -> None:
-    assert launcher("text", environment, parent) == expected
 
 
 def test_an_interrupt_while_data_are_prepared_is_one_line_and_leaves_no_folder(

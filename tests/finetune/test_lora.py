@@ -231,5 +231,5 @@ def test_an_adapter_of_another_shape_is_refused(saved: Path) -> None:
 def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ["torchao", *(name for name in sys.modules if name.startswith("torchao."))]:  # some tests import it
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=r"pip install 'nanollama\[lean\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'llama-parity\[lean\]'"):
         quantize_base_(Transformer.from_weights(LLAMA31, weights_of(LLAMA31)))

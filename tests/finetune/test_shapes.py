@@ -263,7 +263,7 @@ def test_the_extra_is_named_where_it_is_missing(
         monkeypatch.setitem(sys.modules, name, None)
     (tmp_path / "d.parquet").write_bytes(b"PAR1")
     for data in (tmp_path / "d.parquet", Path("somebody/dialogs")):
-        with pytest.raises(ValueError, match=r"pip install 'nanollama\[data\]'"):
+        with pytest.raises(ValueError, match=r"pip install 'llama-parity\[data\]'"):
             read_dialogs(data, tokenizer, 96)
 
 

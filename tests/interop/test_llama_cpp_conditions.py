@@ -14,7 +14,7 @@ from parity.check import main
 from parity.mutants.family import FAMILY
 from parity.synth.checkpoint import write_meta
 
-pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'nanollama[interop]'")
+pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'llama-parity[interop]'")
 
 PORT = Path(__file__).parent / "llama_cpp_port.py"
 # At dim 256 the rounding of Q8_0's activations shows: by its weights alone it failed.

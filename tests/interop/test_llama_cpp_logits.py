@@ -18,7 +18,7 @@ from nanollama.checkpoint import convert, open_checkpoint, write_gguf
 from nanollama.model import ModelConfig, RopeScaling
 from nanollama.tokenizer import open_tokenizer
 
-pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'nanollama[interop]'")
+pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'llama-parity[interop]'")
 
 NEW_TOKENS = 24
 BOUND = 2.0

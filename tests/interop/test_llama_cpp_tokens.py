@@ -17,7 +17,7 @@ from nanollama.checkpoint import vocab, write_gguf
 from nanollama.model import ModelConfig
 from nanollama.tokenizer import open_tokenizer
 
-pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'nanollama[interop]'")
+pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'llama-parity[interop]'")
 
 FIXED = [
     "Hello, world!",

@@ -20,7 +20,7 @@ from nanollama.checkpoint.adapter import LINEARS, merged, read_adapter, write_ad
 from nanollama.checkpoint.peft_config import IDLE, PLAIN, read_config
 from nanollama.model import ModelConfig, Transformer
 
-peft = pytest.importorskip("peft", reason="peft is in the extra interop: pip install 'nanollama[interop]'")
+peft = pytest.importorskip("peft", reason="peft is in the extra interop: pip install 'llama-parity[interop]'")
 # peft asks transformers by a name that transformers is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 TOKENS = torch.arange(2, 32).unsqueeze(0)

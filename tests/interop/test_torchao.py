@@ -26,7 +26,7 @@ from nanollama.checkpoint.adapter import LINEARS
 from nanollama.model import ModelConfig, Transformer
 from nanollama.tokenizer import open_tokenizer
 
-pytest.importorskip("torchao", reason="torchao is in the extra interop: pip install 'nanollama[interop]'")
+pytest.importorskip("torchao", reason="torchao is in the extra interop: pip install 'llama-parity[interop]'")
 # torchao registers an Enum in a way that torch is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.*register_constant.*")
 SHAPE = ModelConfig(

@@ -70,7 +70,7 @@ def test_the_gguf_reader_of_transformers_sees_our_weights(
     tmp_path: Path, dtype: str, test_data: Callable[[str], Path]
 ) -> None:
     """A reader of other hands: every weight bit-equal, ids equal. It drops rope_freqs: no RoPE scaling."""
-    pytest.importorskip("accelerate", reason="transformers' GGUF reader needs it: pip install 'nanollama[interop]'")
+    pytest.importorskip("accelerate", reason="transformers' GGUF reader needs it: pip install 'llama-parity[interop]'")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = replace(LLAMA31, vocab_size=512)

@@ -18,7 +18,7 @@ from nanollama.speed import kernels, package
 from nanollama.speed.compiled import CompiledStep, CompileError
 from nanollama.speed.kernels import in_words, matvec
 from nanollama.speed.package import compile_step, is_compiled, worth_compiling
-from nanollama.speed.quantize import SCHEMES, QuantLinear, dequantize, load_quantized
+from nanollama.speed.quantize import SCHEMES, PackedLinear, QuantLinear, dequantize, load_quantized
 from nanollama.speed.step import Step, eager_step
 
 NOISE_RATIO = 2  # as G3; more where so few sums hardly average the noise of integers up to 127, or 15 less 8
@@ -32,8 +32,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def compiled_model(scheme: str | None, dtype: torch.dtype) -> Transformer:
-    model = tiny.model().to(dtype)
+def compiled_model(scheme: str | None, dtype: torch.dtype, **changes: int) -> Transformer:
+    model = tiny.model(**changes).to(dtype)
     return load_quantized(model.config, model.state_dict(), scheme) if scheme else model
 
 
@@ -93,6 +93,14 @@ def test_compiled_steps_are_as_exact_as_eager_ones(
     model = compiled_model(scheme, dtype)
     fast, slow = errors_of([compile_step(model, rows), eager_step(model)], model, rows)
     assert fast <= bound * slow
+
+
+@pytest.mark.slow
+def test_the_compiled_step_multiplies_packed_int4_as_the_model_does() -> None:
+    model = compiled_model("int4", torch.bfloat16, dim=64, hidden_dim=128, vocab_size=128)
+    assert isinstance(model.layers[0].attention.wq, PackedLinear)
+    fast, slow = errors_of([compile_step(model, 1), eager_step(model)], model, 1)
+    assert fast <= NOISE_RATIO * slow
 
 
 def test_a_step_that_is_a_little_wrong_is_not_as_exact() -> None:

@@ -145,7 +145,7 @@ def test_without_the_gguf_package_floats_open_and_quantized_ones_say_what_to_ins
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert open_checkpoint(plain).config == LLAMA31
     for action in (lambda: open_checkpoint(quantized), lambda: convert(plain, tmp_path / "x.gguf", "gguf")):
-        with pytest.raises(CheckpointError, match=r"needs the gguf package: pip install 'nanollama\[gguf\]'"):
+        with pytest.raises(CheckpointError, match=r"needs the gguf package: pip install 'llama-parity\[gguf\]'"):
             action()
 
 

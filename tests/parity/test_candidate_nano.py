@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from parity.candidates.nano.model import Nano
-from parity.contract import DTYPES, tap_names
+from parity.contract import DTYPES
 from parity.synth.checkpoint import synthesise
 from parity.synth.shapes import SHAPES
+from reference.protocol import tap_names
 
 SEQUENCES = [list(range(5, 28)), [7], list(range(40, 90))]
 

@@ -1,6 +1,8 @@
 """Servers that misbehave: each ends in one line that says how, bounded in time and size."""
 
+import gzip
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler
@@ -9,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from parity.candidates.server import transport
+from parity.candidates.limits import Limits
 from parity.candidates.server.endpoint import endpoint_loader
+from parity.candidates.server.transport import Transport, proxy_of
 from parity.check import main
 from parity.contract import UsageError
 from servers import answer, asked_of, serving, small_checkpoint
@@ -21,6 +24,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_checkpoint(tmp_path_factory.mktemp("ckpt") / "meta")
 
 
+LIMITS = Limits(first_byte_s=1.0, answer_s=1.5, answer_bytes=1 << 20)
 MODELS = {"data": [{"id": "the-model"}]}
 
 
@@ -58,10 +62,70 @@ def hang_up(request: BaseHTTPRequestHandler) -> None:
     request.connection.close()
 
 
+def silent(request: BaseHTTPRequestHandler) -> None:
+    time.sleep(5)
+
+
+def short(request: BaseHTTPRequestHandler) -> None:
+    """Less than was announced."""
+    request.send_response(200)
+    request.send_header("Content-Length", "1000")
+    request.end_headers()
+    request.wfile.write(b"{}")
+
+
+def bomb(request: BaseHTTPRequestHandler) -> None:
+    """64 MB of spaces in 64 KB."""
+    data = gzip.compress(b" " * (1 << 26))
+    request.send_response(200)
+    request.send_header("Content-Encoding", "gzip")
+    request.send_header("Content-Length", str(len(data)))
+    request.end_headers()
+    request.wfile.write(data)
+
+
+def long_headers(request: BaseHTTPRequestHandler) -> None:
+    request.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+    while True:
+        request.wfile.write(b"x" * 65536)
+
+
+def long_refusal(request: BaseHTTPRequestHandler) -> None:
+    request.send_response(400)
+    request.end_headers()
+    while True:
+        request.wfile.write(b"no\x1b[2J" * 65536)
+
+
+def no_http(request: BaseHTTPRequestHandler) -> None:
+    request.wfile.write(b"SSH-2.0-OpenSSH_9.9\r\n")
+
+
+def redirect_to_itself(request: BaseHTTPRequestHandler) -> None:
+    request.send_response(308)
+    request.send_header("Location", request.path)
+    request.end_headers()
+
+
+def completion(token: object, logprob: object = -1.0) -> object:
+    found = {"token_ids": [token], "logprobs": {"top_logprobs": [{"token_id:1": logprob}]}}
+    return lambda request: answer(request, 200, {"choices": [found]})
+
+
 FAULTS = {
-    "drip": (drip, "gave no whole answer within 1 s"),
-    "drip of headers": (drip_of_headers, "gave no whole answer within 1 s"),
-    "endless": (endless, "answers more than 1 MiB"),
+    "drip": (drip, "gave no whole answer within 1.5 s: a larger --answer_s waits"),
+    "drip of headers": (drip_of_headers, "gave no answer within 1 s: a larger --first_byte_s waits"),
+    "silent": (silent, "gave no answer within 1 s"),
+    "endless": (endless, "answers more than 1 MiB: a larger --answer_mb lets it"),
+    "endless headers": (long_headers, "cannot be asked"),
+    "endless refusal": (long_refusal, "400: no?[2Jno?[2J"),
+    "bomb": (bomb, "answers packed as gzip"),
+    "short": (short, "cannot be asked"),
+    "no HTTP": (no_http, "cannot be asked"),
+    "to itself": (redirect_to_itself, "sends elsewhere, to /v1/completions"),
+    "an id of a fraction": (completion(1.5), "names the token"),
+    "an id of true": (completion(True), "names the token"),
+    "a NaN": (completion(1, float("nan")), "has the log-probability"),
     "redirect": (redirect, "sends elsewhere, to http://elsewhere.invalid/v1/completions"),
     "hang up": (hang_up, "cannot be asked"),
     "no JSON": (lambda r: answer(r, 200, b"<html>\x1b[31mhello"), "answers no JSON: '<html>?[31mhello'"),
@@ -80,9 +144,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_a_fault_is_one_line(kind: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "ANSWER_S", 1.0)
-    monkeypatch.setattr(transport, "MAX_BYTES", 1 << 20)
+def test_a_fault_is_one_line(kind: str, checkpoint: Path) -> None:
     fault, said = FAULTS[kind]
 
     def handle(request: BaseHTTPRequestHandler) -> None:
@@ -97,7 +159,7 @@ def test_a_fault_is_one_line(kind: str, checkpoint: Path, monkeypatch: pytest.Mo
 
     started = time.perf_counter()
     with serving(handle) as url, pytest.raises(UsageError) as caught:
-        endpoint_loader(url)(str(checkpoint), torch.float32, "cpu")
+        endpoint_loader(url, LIMITS)(str(checkpoint), torch.float32, "cpu")
     assert said in str(caught.value)
     assert "\n" not in str(caught.value) and str(caught.value).isprintable() and len(str(caught.value)) < 500
     assert time.perf_counter() - started < 20
@@ -131,6 +193,43 @@ def test_a_key_stays_at_its_address(checkpoint: Path, monkeypatch: pytest.Monkey
         with serving(handle) as url, pytest.raises(UsageError, match="sends elsewhere") as caught:
             endpoint_loader(f"{url}#api_key=A_KEY")(str(checkpoint), torch.float32, "cpu")
     assert seen == [] and "right-key" not in str(caught.value)
+
+
+def test_a_server_of_this_machine_is_asked_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def other(request: BaseHTTPRequestHandler) -> None:
+        asked.append(request.path)
+        answer(request, 200, {"from": "the proxy"})
+
+    with (
+        serving(other) as proxy,
+        serving(lambda request: answer(request, 200, {"from": "the server"})) as url,
+    ):
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy.removesuffix("/v1"))
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.delenv("no_proxy", raising=False)
+        assert Transport(url).ask(url) == {"from": "the server"} and asked == []
+        assert proxy_of("http://models.example/v1") == proxy.removesuffix("/v1")
+        assert Transport("http://models.example/v1").ask("http://models.example/v1") == {"from": "the proxy"}
+        monkeypatch.setenv("no_proxy", "models.example")
+        assert proxy_of("http://models.example/v1") is None
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.1.2.3", "[::1]", "a.localhost", "LOCALHOST"])
+def test_this_machine_goes_by_many_names(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
+    assert proxy_of(f"http://{host}:8000/v1") is None
+    assert proxy_of("http://127.0.0.1.example:8000/v1") == "http://proxy.example:3128"
+
+
+def test_a_port_where_nothing_listens_is_one_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+        with pytest.raises(RuntimeError, match="is the server running"):
+            Transport(url).ask(url)
 
 
 def test_a_server_that_stops_on_the_way_is_an_error_that_keeps_the_rest(

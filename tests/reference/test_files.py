@@ -136,7 +136,7 @@ def truncate(path: Path) -> None:
 
 BROKEN_META: dict[str, tuple[Callable[[Path], object], str]] = {
     "params not JSON": (lambda f: (f / "params.json").write_text("{dim: 4"), "is not JSON"),
-    "params a list": (lambda f: (f / "params.json").write_text("[]"), "JSON object"),
+    "params a list": (lambda f: (f / "params.json").write_text("[]"), "expected an object"),
     "params not text": (lambda f: (f / "params.json").write_bytes(b"\xff\xfe\x00"), "is not JSON"),
     "no dim": (lambda f: edit_json(f / "params.json", dim=...), "'dim'"),
     "no norm_eps": (lambda f: edit_json(f / "params.json", norm_eps=...), "'norm_eps'"),
@@ -146,8 +146,8 @@ BROKEN_META: dict[str, tuple[Callable[[Path], object], str]] = {
     "uneven kv heads": (lambda f: edit_json(f / "params.json", n_kv_heads=3), "kv heads"),
     "unknown key": (lambda f: edit_json(f / "params.json", moe_args={"experts": 8}), "'moe_args'"),
     "quantized": (lambda f: edit_json(f / "params.json", quantization_args={"group_size": 32}), "quantization_args"),
-    "truncated": (lambda f: truncate(f / "consolidated.00.pth"), "not a readable torch checkpoint"),
-    "empty": (lambda f: (f / "consolidated.00.pth").write_bytes(b""), "not a readable torch checkpoint"),
+    "truncated": (lambda f: truncate(f / "consolidated.00.pth"), "is truncated or not a .pth"),
+    "empty": (lambda f: (f / "consolidated.00.pth").write_bytes(b""), "is empty"),
     "no shard": (lambda f: (f / "consolidated.00.pth").unlink(), "no consolidated.NN.pth"),
     "second shard alone": (lambda f: (f / "consolidated.00.pth").rename(f / "consolidated.01.pth"), "is missing"),
     "missing tensor": (lambda f: edit_shard(f, lambda w: w.pop("norm.weight")), "tensor norm.weight is missing"),
@@ -159,8 +159,11 @@ BROKEN_META: dict[str, tuple[Callable[[Path], object], str]] = {
     "integers": (lambda f: edit_shard(f, lambda w: w.update({"norm.weight": torch.ones(64).long()})), "torch.int64"),
     "not a dict": (lambda f: torch.save([1], f / "consolidated.00.pth"), "not a plain state dict"),
     "not tensors": (lambda f: torch.save({"model": {}}, f / "consolidated.00.pth"), "not a plain tensor"),
-    "payload": (lambda f: torch.save({"a": Payload()}, f / "consolidated.00.pth"), "not a readable torch checkpoint"),
-    "old pickle": (lambda f: (f / "consolidated.00.pth").write_bytes(pickle.dumps(Payload())), "not a readable"),
+    "payload": (
+        lambda f: torch.save({"a": Payload()}, f / "consolidated.00.pth"),
+        "it asks for builtins.eval|__builtin__.eval",
+    ),
+    "old pickle": (lambda f: (f / "consolidated.00.pth").write_bytes(pickle.dumps(Payload())), "not a .pth"),
     "two formats": (lambda f: (f / "config.json").write_text("{}"), "both params.json and config.json"),
 }
 

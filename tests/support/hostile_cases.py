@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from parity.checks import CHECKS, verdict
-from parity.contract import Case, Result, tap_names
+from parity.contract import Case, Result
 from parity.measure.evidence import Evidence
 from parity.run.run_candidate import record
 from parity.run.training import FILE, MADE_STEPS, STEPS_FILE, training_case
 from parity.trace import Trace, TraceWriter, by_part
+from reference.protocol import tap_names
 
 VOCAB, WIDTH, NEW, POSITIONS = 13, 8, 3, [0, 1, 5]
 CONFIG = {"n_layers": 1, "norm_eps": 1e-5, "rope_theta": 1e4, "rope_scaling": None, "head_dim": 8, "vocab_size": VOCAB}

@@ -1,4 +1,4 @@
-"""Eight vocabularies as people have them, each a tiny Hugging Face or Meta folder: what makers of Llamas ship.
+"""Ten vocabularies as people have them, each a tiny Hugging Face or Meta folder: what makers of Llamas ship.
 
 Cut from the real Llama 3 and Llama 2 files, so that a checkpoint takes kilobytes; names, flags and templates are the
 makers'.
@@ -144,6 +144,31 @@ def padded(folder: Path, sources: Callable[[str], Path]) -> Path:
     return folder_of(folder, 576, sources("tok512.bin"))
 
 
+def beside(folder: Path, sources: Callable[[str], Path]) -> Path:
+    """ChatML's tokens stand in tokenizer_config.json alone, as the first tuners of Llama 2 saved them."""
+    folder_of(folder, 576, sources("tok512.bin"))
+    path = folder / "tokenizer_config.json"
+    more = {512: "<|im_start|>", 513: "<|im_end|>"}
+    listed = {str(i): {"content": name, **FLAGS, "special": True} for i, name in more.items()}
+    settings = json.loads(path.read_text()) | {"added_tokens_decoder": listed, "eos_token": more[513]}
+    path.write_text(json.dumps(settings | {"chat_template": CHATML}))
+    (folder / "tokenizer.model").unlink()
+    return folder
+
+
+def beside_model(folder: Path, sources: Callable[[str], Path]) -> Path:
+    """No tokenizer.json: a sentencepiece model, and added_tokens.json beside it."""
+    beside(folder, sources)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+    del settings["added_tokens_decoder"]
+    path.write_text(json.dumps(settings))
+    (folder / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 513, "<|im_start|>": 512}))
+    shutil.copy(words512(folder.parent / f"{folder.name}-512", sources) / "tokenizer.model", folder)
+    (folder / "tokenizer.json").unlink()
+    return folder
+
+
 VOCABULARIES = {
     "Llama 3": llama3,
     "Llama 2": llama2,
@@ -153,6 +178,8 @@ VOCABULARIES = {
     "GPT-2-style BPE": gpt2,
     "padded rows": padded,
     "DeepSeek names": deepseek,
+    "tokens in tokenizer_config": beside,
+    "tokens in added_tokens.json": beside_model,
 }
 
 

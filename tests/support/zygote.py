@@ -83,6 +83,8 @@ class WarmPopen(RealPopen):  # type: ignore[type-arg]
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, *rest: Any) -> None:
         pass_fds, cwd, env, _, _, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *others = rest
         request = None if executable or preexec_fn or pass_fds or shell or unusual(others) else asked(args, cwd, env)
+        if request is not None:
+            request["session"] = bool(others[5])
         if request is None:
             super()._execute_child(args, executable, preexec_fn, close_fds, *rest)  # type: ignore[misc]
             return
@@ -116,8 +118,9 @@ class WarmPopen(RealPopen):  # type: ignore[type-arg]
 
 
 def unusual(others: list[Any]) -> bool:
-    """restore_signals, gid, gids, uid, umask, start_new_session, process_group: anything but their defaults."""
-    return others[1:6] != [None, None, None, -1, False] or any(group not in (-1, None) for group in others[6:])
+    """restore_signals, gid, gids, uid, umask, start_new_session, process_group: anything but their defaults, or a
+    session of its own."""
+    return others[1:5] != [None, None, None, -1] or any(group not in (-1, None) for group in others[6:])
 
 
 def asked(args: Any, cwd: Any, env: Any) -> dict[str, Any] | None:
@@ -206,6 +209,8 @@ def become(request: dict[str, Any], streams: list[int]) -> None:
     """The life of a forked process, to its exit."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if request["session"]:
+        os.setsid()
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)

@@ -19,7 +19,7 @@ class Quantized:
         opened = open_checkpoint(checkpoint)
         self.notices = opened.notices
         self.integers = scheme if scheme == "int8" else f"{scheme}/{GROUP_INPUTS}"
-        self.model = load_quantized(opened.config, opened.weights, scheme, dtype=dtype).to(device).eval()
+        self.model = load_quantized(opened.config, opened.weights, scheme, dtype=dtype, device=device).eval()
         self.weight_bytes = weight_bytes(self.model)
         self.cache: KVCache | None = None
 

@@ -2,19 +2,24 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.build import add_dropout_
 from finetune.config import TrainConfig
+from finetune.data.dialogs import joined
 from finetune.data.documents import Ints
 from finetune.data.packing import Batch, Packer
+from finetune.data.pairs import PairBatch, PairPacker, Pairs
 from finetune.lora import add_lora_, lora_parameters, merged_model
 from finetune.loss import LossModel
 from finetune.optim import make_optimizer, select_trained_, trained
+from finetune.pairwise import PairLossModel, sequence_log_probs
 from finetune.parallelize import World
+from finetune.reference import make_reference
 from finetune.train import accumulate_
 from nanollama.checkpoint import Checkpoint
 from nanollama.model import ModelConfig, Transformer
@@ -67,8 +72,11 @@ def run(model: Transformer, batches: list[Batch]) -> tuple[Tensor, Grads]:
     count, device = sum(batch.valid for batch in batches), model.tok_embeddings.weight.device
     fp32 = torch.autocast(device.type, enabled=False)
     nats = accumulate_(LossModel(model).train(), batches, count, fp32, World(device))
-    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trained(model).items()}
-    return nats / count, grads
+    return nats / count, {name: grad_of(p) for name, p in trained(model).items()}
+
+
+def grad_of(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 class NanoTrainer:
@@ -90,6 +98,48 @@ class NanoTrainer:
 
     def accumulated(self, parts: list[list[Document]]) -> tuple[Tensor, Grads]:
         return run(trainable(self.nano), [self.batch(part) for part in parts])
+
+    def preferences(
+        self, pairs: list[list[Document]], push: Callable[[Tensor], Tensor], kind: str, beta: float
+    ) -> tuple[Tensor, Grads]:
+        """By finetune's own objective, two pairs a micro-batch; the reference is made of a model that has dropout."""
+        documents = self.pairs(pairs)
+        documents = replace(documents, reference=self.reference(documents))
+        policy = trainable(self.nano)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.copy_(push(parameter))
+        packer, device = PairPacker(documents, int(documents.lengths.sum())), policy.tok_embeddings.weight.device
+        batches = [self.pair_batch(packer, part) for part in ([0, 1], [2])]
+        fp32 = torch.autocast(device.type, enabled=False)
+        nats = accumulate_(self.pair_loss_model(policy, kind, beta), batches, len(pairs), fp32, World(device))
+        return nats / len(pairs), {name: grad_of(p) for name, p in trained(policy).items()}
+
+    def pairs(self, pairs: list[list[Document]]) -> Pairs:
+        """As finetune.data.pairs reads them."""
+        sequences = [
+            (np.array(tokens), np.array([False, *(label != -100 for label in labels[:-1])]))
+            for pair in pairs
+            for tokens, labels in pair
+        ]
+        return Pairs(joined(sequences, int(sequences[0][0][0])))
+
+    def reference(self, pairs: Pairs) -> Tensor:
+        model = trainable(self.nano)
+        add_dropout_(model, 0.1)
+        world = World(model.tok_embeddings.weight.device)
+        config = TrainConfig(seq_len=int(pairs.lengths.max()), batch_size=1)
+        fp32 = torch.autocast(world.device.type, enabled=False)
+        return make_reference(model.train(), (pairs, pairs), self.log_probs, config, world, fp32)["train"]
+
+    def log_probs(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        return sequence_log_probs(*inputs)
+
+    def pair_batch(self, packer: PairPacker, pairs: list[int]) -> PairBatch:
+        return packer.batch([pairs])
+
+    def pair_loss_model(self, model: Transformer, kind: str, beta: float) -> PairLossModel:
+        return PairLossModel(model, kind, beta)
 
     def labels(self, documents: list[list[int]]) -> list[list[int]]:
         packer = Packer(Listed(documents), sum(map(len, documents)))

@@ -18,6 +18,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 import torch
 
 from parity.candidates.crash import Unasked
+from parity.candidates.limits import SERVER, Limits
 from parity.candidates.nano.opening import open_checkpoint
 from parity.candidates.server import completions
 from parity.candidates.server.completions import Listing
@@ -70,7 +71,7 @@ def server_name(candidate: str, **options: str | None) -> str:
     return f"{candidate}#{urlencode(given, safe='/:')}" if is_server and given else candidate
 
 
-def endpoint_loader(name: str) -> Callable[[str, torch.dtype, str], "Endpoint"]:
+def endpoint_loader(name: str, limits: Limits = SERVER) -> Callable[[str, torch.dtype, str], "Endpoint"]:
     """load(checkpoint, dtype, device) of a server. Raises UsageError for a name that is none.
 
     Its answers are the same whatever dtype is asked for: they are asked for once.
@@ -79,7 +80,7 @@ def endpoint_loader(name: str) -> Callable[[str, torch.dtype, str], "Endpoint"]:
     if "@" in parts.netloc:
         raise UsageError("candidate http://...@...: a password in an address would be shown; use --api_key NAME")
     options = {key: values[0] for key, values in parse_qs(parts.fragment).items() if key in OPTIONS}
-    transport = Transport(parts._replace(fragment="").geturl().rstrip("/"), key_in(options.get("api_key")))
+    transport = Transport(parts._replace(fragment="").geturl().rstrip("/"), key_in(options.get("api_key")), limits)
     known: dict[str, Endpoint] = {}
 
     def load(checkpoint: str, dtype: torch.dtype, device: str) -> Endpoint:
@@ -142,6 +143,8 @@ class Endpoint:
         found = [f"the server's model is {line(self.model) or 'unnamed'}; prompts are sent as {how}"]
         if self.left_out:
             found.append(f"the server refuses {', '.join(self.left_out)}: sent without")
+        if proxy := self.transport.proxy:
+            found.append(f"the server is asked through the proxy {line(proxy)}, which the environment names")
         if self.max_positions is not None:
             found.append(f"the server holds {self.max_positions} positions")
         return found

@@ -130,6 +130,15 @@ MUTANTS: tuple[Mutant, ...] = (
     _trainer("43b", "weight decay dropped", "optimizer", training.no_decay, "optimizer step"),
     _trainer("44a", "LoRA merged in bf16", "merge", training.merged_in_bf16, "adapter merge"),
     _trainer("44b", "LoRA merged without alpha / rank", "merge", training.merged_unscaled, "adapter merge"),
+    _trainer("45", "prompt tokens in the loss of a pair", "pairs", training.with_prompts, "preferences"),
+    _trainer("46", "the rejected answer preferred", "pairs", training.other_way_round, "preferences"),
+    _trainer("47", "a mean of log-probabilities for their sum", "pair_loss_model", training.mean_for_sum,
+             "preferences"),
+    _trainer("48a", "the reference left in training mode", "log_probs", training.training_reference, "preferences"),
+    _trainer("48b", "no reference", "reference", training.no_reference, "preferences"),
+    _trainer("49", "beta twice", "pair_loss_model", training.beta_twice, "preferences"),
+    _trainer("50", "chosen and rejected padded into each other", "pair_batch", training.into_each_other,
+             "preferences"),
 )  # fmt: skip
 
 VARIANTS: tuple[Variant, ...] = (

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from finetune.data.packing import Batch
+from finetune.data.pairs import PairBatch, Pairs
 from finetune.lora import LoraLinear
 from finetune.optim import trained
+from finetune.pairwise import PairLossModel
 from nanollama.model import Transformer
 from parity.candidates.nano.model import Nano
 from parity.candidates.nano.training import NanoTrainer, run, trainable
@@ -130,6 +133,56 @@ def merged_unscaled(trainer: NanoTrainer, true: Any) -> Callable[[Transformer], 
         return true(model)
 
     return merge
+
+
+# --- Preferences -----------------------------------------------------------------------------------------------------
+
+
+def with_prompts(trainer: NanoTrainer, true: Callable[[Any], Pairs]) -> Callable[[Any], Pairs]:
+    """The tokens of the prompt are judged as the answer's are."""
+
+    def pairs(given: list[list[Document]]) -> Pairs:
+        made = true(given)
+        said = np.ones_like(made.sequences.said)
+        said[made.sequences.starts[:-1]] = False  # nothing predicts the first token
+        return replace(made, sequences=replace(made.sequences, said=said))
+
+    return pairs
+
+
+def other_way_round(trainer: NanoTrainer, true: Callable[[Any], Pairs]) -> Callable[[Any], Pairs]:
+    """The rejected answer is preferred: the sign of the difference is wrong."""
+    return lambda given: true([pair[::-1] for pair in given])
+
+
+def mean_for_sum(trainer: NanoTrainer, true: Any) -> Callable[[Transformer, str, float], PairLossModel]:
+    """An answer's log-probability is its tokens' mean where the sum belongs."""
+    return lambda model, kind, beta: true(model, "dpo_norm" if kind == "dpo" else kind, beta)
+
+
+def beta_twice(trainer: NanoTrainer, true: Any) -> Callable[[Transformer, str, float], PairLossModel]:
+    """beta multiplies what it has multiplied already."""
+    return lambda model, kind, beta: true(model, kind, beta * beta)
+
+
+def training_reference(trainer: NanoTrainer, true: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The reference is computed with dropout, as it was left."""
+    return lambda model, *rest: true(model.train(), *rest)
+
+
+def no_reference(trainer: NanoTrainer, true: Any) -> Callable[[Pairs], Tensor]:
+    """The reference's log-probabilities are left out: zero."""
+    return lambda pairs: torch.zeros(len(pairs.lengths), 2, dtype=torch.float64)
+
+
+def into_each_other(trainer: NanoTrainer, true: Any) -> Callable[[Any, list[int]], PairBatch]:
+    """Both answers lie in one document: the rejected one reads the chosen one."""
+
+    def batch(packer: Any, pairs: list[int]) -> PairBatch:
+        made = true(packer, pairs)
+        return replace(made, batch=replace(made.batch, doc_ids=made.batch.doc_ids // 2))
+
+    return batch
 
 
 def _one_group(decay: Callable[[dict], float]) -> Callable[[Transformer, dict], torch.optim.Optimizer]:

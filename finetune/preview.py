@@ -14,13 +14,11 @@ import torch
 from finetune.build import mixed_precision
 from finetune.config import LORA_METHODS, RATES, TrainConfig
 from finetune.data.documents import Documents, whole
-from finetune.data.packing import Packer
+from finetune.data.packing import Packing
 from finetune.evaluate import HeldOut
 from finetune.memory import Plan
 from finetune.metrics import in_words
 from finetune.optim import trained
-from finetune.parallelize import World
-from finetune.recipe import rows_a_step, steps_an_epoch
 from nanollama.model import Transformer
 
 FEW_TOKENS = 1000  # of validation: its loss then says little
@@ -29,19 +27,22 @@ COMPARED_DOCUMENTS = 200_000
 
 
 def plan_lines(
-    config: TrainConfig, model: Transformer, packer: Packer, held_out: HeldOut, memory: Plan, world: World
+    config: TrainConfig, model: Transformer, packer: Packing, held_out: HeldOut, memory: Plan | None, rows: int
 ) -> list[str]:
-    """What is said before the first step."""
-    rows, tokens = rows_a_step(config, world.size), int(packer.documents.lengths.sum())
-    epochs = config.max_steps / steps_an_epoch(config, packer, world.size)
+    """What is said before the first step. memory: None for a sharded run. rows: of a step, on all ranks together."""
+    tokens = int(packer.documents.lengths.sum())
+    epochs = config.max_steps * rows / packer.rows_an_epoch()
     share = _trained_share(model)
     whose = f" ({config.method}'s own)" if config.ckpt and config.lr == RATES[config.method] else ""
-    seconds = config.max_steps * step_s(model, config, world.device)
+    needs = "memory plan: none is made for a sharded run"
+    if memory:
+        seconds = config.max_steps * step_s(model, config, torch.device(config.device))
+        needs = f"plan: about {in_words(seconds)}, and the validations; {memory.text()}"
     lines = [
         f"plan: {rows * config.seq_len:,} tokens a step ({rows:,} rows of {config.seq_len:,}); {config.max_steps:,} "
         f"steps are {_short(epochs)} epochs of {tokens:,} tokens",
         f"plan: rate {config.lr:g}{whose}, {config.schedule} after {config.warmup_steps:,} steps; {share}",
-        f"plan: about {in_words(seconds)}, and the validations; {memory.text()}",
+        needs,
     ]
     return [*lines, *warnings(packer.documents, held_out, epochs)]
 

@@ -1,10 +1,16 @@
 """What a file is, by its first bytes and not by its name; what to do about those that are no checkpoint; prompts.
 
+Everything that was downloaded passes here before a library sees it, on the reference's way too: documents.py reads
+JSON and texts, archive.py and pickles.py walk a .pth, tokenizers.py and worker.py hold a tokenizer.json within limits.
+It computes nothing: what it lets through is read by each side for itself.
+
 python -c "from nanollama.gate import kind_of; from pathlib import Path; print(kind_of(Path('x.gguf')))"
 """
 
 import json
 import re
+import reprlib
+import stat
 import struct
 import zipfile
 from pathlib import Path
@@ -25,6 +31,56 @@ class CheckpointError(ValueError):
         # Libraries put dumps and advice into their messages: whatever comes in, one line of bounded length goes out.
         line = " ".join(f"{where}: {what}".split())
         super().__init__(line if len(line) <= 600 else line[:597] + "...")
+
+
+# Libraries advise how to load without their checks; a stranger's file is the last for which to do so.
+ADVICE = re.compile(
+    r"\s*(?:\(1\)|In PyTorch 2\.6|Re-running|Check the documentation|Please file an issue|You can (?:inspect|avoid)"
+    r"|Please pass the|[^.:;(]*(?:weights_only|trust_remote_code|safe_globals)).*",
+    re.DOTALL,
+)
+KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = _brief.maxlong = 60
+_brief.maxlevel = 3
+
+
+def shown(value: object) -> str:
+    """A stranger's value for a message: its repr, cut before it is made."""
+    return _brief.repr(value)
+
+
+def reason(error: BaseException) -> str:
+    """What a library says was wrong, for the inside of a line: without its advice on how to load unsafely."""
+    said = ADVICE.sub("", str(error)).strip() or type(error).__name__
+    return " ".join(said[:1000].split())[:160]
+
+
+def require_file(path: Path) -> None:
+    """Raises CheckpointError for what is there and is no regular file: pipes would hang, devices never end."""
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except OSError as error:
+        if path.is_symlink():
+            raise CheckpointError(
+                path, f"is a link that leads nowhere ({error.strerror}): put the file there"
+            ) from None
+        return  # its reader says that it is missing
+    if kind not in (stat.S_IFREG, stat.S_IFDIR):
+        raise CheckpointError(
+            path, f"is {KINDS.get(kind, 'no file')} and not a file: it is not read; put the file there"
+        )
+
+
+def require_inside(path: Path) -> None:
+    """Raises CheckpointError for a link out of its folder, but to the hub cache's blobs: what it names is printed."""
+    if not path.is_symlink():
+        return
+    folder, target = path.parent.resolve(), path.resolve()
+    homes = [folder, *(up for up in folder.parents if (up / "snapshots").is_dir() and (up / "blobs").is_dir())]
+    if not any(target.is_relative_to(home) for home in homes):
+        what = f"is a link out of its folder, to {target}: it is not followed; copy the file there"
+        raise CheckpointError(path, what)
 
 
 def kind_of(path: Path) -> str | None:
@@ -59,6 +115,7 @@ def refuse_strangers(path: Path) -> None:
     """Raises CheckpointError for what people have in place of a model: half a download, a pointer, a web page."""
     if path.suffix in UNFINISHED:
         raise CheckpointError(path, "is an unfinished download, by its name: let it finish, or download it again")
+    require_file(path)
     if not path.is_file():
         raise CheckpointError(path, "is no file: give a folder, a .gguf, a .bin or a .pt file")
     if what := _strange(path, first_bytes(path)):
