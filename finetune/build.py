@@ -24,9 +24,10 @@ from finetune.config import DTYPES, LORA_METHODS, TrainConfig, init_shape, lora_
 from finetune.errors import UserError
 from finetune.lora import add_lora_, add_rows_, quantize_base_, wear_
 from finetune.loss import LossModel
+from finetune.loss_shards import sharded_cross_entropy
 from finetune.optim import select_trained_
 from finetune.parallelize import World, replicate
-from finetune.sharding import shard_
+from finetune.sharding import cut_layers_, shard_blocks_
 from nanollama.checkpoint import Checkpoint, open_checkpoint
 from nanollama.checkpoint.adapter import LINEARS, Adapter, read_adapter, target_names
 from nanollama.checkpoint.weights import Weights, as_weights
@@ -63,7 +64,8 @@ def open_start(config: TrainConfig) -> Start:
 def build_model(start: Start, config: TrainConfig, vocab_size: int, device: torch.device) -> Transformer:
     """The model on the device, weights as `--weights` says, in memory of its own. vocab_size: of one from scratch.
 
-    Raises UserError for rows that are longer than the checkpoint's context.
+    On the meta device a checkpoint's model is empty, and nothing is read. Raises UserError for rows that are longer
+    than the checkpoint's context.
     """
     dtype = DTYPES[config.weights]
     if start.checkpoint is None:
@@ -73,6 +75,9 @@ def build_model(start: Start, config: TrainConfig, vocab_size: int, device: torc
     shape, stored = start.checkpoint.config, start.checkpoint.weights
     if config.seq_len > shape.max_seq_len:
         raise UserError(f"--seq_len {config.seq_len}: {config.ckpt} was made for at most {shape.max_seq_len} tokens")
+    if device.type == "meta":
+        with device:
+            return Transformer(shape)
     later = frozenset(target_names(shape, LINEARS) if config.method == "qlora" else ())
     model = Transformer.from_weights(shape, Copies(stored, device, dtype, later), dtype=dtype, device=device)
     if later:
@@ -226,19 +231,33 @@ def wrap_(
 ) -> nn.Module:
     """Everything that `config` puts around the model, in the order in which it has to be; loss_model: the last."""
     select_trained_(model, config.method)
+    cut_layers_(model, world)
     if config.dropout:
         add_dropout_(model, config.dropout)
     if config.activation_checkpointing:
         checkpoint_blocks_(model, offload=config.offload_activations and world.device.type != "cpu")
     if config.compile:
         compile_blocks_(model)
-    shard_(model, config, world)
-    return replicate(loss_model(model).train(), world)
+    shard_blocks_(model, world)
+    return replicate(_over_vocabulary(loss_model(model), world).train(), world)
+
+
+def _over_vocabulary(loss_model: nn.Module, world: World) -> nn.Module:
+    """The same loss of a head whose rows are shared out. Raises UserError for one that needs them all."""
+    if world.sizes.tp > 1:
+        if not isinstance(loss_model, LossModel):
+            raise UserError("--tp cuts the head by its rows, and this loss needs them all: use --fsdp")
+        loss_model.loss = sharded_cross_entropy
+    return loss_model
 
 
 def mixed_precision(config: TrainConfig, device: torch.device) -> torch.autocast:
-    """Matrix products in the dtype that `--dtype` names."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16")
+    """Matrix products in the dtype that `--dtype` names.
+
+    Casts of weights are not kept: each is used once a pass, and autocast would hold all of them until the pass ends,
+    16 GB of an 8B whose blocks are checkpointed.
+    """
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16", cache_enabled=False)
 
 
 def add_dropout_(model: Transformer, p: float) -> None:

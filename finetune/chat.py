@@ -25,7 +25,7 @@ from finetune.run import Entry, run_entry
 from nanollama.chat import template_source
 from nanollama.tokenizer import open_tokenizer
 
-KINDS = "a .jsonl, .json or .parquet file of dialogues, a folder of them, or a data set of the hub (owner/name)"
+KINDS = "a .jsonl, .json, .csv or .parquet file of dialogues, a folder of them, or a data set of the hub (owner/name)"
 
 
 def find(config: TrainConfig, cache: Path, say: Say) -> Path:
@@ -42,12 +42,12 @@ def find(config: TrainConfig, cache: Path, say: Say) -> Path:
 def make(config: TrainConfig, tokenizer: Path, say: Say) -> Prepared:
     """The dialogues as documents. Raises UserError that names the line."""
     path, vocabulary = Path(config.data), Vocabulary.of(tokenizer)
-    opened = open_tokenizer(tokenizer)
+    opened, out = open_tokenizer(tokenizer), Path(config.out) if config.out else None
     say(f"chat format: {template_source(opened)}")
-    apart = config.val_data is not None
-    train, val = read_dialogs(path, opened, config.seq_len, on_bad=config.on_bad, say=say, hold_out=not apart)
-    if apart:
-        _, val = read_dialogs(Path(config.val_data), opened, config.seq_len, on_bad=config.on_bad, hold_out=False)
+    apart, bad = config.val_data is not None, config.on_bad
+    train, val = read_dialogs(path, opened, config.seq_len, on_bad=bad, say=say, out=out, hold_out=not apart)
+    if config.val_data:
+        _, val = read_dialogs(Path(config.val_data), opened, config.seq_len, on_bad=bad, say=say, hold_out=False)
     elif len(val.lengths) == len(train.lengths):
         say(f"data: only {len(train.lengths)} dialogues: none is held out, validation is on the same")
     return Prepared(path.stem, tokenizer, vocabulary, train, val)

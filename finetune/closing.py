@@ -12,6 +12,7 @@ from finetune.config import LORA_METHODS, TrainConfig
 from finetune.data.files import Say, write_atomically
 from finetune.gather import Whole, gathering
 from finetune.lora import adapter_of, merged_when_read
+from finetune.metrics import note_sample
 from finetune.report import write_report
 from finetune.sharding import rest_
 from finetune.train import Outcome, Setup
@@ -37,6 +38,7 @@ def finish(setup: Setup, tokenizer: Path, outcome: Outcome, further: list[Step],
         return
     write_atomically(out / "summary.json", json.dumps(summary(outcome), indent=2).encode())
     score, bigram = outcome.score, outcome.yards.bigram
+    note_sample(out, outcome.progress.step, text)
     say(f"sample: {text}")
     say(f"held-out bits per byte: {score.bpb:.4f}; a bigram model fitted on the training text: {bigram.bpb:.4f}")
     say(f"held-out nats per token: {score.loss:.4f}; the bigram model: {bigram.loss:.4f}")
@@ -45,9 +47,9 @@ def finish(setup: Setup, tokenizer: Path, outcome: Outcome, further: list[Step],
     if config.method in LORA_METHODS:
         say(f"adapter: {out / 'adapter'}, for --adapter beside --ckpt {config.ckpt}{_for_peft(config)}")
     try:
-        say(f"curves: {write_report(out)}")
+        say(f"report: {write_report(out)}")
     except ValueError as error:  # the model is what counts: no picture is no failure
-        say(f"no curves: {error}")
+        say(f"no report: {error}")
     say("next:")
     for what, line in [*steps(out, config), *further]:
         say(f"  {what + ':':17}{line}")

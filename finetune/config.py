@@ -30,16 +30,21 @@ WHEN = ("sample_every", "eval_every", "eval_tokens", "patience", "epochs")
 RATES = {"full": 2e-5, "no_embeddings": 2e-5, "norms": 1e-3, "lora": 2e-4, "qlora": 2e-4}
 
 
+# What no machine of today has, and what would only end in a traceback of an allocation.
+MOST = {"threads": 4096, "workers": 4096, "seq_len": 1 << 24, "batch_size": 1 << 20, "accumulate": 1 << 20}
+MOST |= {"vocab_size": 1 << 20, "max_steps": 1 << 40, "warmup_steps": 1 << 40, "lora_rank": 1 << 16, "seed": 1 << 62}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Train a Llama on text: from scratch (--init) or from a checkpoint (--ckpt); packed rows, document mask."""
 
     # Data
-    data: str = "auto"  # auto, tinystories, sample, or a .txt, .jsonl, .parquet, a folder of them or of token shards
+    data: str = "auto"  # auto, tinystories, sample, a .txt, .md, .jsonl, .csv, .parquet, a folder, a hub id, shards
     val_data: str | None = None  # validate on this, and train on all of --data; else some documents are held out
-    field: str = "text"  # the field of each .jsonl line that holds the document
-    separator: str = "<|endoftext|>"  # between the documents of a .txt file; \n: one document a line
-    on_bad: Literal["stop", "skip"] = "stop"  # finetune.chat: what becomes of dialogues that cannot be used
+    field: str = "text"  # the field or column of rows that holds the document
+    separator: str = "<|endoftext|>"  # between the documents of a .txt or .md file; \n: one document a line
+    on_bad: Literal["stop", "skip"] = "stop"  # what becomes of documents and dialogues that cannot be used
     tokenizer: str | None = None  # a tokenizer file; else the checkpoint's, else one is trained on the data
     vocab_size: int = 0  # words of the tokenizer that is trained on the data; 0: the preset's
     cache: str | None = None  # of downloads and token shards; else $NANOLLAMA_CACHE or nanollama/ in the user's caches
@@ -94,12 +99,14 @@ class TrainConfig:
     offload_activations: bool = False  # with it: what is kept waits in the CPU's memory, not in the GPU's
     # What is seen and kept
     save_every: int = 100  # steps between checkpoints; there is one at the end and at SIGINT, SIGTERM as well
+    save: Literal["whole", "sharded", "async"] = "whole"  # sharded: each rank writes its part; async: while it trains
     eval_every: int = 100  # steps between validation losses, beside those of step 0 and of the end; 0: those alone
     eval_tokens: int = 0  # validation tokens looked at, about; 0: 50,000, with --ckpt at most what the run trains on
     patience: int = 0  # stop after so many validations in a row that are no better than the best; 0: never
     keep: Literal["best", "last"] = "best"  # what becomes final/: the step of the lowest validation loss, or the last
     sample_every: int = 0  # steps between samples; 0: only at the end
     prompt: str = "Once upon a time"  # of the samples
+    doctor: Literal["quick", "full", "off"] = "quick"  # look for ills before the first step; full: some 30 s
     tensorboard: bool = False  # also write TensorBoard events
     wandb: bool = False  # also log to Weights & Biases
     export: Literal["hf"] | None = None  # also write final-hf/, a Hugging Face folder
@@ -110,6 +117,10 @@ class TrainConfig:
         rates = ("beta", "lr", "min_lr", "weight_decay", "grad_clip", "dropout")
         for name in (*rates, "seed", *MESH, *FROM_PRESET, *WHEN):
             _at_least(self, name, 0)
+        for name in ("threads", "workers"):
+            _at_least(self, name, 0)
+        for name, most in MOST.items():
+            _at_most(self, name, most)
         _at_least(self, "warmup_steps", -1)
         if self.seq_len == 1:
             raise UserError("--seq_len 1: expected at least 2, a token and its successor")
@@ -149,6 +160,12 @@ def _at_least(config: TrainConfig, name: str, least: int) -> None:
     value = getattr(config, name)
     if not value >= least:  # "not >=" also refuses nan
         raise UserError(f"--{name} {value}: expected at least {least}")
+
+
+def _at_most(config: TrainConfig, name: str, most: int) -> None:
+    value = getattr(config, name)
+    if value > most:
+        raise UserError(f"--{name} {value}: expected at most {most}")
 
 
 @dataclass(frozen=True)
@@ -260,7 +277,7 @@ def init_shape(config: TrainConfig, vocab_size: int) -> ModelConfig:
 # ranks, not what is computed. GOING_ON: the rest of the run is another one, which is said and logged.
 FREE = frozenset(
     ("resume", "out", "cache", "workers", "save_every", "eval_every", "eval_tokens", "sample_every", "prompt")
-    + ("tensorboard", "wandb", "export", "patience", "collective_timeout_s", "dp", "fsdp", "tp")
+    + ("tensorboard", "wandb", "export", "patience", "collective_timeout_s", "dp", "fsdp", "tp", "save", "doctor")
 )
 GOING_ON = ("lr", "min_lr", "schedule", "weight_decay", "grad_clip", "max_steps", "epochs")
 
@@ -318,4 +335,7 @@ def from_json(saved: dict[str, Any], where: Path) -> TrainConfig:
     unknown = saved.keys() - {f.name for f in fields(TrainConfig)}
     if unknown:
         raise UserError(f"{where}: unknown key {min(unknown)}: it was written by another version")
-    return TrainConfig(**saved)
+    try:
+        return TrainConfig(**saved)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None

@@ -2,6 +2,10 @@
 bigram model fitted on the training tokens, which a model that has learned anything beats.
 
     bits per byte = nats of all held-out tokens / ln 2 / bytes of their text
+
+Run as a command it is finetune.scoring: checkpoints side by side on a text, and in tasks.
+
+    python -m finetune.evaluate --ckpt A --ckpt B --data FILE
 """
 
 import math
@@ -126,3 +130,10 @@ def loss_model_of(module: nn.Module) -> nn.Module:
     inner = getattr(module, "module", module)
     assert isinstance(inner, nn.Module)
     return inner
+
+
+if __name__ == "__main__":
+    from finetune.scoring import evaluate_checkpoints
+    from nanollama.cli import run
+
+    run(evaluate_checkpoints)

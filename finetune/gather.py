@@ -1,4 +1,4 @@
-"""Whole tensors of a sharded run, one at a time, and shards of whole tensors.
+"""Whole tensors of a sharded run, one at a time.
 
 A rank that asks for a whole tensor needs all others to take part. So while the main rank writes a file, the others
 serve: they are told the tensor's number, gather it with the main rank, and wait for the next. Nobody holds more than
@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from finetune.parallelize import World
 
@@ -26,7 +25,8 @@ DONE = -1
 
 def full(tensor: Tensor) -> Tensor:
     """All of a tensor, plain, on every rank, which all have to ask."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
@@ -69,23 +69,6 @@ def _say(number: int, world: World) -> int:
     return int(box)
 
 
-def part_of(tensor: Tensor) -> tuple[slice, ...]:
-    """Where this rank's shard lies in the whole: one slice a dimension."""
-    if not isinstance(tensor, DTensor):
-        return tuple(slice(0, size) for size in tensor.shape)
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-
-
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard, on the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def like(part: Tensor, tensor: Tensor) -> Tensor:
-    """`part`, this rank's shard of something with the shape and layout of `tensor`."""
-    if not isinstance(tensor, DTensor):
-        return part
-    return DTensor.from_local(
-        part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )

@@ -37,6 +37,7 @@ class LoraLinear(nn.Module):
         outputs, inputs = base.weight.shape
         self.base, self.rank, self.alpha, self.dropout = base, rank, alpha, dropout
         device, bound = base.weight.device, 1 / math.sqrt(inputs)
+        device = torch.device("cpu") if device.type == "meta" else device  # the base is read when it has been sharded
         drawn = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(drawn.to(device))  # fp32, whatever the base is
         self.lora_B = nn.Parameter(torch.zeros(outputs, rank, device=device))

@@ -9,7 +9,8 @@ gradients (as in Cut Cross-Entropy, arXiv 2411.09009, and Liger, arXiv 2410.1098
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -53,39 +54,83 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Gradients are made in the forward pass; the backward pass scales them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, vocabulary: "Vocabulary | None" = None
+    ) -> Tensor:
+        vocabulary = vocabulary or WholeVocabulary()
         valid = (labels != IGNORE).nonzero().squeeze(1)
         labels = labels[valid]
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         rows, weight = hidden[valid].to(dtype), head.to(dtype)
-        need_hidden, need_head, _ = ctx.needs_input_grad
-        grad_rows = torch.empty_like(rows) if need_hidden else None
+        need_hidden, need_head, *_ = ctx.needs_input_grad
         exact = torch.promote_types(dtype, torch.float32)
+        grad_rows = torch.empty_like(rows, dtype=vocabulary.dtype_of_rows(dtype)) if need_hidden else None
         # Chunks are summed in fp32: in bf16 every sum would round, 64 of them to 6 times the plain loss's error.
         grad_head = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, exact)) if need_head else None
         total = torch.zeros((), dtype=exact, device=hidden.device)
-        step = chunk_tokens(head)
+        step = vocabulary.chunk_tokens(head)
         for start in range(0, len(labels), step):
             part = slice(start, start + step)
-            total += _chunk(rows[part], weight, labels[part], part, grad_rows, grad_head)
+            total += _chunk(rows[part], weight, labels[part], part, grad_rows, grad_head, vocabulary)
         grad_hidden = None
         if grad_rows is not None:
             grad_hidden = torch.zeros_like(hidden)
-            grad_hidden[valid] = grad_rows.to(hidden.dtype)
+            grad_hidden[valid] = vocabulary.sum_(grad_rows).to(dtype).to(hidden.dtype)
         ctx.made = (grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         if ctx.made is None:
             raise RuntimeError(
                 "these gradients were handed out already: a second backward pass needs a new forward one"
             )
         hidden, head = (None if made is None else made.mul_(grad) for made in ctx.made)  # no second copy of the head's
         ctx.made = None
-        return hidden, head, None
+        return hidden, head, None, None
+
+
+class Vocabulary(Protocol):
+    """Which rows of the head this process has."""
+
+    def chunk_tokens(self, head: Tensor) -> int:
+        """Tokens whose logits exist at a time, the same on every rank that has rows of it."""
+
+    def dtype_of_rows(self, dtype: torch.dtype) -> torch.dtype:
+        """Of the hidden states' gradients before `sum_`."""
+
+    def own(self, labels: Tensor) -> tuple[Tensor | slice, Tensor]:
+        """Which of labels (n,) are rows here, and those as numbers of these rows."""
+
+    def join(self, largest: Tensor, sums: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
+        """From softmax_parts_ and the labels' logits, (n, 1) each, zero for a row that is elsewhere: what to divide
+        these powers by, and the losses.
+        """
+
+    def sum_(self, grad_rows: Tensor) -> Tensor:
+        """The hidden states' gradients by way of all rows."""
+
+
+@dataclass(frozen=True)
+class WholeVocabulary:
+    """All rows."""
+
+    def chunk_tokens(self, head: Tensor) -> int:
+        return chunk_tokens(head)
+
+    def dtype_of_rows(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def own(self, labels: Tensor) -> tuple[Tensor | slice, Tensor]:
+        return slice(None), labels
+
+    def join(self, largest: Tensor, sums: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
+        return sums, sums.log() + largest - picked
+
+    def sum_(self, grad_rows: Tensor) -> Tensor:
+        return grad_rows
 
 
 class TokenLogProbs(torch.autograd.Function):
@@ -121,7 +166,7 @@ class TokenLogProbs(torch.autograd.Function):
         counts = -grad[valid].unsqueeze(1)  # a chunk's gradients are those of -log p
         for start in range(0, len(valid), step):
             part = slice(start, start + step)
-            _chunk(rows[part], weight, picks[part], part, grad_rows, grad_head, counts[part])
+            _chunk(rows[part], weight, picks[part], part, grad_rows, grad_head, WholeVocabulary(), counts[part])
         grad_hidden = None
         if grad_rows is not None:
             grad_hidden = torch.zeros_like(hidden)
@@ -129,9 +174,9 @@ class TokenLogProbs(torch.autograd.Function):
         return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None
 
 
-def chunk_tokens(head: Tensor) -> int:
-    """Tokens whose logits exist at a time, for a head (V, C)."""
-    return max(MIN_CHUNK_TOKENS, (CHUNK_LOGITS_GPU if head.is_cuda else CHUNK_LOGITS) // head.shape[0])
+def chunk_tokens(head: Tensor, rows: int = 0) -> int:
+    """Tokens whose logits exist at a time, for a head (V, C). rows: in place of V."""
+    return max(MIN_CHUNK_TOKENS, (CHUNK_LOGITS_GPU if head.is_cuda else CHUNK_LOGITS) // (rows or head.shape[0]))
 
 
 def _chunk(
@@ -141,6 +186,7 @@ def _chunk(
     part: slice,
     grad_rows: Tensor | None,
     grad_head: Tensor | None,
+    vocabulary: Vocabulary,
     counts: Tensor | None = None,
 ) -> Tensor:
     """Loss of some rows (n, C); their gradients are put into grad_rows[part] and added to grad_head. No graph here.
@@ -151,12 +197,15 @@ def _chunk(
     division moves to the small side of each product, and the label's part is taken off its row.
     """
     logits = F.linear(rows, weight)  # (n, V)
-    picked = logits.gather(1, labels.unsqueeze(1))  # (n, 1)
+    here, ids = vocabulary.own(labels)
+    picked = logits.new_zeros(len(labels), 1)
+    picked[here] = logits[here].gather(1, ids.unsqueeze(1))  # (n, 1)
     powers, largest, sums = softmax_parts_(logits)
-    loss = (sums.log() + largest - picked).sum()
+    sums, losses = vocabulary.join(largest, sums, picked)
     if grad_rows is not None:
-        found = (powers @ weight) / sums - weight[labels]
-        grad_rows[part] = found if counts is None else found * counts
+        change = (powers @ weight) / sums
+        change[here] -= weight[ids]
+        grad_rows[part] = change if counts is None else change * counts
     if grad_head is not None:
         rows = rows if counts is None else (rows * counts).to(rows.dtype)
         scaled = (rows / sums).to(rows.dtype)
@@ -164,8 +213,8 @@ def _chunk(
             grad_head.addmm_(powers.T, scaled)
         else:
             add_in_blocks_(grad_head, powers.T @ scaled)
-        grad_head.index_add_(0, labels, rows.to(grad_head.dtype), alpha=-1)
-    return loss
+        grad_head.index_add_(0, ids, rows[here].to(grad_head.dtype), alpha=-1)
+    return losses.sum()
 
 
 def softmax_parts_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -124,18 +124,23 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+SAMPLES = "samples.jsonl"  # {"step": 100, "sample": "Once upon a time there was a llama"}
+
+
 class Metrics:
     """The writers of the main rank; on the others it does nothing."""
 
     def __init__(self, folder: RunFolder, world: World, first_step: int) -> None:
         self.is_main, self.writers = world.is_main, list[Writer]()
-        out, config = folder.path, folder.config
+        self.out = out = folder.path
+        config = folder.config
         if self.is_main:
             if config.tensorboard:
                 self.writers.append(TensorBoard(out))
             if config.wandb:
                 self.writers.append(WandB(out, config))
             keep_until_(out / "metrics.jsonl", first_step)
+            keep_until_(out / SAMPLES, first_step)
             self.file = (out / "metrics.jsonl").open("a", encoding="utf-8")
         at_terminal = sys.stderr.isatty()
         self.lines = None if at_terminal or not self.is_main else Lines(config.max_steps)
@@ -179,6 +184,11 @@ class Metrics:
             self.file.write(json.dumps({"step": step, "changed": changed}) + "\n")
             self.file.flush()
 
+    def write_sample(self, step: int, text: str) -> None:
+        if self.is_main:
+            note_sample(self.out, step, text)
+        self.say(f"step {step}: {text}")
+
     def _write(self, step: int, values: dict[str, float]) -> None:
         if not self.is_main:
             return
@@ -191,6 +201,12 @@ class Metrics:
         if self.is_main:
             self.bar.write(text, file=sys.stdout)
             sys.stdout.flush()
+
+
+def note_sample(out: Path, step: int, text: str) -> None:
+    """Keep a sample for the report: in a file of its own, since it depends on what is looked at and when."""
+    with (out / SAMPLES).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "sample": text}) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

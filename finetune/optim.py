@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from finetune.config import LORA_METHODS, TrainConfig
+from finetune.gather import local
 from finetune.lora import LORA_SUFFIXES
 from finetune.loss import BLOCK_NUMBERS
+from nanollama.tensor_parallel import part_of
 
 EMBEDDINGS = ("tok_embeddings.weight", "output.weight")
 
@@ -136,14 +139,17 @@ class RoundingAdamW(torch.optim.Optimizer):
                     state |= {"step": torch.zeros(()), **new_moments(parameter, self.eight_bit)}
                 state["step"] += 1
                 n = int(state["step"])
-                generator = torch.Generator(parameter.device).manual_seed(mixed_seed(self.seed, n, place))
+                offsets = [rows.start for rows in part_of(parameter)] if isinstance(parameter, DTensor) else []
+                seed = mixed_seed(self.seed, n, place, *offsets)  # a shard draws for itself, its copies what it draws
+                generator = torch.Generator(parameter.device).manual_seed(seed)
                 self._update_(parameter, group, state, n, generator)
 
     @staticmethod
     def _update_(parameter: Tensor, group: dict, state: dict, n: int, generator: torch.Generator) -> None:
         beta1, beta2 = group["betas"]
         assert parameter.grad is not None
-        weights, grads, size = parameter.view(-1), parameter.grad.reshape(-1), parameter.numel()
+        weights, grads = local(parameter).view(-1), local(parameter.grad).reshape(-1)
+        size = len(weights)
         step = block_numbers(parameter.device)
         for start in range(0, size, step):
             part = slice(start, min(start + step, size))
@@ -186,7 +192,7 @@ def moments_bytes(parameters: Iterable[Tensor], eight_bit: bool) -> int:
 
 def read_moment(state: dict[str, Tensor], name: str, part: slice) -> Tensor:
     """Numbers `part` of a moment, whole blocks of it: (n,) fp32, in memory of their own."""
-    stored = state[name].view(-1)[part]
+    stored = local(state[name]).view(-1)[part]
     if stored.dtype.is_floating_point:
         return stored.to(torch.float32, copy=True)
     parts = stored.float().view(-1, SHARE_SCALE).div_(torch.iinfo(stored.dtype).max)  # (n / SHARE_SCALE, SHARE_SCALE)
@@ -196,7 +202,7 @@ def read_moment(state: dict[str, Tensor], name: str, part: slice) -> Tensor:
 
 def write_moment_(state: dict[str, Tensor], name: str, part: slice, values: Tensor, generator: torch.Generator) -> None:
     """Put fp32 values (n,) there, rounded."""
-    stored = state[name].view(-1)[part]
+    stored = local(state[name]).view(-1)[part]
     if stored.dtype.is_floating_point:
         round_(stored, values, generator)
         return

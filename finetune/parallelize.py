@@ -8,11 +8,12 @@ divides its loss by the number of valid tokens on all of them.
 
 import faulthandler
 import itertools
+import logging
 import os
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -116,10 +117,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def open_world(device: str, sizes: MeshSizes | None = None, limit_s: float = 600) -> World:
+def open_world(device: str, sizes: MeshSizes | None = None, limit_s: float = 600, *, watched: bool = True) -> World:
     """Join the ranks that torchrun started, if it did. sizes: the mesh; None: each a copy of the model.
 
-    limit_s: how long a rank waits for the others in one collective. Raises UserError for a device that is not there.
+    limit_s: how long a rank waits for the others in one collective. watched: a rank that dies ends the others.
+    Raises UserError for a device that is not there.
     """
     name = device.partition(":")[0]
     if name == "cuda" and not torch.cuda.is_available():
@@ -139,7 +141,8 @@ def open_world(device: str, sizes: MeshSizes | None = None, limit_s: float = 600
     store = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=max(limit_s, 60)))))[0]
     attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{size}"  # torchrun's store outlives the processes
     ours = dist.PrefixStore(f"finetune/{attempt}", store)
-    peers = meet(ours, rank, size, int(os.environ.get("LOCAL_RANK", rank)), os.environ["MASTER_ADDR"], limit_s)
+    local_rank, host = int(os.environ.get("LOCAL_RANK", rank)), os.environ["MASTER_ADDR"]
+    peers = meet(ours, rank, size, local_rank, host, limit_s) if watched else None
     dist.init_process_group(
         "nccl" if name == "cuda" else "gloo",
         store=dist.PrefixStore(f"group/{attempt}", store),
@@ -147,11 +150,19 @@ def open_world(device: str, sizes: MeshSizes | None = None, limit_s: float = 600
         world_size=size,
         timeout=timedelta(seconds=limit_s),
     )
-    sizes, mesh = sizes or MeshSizes(dp=size), None
+    on = f"cuda:{local}" if name == "cuda" else name
+    return replace(make_world(on, rank, sizes or MeshSizes(dp=size)), store=ours, peers=peers)
+
+
+def make_world(device: str, rank: int, sizes: MeshSizes) -> World:
+    """Of a rank that has met the others."""
+    mesh = None
     if sizes.is_sharded:
-        mesh = init_device_mesh(name, (sizes.dp, sizes.fsdp, sizes.tp), mesh_dim_names=DIMENSIONS)
-    on = torch.device(name, local) if name == "cuda" else torch.device(name)
-    return World(on, rank, size, sizes, mesh, ours, peers)
+        # It advises to merge two small reductions into one, once for each kind, on every rank.
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+        shape = (sizes.dp, sizes.fsdp, sizes.tp)
+        mesh = init_device_mesh(device.partition(":")[0], shape, mesh_dim_names=DIMENSIONS)
+    return World(torch.device(device), rank, dist.get_world_size(), sizes, mesh)
 
 
 def record_flights() -> None:

@@ -38,6 +38,8 @@ def recipe(config: TrainConfig) -> TrainConfig:
     """Rate and beta that suit the loss, where they are left open. Raises UserError."""
     if config.doc_mask == "off":
         raise UserError("--doc_mask off: the rejected answer would read the chosen one: leave the flag out")
+    if config.fsdp > 1:
+        raise UserError(f"--fsdp {config.fsdp}: pairs are trained on by whole copies of the model: use --dp")
     rate = RATE["adapter" if config.method in LORA_METHODS else "full"]
     rate *= ORPO_FASTER if config.loss == "orpo" else 1
     return replace(config, lr=config.lr or rate, beta=config.beta or BETA[config.loss])

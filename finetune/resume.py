@@ -15,7 +15,7 @@ where the run started. The RNG needs no state: each step seeds it by (seed, step
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from finetune.best import Best, keep_only
 from finetune.config import TrainConfig, from_json, merge_resumed, to_json
@@ -31,16 +32,20 @@ from finetune.data.files import write_atomically
 from finetune.data.packing import Cursor
 from finetune.errors import UserError
 from finetune.evaluate import Score
-from finetune.gather import Whole, like
+from finetune.gather import Whole, local
 from finetune.mesh import mesh_sizes
 from finetune.optim import trained
 from finetune.parallelize import World, world_size
-from finetune.tensors import read_into_, read_tensors, write_tensors
+from finetune.restore import SCHEMA, SHARDS, check_checkpoint, check_config_types, read_file, taken, with_older
+from finetune.shards import read_shards
+from finetune.tensors import read_tensors, write_tensors
+from nanollama import gate
 from nanollama.checkpoint.staging import staged
+from nanollama.tensor_parallel import like
 
 CONFIG = "config.json"
-SCHEMA = "nanollama.run/1"  # of state.json
 BESIDE = ("entry", "world_size", "micro_batches")  # in config.json, what is no flag
+BEFORE = ("left_out.json", "doctor.json", "environment.json")  # what may lie beside it before the first step
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,6 @@ class Progress:
     tokens: int = 0  # labels trained on
     cursor: Cursor = field(default_factory=Cursor)  # of the next row
     best: Best | None = None  # None: no validation since step 0
-
-    @classmethod
-    def read(cls, saved: dict[str, Any]) -> "Progress":
-        """As `asdict` wrote it; a version before this one knew no best."""
-        best = saved.get("best")
-        kept = Best(best["step"], Score(**best["score"]), best["waited"]) if best else None
-        return cls(saved["step"], saved["tokens"], Cursor(**saved["cursor"]), kept)
 
 
 @dataclass(frozen=True)
@@ -90,67 +88,89 @@ class RunFolder:
 
         whole: what gives a tensor of `saved_tensors` in one piece.
         """
-        folder = self.path / "checkpoints" / f"step_{progress.step:08d}"
+        folder = self.checkpoint(progress.step)
         if (folder / "state.json").exists():
             return
-        tensors, scalars = _optimizer_state(model, optimizer)
+        tensors, _ = _optimizer_state(model, optimizer)
+        finish = self.finisher(progress, model, optimizer, data)
+        with staged(folder) as stage:
+            write_tensors(stage, "model.safetensors", trained(model), whole)
+            write_tensors(stage, "optimizer.safetensors", tensors, whole)
+        finish()
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step_{step:08d}"
+
+    def finisher(
+        self, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, data: Data
+    ) -> Callable[[], None]:
+        """What makes a folder with the tensors of now a checkpoint: state.json. Then the older ones are removed."""
         state = {
             "schema": SCHEMA,
             "progress": asdict(progress),
             "rng": "seeded by (seed, step, rank) at each step",
-            "optimizer": scalars,
+            "optimizer": _optimizer_state(model, optimizer)[1],
             "data": data.fingerprint,
             "documents": {side: part and part.saved() for side, part in (("train", data.train), ("val", data.val))},
             "tokenizer": data.tokenizer,
             "torch": torch.__version__,
             "config": to_json(replace(self.config, resume=False)),
         }
-        older = checkpoints(self.path)
-        with staged(folder) as stage:
-            write_tensors(stage, "model.safetensors", trained(model), whole)
-            write_tensors(stage, "optimizer.safetensors", tensors, whole)
-            stage.text("state.json", json.dumps(state, indent=2) + "\n")
-        for old in older:
-            _remove(old)
-        keep_only(self.path, progress.best.step if progress.best else None)
+        older, folder = checkpoints(self.path), self.checkpoint(progress.step)
+
+        def finish() -> None:
+            with staged(folder) as stage:
+                stage.text("state.json", json.dumps(state, indent=2) + "\n")
+            for old in older:
+                _remove(old)
+            keep_only(self.path, progress.best.step if progress.best else None)
+
+        return finish
 
     def saved_state(self) -> dict[str, Any] | None:
         """state.json of the newest checkpoint. Raises UserError."""
         found = checkpoints(self.path)
-        if not found:
-            return None
-        path = found[-1] / "state.json"
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if state.get("schema") != SCHEMA:
-            raise UserError(f"{path.parent}: state.json has schema {state.get('schema')!r}: expected {SCHEMA!r}")
-        return state
+        return read_file(found[-1] / "state.json") if found else None
 
     def restore_(self, model: nn.Module, optimizer: torch.optim.Optimizer, data: Data) -> tuple[Progress, str]:
         """Load the newest checkpoint; a run without any starts at step 0. Raises UserError.
 
         Returns a word on documents that came behind those of the checkpoint, too: they begin a new pass; "" for none.
         """
-        self._clean()
-        state = self.saved_state()
-        if state is None:
+        found = checkpoints(self.path)
+        if not found:
+            self._clean()
             keep_only(self.path, None)
             return Progress(), ""
-        folder = checkpoints(self.path)[-1]
-        news = _appended(state, data, folder)
+        folder = found[-1]
+        if folder.name > f"step_{self.config.max_steps:08d}":
+            done = int(folder.name.removeprefix("step_"))
+            raise UserError(f"--max_steps {self.config.max_steps}: the run has done {done} steps already")
+        try:
+            state = check_checkpoint(folder, self.config, trained(model))
+        except UserError as error:
+            raise with_older(error, folder, found[-2] if len(found) > 1 else None) from None
+        raw = read_file(folder / "state.json")
+        news = _appended(raw, data, folder)
+        best = _best(raw["progress"], folder / "state.json")
+        self._clean()
         parameters = trained(model)
-        read_into_(parameters, folder / "model.safetensors")
-        states = read_tensors(folder / "optimizer.safetensors", parameters)
-        _restore_optimizer_(optimizer, parameters, states, state["optimizer"])
-        progress = Progress.read(state["progress"])
-        keep_only(self.path, progress.best.step if progress.best else None)
+        weights, states = _read_state(folder, parameters)
+        if weights.keys() != parameters.keys():
+            raise UserError(f"{folder}: does not hold the parameters that this run trains")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                local(parameter).copy_(weights[name])
+        _restore_optimizer_(optimizer, parameters, states, state.scalars)
+        keep_only(self.path, best.step if best else None)
         if news:
-            progress = replace(progress, cursor=Cursor(progress.cursor.epoch + 1), best=None)
-        return progress, news
+            return Progress(state.step, state.tokens, Cursor(state.cursor.epoch + 1)), news
+        return Progress(state.step, state.tokens, state.cursor, best), ""
 
     def write_config(self) -> None:
         """config.json says what this run does from now on."""
         path = self.path / CONFIG
-        saved = (_read_config(path) if path.exists() else {}) | to_json(replace(self.config, resume=False))
+        saved = (read_file(path) if path.exists() else {}) | to_json(replace(self.config, resume=False))
         write_atomically(path, (json.dumps(saved, indent=2) + "\n").encode())
 
     def _clean(self) -> None:
@@ -166,9 +186,8 @@ class RunFolder:
         try:
             yield
         except (ValueError, KeyboardInterrupt):
-            if world.is_main and [path.name for path in self.path.iterdir()] == [CONFIG]:
-                (self.path / CONFIG).unlink()
-                self.path.rmdir()
+            if world.is_main and {path.name for path in self.path.iterdir()} <= {CONFIG, *BEFORE}:
+                shutil.rmtree(self.path)
             raise
 
 
@@ -203,34 +222,42 @@ def resume(entry: str, given: TrainConfig, defaults: TrainConfig) -> RunFolder:
         raise UserError(
             f"--out {given.out}: holds no run to resume (config.json is missing): drop --resume to start one"
         )
-    saved = _read_config(path)
-    began = saved.pop("entry")
+    saved = read_file(path)
+    if not {"entry", "world_size"} & saved.keys():
+        raise UserError(f"{path}: was not written by a run (a model has one of this name, too): name the run's folder")
+    began = taken(saved, "entry", str, path)
     if began != entry:
-        raise UserError(f"--out {given.out}: holds a run of finetune.{began}: resume it with the command that began it")
-    ranks = saved.pop("world_size")
-    micro_batches = saved.pop("micro_batches", ranks * saved["accumulate"])
+        raise UserError(
+            f"--out {given.out}: holds a run of another entry, finetune.{gate.shown(began)}: resume it with the "
+            "command that began it"
+        )
+    ranks = taken(saved, "world_size", int, path)
+    micro_batches = taken(saved, "micro_batches", int, path) if "micro_batches" in saved else 0
+    saved = {key: value for key, value in saved.items() if key not in ("entry", "world_size", "micro_batches")}
+    check_config_types(saved, path)
+    micro_batches = micro_batches or ranks * saved.get("accumulate", 1)
+    if not 0 < ranks < 1 << 20 or not 0 < micro_batches < 1 << 30:
+        raise UserError(f"{path}: says {ranks} processes and {micro_batches} micro-batches: no run has so many")
     config = merge_resumed(given, from_json(saved, path), defaults)
     if ranks != world_size() or given.dp or given.fsdp or given.tp:  # the mesh that was is not the one that is
         config = replace(config, dp=given.dp, fsdp=given.fsdp, tp=given.tp)
     return RunFolder(path.parent, replace(config, out=str(path.parent)), micro_batches)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """A run's config.json, with entry and world_size. Raises UserError for any other file of this name."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}): --out names no run's folder") from None
-    if not isinstance(saved, dict) or not {"entry", "world_size"} <= saved.keys():
-        raise UserError(f"{path}: was not written by a run (a model has one of this name, too): name the run's folder")
-    return saved
-
-
 def saved_config(folder: RunFolder) -> TrainConfig:
     """What config.json says."""
     path = folder.path / CONFIG
-    saved = _read_config(path)
-    return from_json({name: value for name, value in saved.items() if name not in BESIDE}, path)
+    return from_json({name: value for name, value in read_file(path).items() if name not in BESIDE}, path)
+
+
+def _best(progress: dict[str, Any], path: Path) -> Best | None:
+    """A state's best step; a version before this one knew none. Raises UserError."""
+    if progress.get("best") is None:
+        return None
+    best = taken(progress, "best", dict, path)
+    score = taken(best, "score", dict, path)
+    numbers = (taken(score, "loss", float, path), taken(score, "bpb", float, path))
+    return Best(taken(best, "step", int, path), Score(*numbers), taken(best, "waited", int, path))
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -242,10 +269,10 @@ def _appended(state: Mapping[str, Any], data: Data, folder: Path) -> str:
     """A word on the documents behind those of the checkpoint; "" for the same data. Raises UserError for others."""
     if state["data"] == data.fingerprint:
         return ""
-    was = state.get("documents") or {}
+    was: Any = state.get("documents") if isinstance(state.get("documents"), dict) else {}
     grown = []
     for side, now in (("train", data.train), ("val", data.val)):
-        before = Extent(**was[side]) if was.get(side) else None
+        before = Extent.read(was.get(side))
         if before is None or now is None or not now.begins_with(before):
             raise UserError(
                 f"{folder}: the data or its tokenizer has changed since this run was saved: bring it back (documents "
@@ -297,3 +324,14 @@ def _restore_optimizer_(
 def saved_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What a checkpoint's files hold, sharded as it is: trained parameters, states by "parameter name:state name"."""
     return {**trained(model), **_optimizer_state(model, optimizer)[0]}
+
+
+def _read_state(folder: Path, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights, optimizer states): this rank's part of each."""
+    if not (folder / SHARDS).exists():
+        weights = read_tensors(folder / "model.safetensors", parameters)
+        return weights, read_tensors(folder / "optimizer.safetensors", parameters)
+    try:
+        return read_shards(folder / SHARDS, parameters)
+    except (OSError, CheckpointException) as error:
+        raise UserError(f"{folder}: cannot be read ({error}): remove it to continue from an older one") from None

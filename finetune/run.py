@@ -19,15 +19,18 @@ from finetune.build import Start, adapt_, build_model, open_start
 from finetune.closing import Step, finish, quoted
 from finetune.config import TrainConfig, changes, refuse_foreign, resolve
 from finetune.data.documents import whole
+from finetune.doctor.examine import examine_before
 from finetune.errors import TrainingStopped, UserError
 from finetune.launcher import folder_of_the_first_start, remember_folder, to_continue
+from finetune.lock import held
 from finetune.mesh import mesh_sizes
 from finetune.parallelize import World, default_device, open_world, world_size
 from finetune.prepare.cache import Prepared, Say, cache_folder, prepare
 from finetune.prepare.corpus import Source, text_files
 from finetune.recipe import settle
+from finetune.report import reported
 from finetune.resume import RunFolder, begin, checkpoints, resume, saved_config
-from finetune.sharding import refuse_unshardable
+from finetune.sharding import answering, refuse_unshardable
 from finetune.train import Setup, train
 from nanollama.chat import encode_chat
 from nanollama.checkpoint import CheckpointError, open_checkpoint
@@ -70,7 +73,7 @@ def run(entry: Entry, given: TrainConfig) -> int:
         folder = resume(entry.name, given, TrainConfig(**entry.defaults)) if given.resume else None
         config = folder.config if folder else complete(entry, given)
         sizes = mesh_sizes(config.dp, config.fsdp, config.tp, world_size=world_size())
-        refuse_unshardable(config, sizes)
+        refuse_unshardable(entry.name, config, sizes)
         opened = open_world(config.device, sizes, config.collective_timeout_s)
     except KeyboardInterrupt:
         print(interrupts.WORD, file=sys.stderr)
@@ -88,7 +91,8 @@ def run_on(entry: Entry, config: TrainConfig, folder: RunFolder | None, world: W
         if world.peers:
             world.peers.advice = lambda: f"; {_last_good(out)}: continue with {to_continue(entry.name, out)}"
             remember_folder(out)
-        return train_in(entry, folder, world)
+        with held(out, world):
+            return train_in(entry, folder, world)
     except TrainingStopped as stopped:
         _complain(world, f"{stopped}\ncontinue with: {to_continue(entry.name, out)}")
         return stopped.code
@@ -121,14 +125,23 @@ def train_in(entry: Entry, folder: RunFolder, world: World) -> int:
     """Everything between the run's folder and its final model, on this rank; returns the exit code."""
     say = _sayer(world)
     torch.set_num_threads(folder.config.threads)
-    with folder.forgotten_if_refused(world):
+    with folder.forgotten_if_refused(world), reported(folder.path, world, say):
         setup, prepared = _set_up(entry, folder, world, say)
         setup = settled(entry.ready(setup, say))
+        examine_before(setup, say, talks=entry.talks)
         outcome = train(setup)
         finish(setup, prepared.tokenizer, outcome, _further(entry, setup.folder), say)
         world.wait_for_main()
         world.barrier()  # the main rank's end may be that of the store that the others ask
     return int(outcome.verdict.is_worse)
+
+
+def only_set_up(entry: Entry, given: TrainConfig) -> Setup:
+    """A run that will not begin, to be looked at; it needs `--out`, a folder to be thrown away. Raises UserError."""
+    config = complete(entry, given)
+    world = open_world(config.device)
+    torch.set_num_threads(config.threads)
+    return settled(_set_up(entry, begin(entry.name, config), world, _sayer(world))[0])
 
 
 def settled(setup: Setup) -> Setup:
@@ -158,10 +171,16 @@ def _set_up(entry: Entry, folder: RunFolder, world: World, say: Say) -> tuple[Se
         say(notice)
     prepared = _prepare(entry, folder, start, world, say)
     tokenizer = open_tokenizer(prepared.tokenizer, rows=start.rows)
-    model = build_model(start, config, tokenizer.vocab_size, world.device)
+    unread = start.checkpoint.weights if start.checkpoint and world.mesh and config.chat_rows == "keep" else None
+    model = build_model(start, config, tokenizer.vocab_size, world.device if unread is None else torch.device("meta"))
     check_rows(prepared, tokenizer, model.config.vocab_size)
     describe(folder, prepared, model, world, say)
     adapt_(model, config, tokenizer, say)
+
+    def draw(model: Transformer) -> str:
+        with answering(model, world):
+            return sample(model, tokenizer, config.prompt, talks=entry.talks)
+
     setup = Setup(
         folder=folder,
         model=model,
@@ -170,7 +189,8 @@ def _set_up(entry: Entry, folder: RunFolder, world: World, say: Say) -> tuple[Se
         val=prepared.val,
         fingerprint=prepared.fingerprint(),
         world=world,
-        sample=lambda m: sample(m, tokenizer, config.prompt, talks=entry.talks),
+        sample=draw,
+        unread=unread,
         tokenizer_file=str(prepared.tokenizer),
     )
     return setup, prepared

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from finetune.errors import UserError
-from finetune.gather import Whole, local, part_of
+from finetune.gather import Whole, local
 from nanollama.checkpoint.staging import Stage
 from nanollama.checkpoint.streams import write_safetensors
 from nanollama.checkpoint.weights import Lazy
+from nanollama.tensor_parallel import part_of
 
 
 def write_tensors(stage: Stage, name: str, tensors: Mapping[str, Tensor], whole: Whole) -> None:
@@ -41,7 +42,7 @@ def read_tensors(path: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str
         raise UserError(f"{path}: cannot be read ({error}): remove its folder to continue from an older one") from None
 
 
-def _read_part(file: Any, name: str, parameter: nn.Parameter | None) -> Tensor:
+def _read_part(file: Any, name: str, parameter: Tensor | None) -> Tensor:
     if not isinstance(parameter, DTensor):
         return file.get_tensor(name)
     part = part_of(parameter)

@@ -20,7 +20,7 @@ from finetune.run import Entry, run_entry
 def find(config: TrainConfig, cache: Path, say: Say) -> Source | Path:
     """`--data PATH`, else the download."""
     path = tinyshakespeare(cache) if config.data == "auto" else Path(config.data)
-    return path_source(path, Format.typed(config.separator, config.field), say)
+    return path_source(path, Format.typed(config.separator, config.field, config.on_bad), say)
 
 
 # Hardly more words than bytes and the text's characters, nearly as in char-rnn: against 512 words, 300 steps come to

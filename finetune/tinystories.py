@@ -27,7 +27,7 @@ def find(config: TrainConfig, cache: Path, say: Say) -> Source | Path:
     if config.data == "tinystories":
         return tinystories_source(small=False)
     if config.data != "auto":
-        return path_source(Path(config.data), Format.typed(config.separator, config.field), say)
+        return path_source(Path(config.data), Format.typed(config.separator, config.field, config.on_bad), say)
     tokens = config.max_steps * config.batch_size * config.accumulate * config.seq_len
     return auto_source(cache, small=0 < tokens < SMALL_RUN_TOKENS, say=say)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from finetune.best import Best, load_best_, write_best
 from finetune.build import mixed_precision, wrap_
+from finetune.config import DTYPES
 from finetune.data.appended import Extent
 from finetune.data.documents import Documents
 from finetune.data.packing import Cursor, MicroBatch
@@ -32,11 +33,15 @@ from finetune.objective import NEXT_TOKEN, Objective
 from finetune.optim import StepInBackward, learning_rate, make_optimizer, mixed_seed, set_learning_rate_, trained
 from finetune.parallelize import World, no_sync
 from finetune.preview import plan_lines
-from finetune.resume import Data, Progress, RunFolder, saved_tensors
-from finetune.sharding import rest_
+from finetune.restore import check_cursor
+from finetune.resume import Data, Progress, RunFolder
+from finetune.save import Saver
+from finetune.sharding import rest_, sum_partial_
 from finetune.verdict import Verdict, Yardsticks, doubt, judge, yardsticks
 from finetune.watch import Watch
+from nanollama.checkpoint.weights import Weights
 from nanollama.model import Transformer
+from nanollama.tensor_parallel import fill_
 from nanollama.tokenizer import Tokenizer
 
 
@@ -52,6 +57,7 @@ class Setup:
     fingerprint: str  # of the data
     world: World
     sample: Callable[[Transformer], str]  # a text that the model continues
+    unread: Weights | None = None  # of a model on the meta device: read when it is sharded, each rank its own part
     objective: Objective = NEXT_TOKEN  # what is learned
     tokenizer_file: str = ""
     changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # what a resumed run does otherwise than before
@@ -130,9 +136,9 @@ def train(setup: Setup) -> Outcome:
             if trouble:
                 metrics.say(f"step {step}: {trouble}; its batch holds documents {loop.documents()}")
             if config.sample_every and step % config.sample_every == 0 and (world.is_main or world.mesh):
-                metrics.say(f"step {step}: {setup.sample(setup.model)}")  # over shards by all ranks together
+                metrics.write_sample(step, setup.sample(setup.model))  # over shards by all ranks together
             if step % config.save_every == 0 or is_last or stop or watch.diverged or loop.out_of_patience:
-                loop.save()
+                loop.save(wait=bool(stop or watch.diverged) or is_last or loop.out_of_patience)
             if stop and not is_last:
                 name = signal.Signals(stop).name
                 raise TrainingStopped(f"stopped by {name} after step {step}, which is saved", 128 + stop)
@@ -142,6 +148,8 @@ def train(setup: Setup) -> Outcome:
                 )
         if loop.out_of_patience:
             metrics.say(f"step {loop.progress.step}: {config.patience} validations without a better one: stopped early")
+        metrics.say(loop.saver.text())
+        loop.saver.close()
         planned = f", {plan.total / 1e6:,.0f} MB planned" if plan else ""
         metrics.say(f"memory: {peak_bytes(world.device) / 1e6:,.0f} MB at the peak{planned}")
         return loop.outcome(yards, began)
@@ -183,6 +191,8 @@ class Loop:
         held_out = self.objective.packer(setup.val, config.seq_len, seed=0, doc_mask=masked)
         self.held_out = hold_out(held_out, setup.tokenizer, config.eval_tokens)
         self.loss_model = wrap_(model, config, self.world, self.objective.loss_model)
+        if setup.unread is not None:
+            fill_(model, setup.unread, DTYPES[config.weights], self.world.device)
         self.optimizer = make_optimizer(model, config)
         self.parameters = list(trained(model).values())
         self.in_backward = StepInBackward(self.optimizer) if config.optimizer_in_backward else None
@@ -191,8 +201,8 @@ class Loop:
         train, val = Extent.of(setup.train), Extent.of(setup.val)
         self.data = Data(setup.fingerprint, train, val, setup.tokenizer_file)
         self.progress, self.news = setup.folder.restore_(model, self.optimizer, self.data)
-        if config.max_steps < self.progress.step:
-            raise UserError(f"--max_steps {config.max_steps}: the run has done {self.progress.step} steps already")
+        check_cursor(self.packer, self.progress.cursor)
+        self.saver = Saver(setup.folder, self.world, self.data, self.progress.step)
         self.ahead: StepData | None = None  # of the next step
         self.rows: list[list[int]] = []  # of the step that was done last
         self.judged: tuple[int, Score] | None = None  # the last validation, and its step
@@ -217,6 +227,8 @@ class Loop:
         # 2. Forward and backward: the gradients of the mean loss over these labels.
         lr = learning_rate(self.config, self.progress.step)
         set_learning_rate_(self.optimizer, lr)  # already here: the backward pass itself may update
+        if self.in_backward:
+            self.saver.before_update()
         torch.manual_seed(mixed_seed(self.config.seed, self.progress.step, self.world.data_rank))  # of dropout
         nats = accumulate_(self.loss_model, data.batches, count, self.autocast, self.world)
         self.ahead = self._take(data.behind)  # while a GPU is still busy with this step (docs/LOG.md)
@@ -226,6 +238,7 @@ class Loop:
             raise self._stopped_before_update(loss, grad_norm, data)
 
         # 3. Update.
+        self.saver.before_update()
         self.optimizer.step()  # no parameter has a gradient left where the backward pass updated them
         self.optimizer.zero_grad(set_to_none=True)
         self.rows, now = data.rows, self.progress
@@ -257,7 +270,7 @@ class Loop:
         """
         self.optimizer.zero_grad(set_to_none=True)
         if not self.in_backward:
-            self.save()
+            self.save(wait=True)
         left = "the last checkpoint is from before" if self.in_backward else "the state before the step is saved"
         documents = self.packer.documents_in(data.rows)
         return TrainingStopped(
@@ -327,14 +340,10 @@ class Loop:
         """Those of the last step's batch."""
         return self.packer.documents_in(self.rows)
 
-    def save(self) -> None:
-        """One checkpoint, the same whatever the mesh. The main rank writes; others give it their shards."""
-        setup, model = self.setup, self.setup.model
-        rest_(model)
-        with gathering(saved_tensors(model, self.optimizer), self.world) as whole:
-            if whole is not None:
-                setup.folder.save(self.progress, model, self.optimizer, self.data, whole)
-        self.world.wait_for_main()
+    def save(self, *, wait: bool) -> None:
+        """One checkpoint, continued on any number of ranks. wait: until it is on the disk, even if async."""
+        rest_(self.setup.model)
+        self.saver.save(self.progress, self.setup.model, self.optimizer, wait=wait)
 
 
 def accumulate_(
@@ -349,4 +358,6 @@ def accumulate_(
                 loss = loss_model(*on_device.inputs())
             (loss / count).backward()
         nats += loss.detach().to(nats.device)
+    if world.sizes.tp > 1:
+        sum_partial_(loss_model.parameters())
     return nats

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from nanollama import __version__
+from nanollama.mapped import said_when_cut
 from nanollama.printable import complain, printed
 
 WORDS_FOR_BOOL = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
@@ -151,7 +152,7 @@ def user_errors(errors: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[E
     end = End()
     kinds: tuple[type[Exception], ...] = (UsageError, *errors)
     try:
-        with printed():
+        with said_when_cut(), printed():
             yield end
         sys.stdout.flush()
     except KeyboardInterrupt:

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ROPE_ROWS = 1 << 17  # positions of the first RoPE table, the longest published context: 64 MB at a head dim of 128
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -280,6 +282,7 @@ class Transformer(nn.Module):
         self.output = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
         # A plain attribute and not a buffer: `model.to(torch.bfloat16)` must never round the table.
         self._rope: tuple[Tensor, Tensor] | None = None
+        self.first_rows = min(config.max_seq_len, ROPE_ROWS)  # of the table; more are made when they are used
 
     @classmethod
     def from_weights(
@@ -333,11 +336,17 @@ class Transformer(nn.Module):
             cache.length = max(cache.length, end)
             if end > T > 1 or positions.shape[0] > 1:  # not square, or rows of different lengths
                 mask = torch.arange(end, device=device) <= positions.unsqueeze(2)  # (B or 1, T, S)
-        cos, sin = self._rope_rows(max(end, self.config.max_seq_len, cache.max_len if cache else 0), device)
+        rows = max(end, self.first_rows, cache.max_len if cache else 0)
+        if (
+            cache is None and not positions.is_cuda and not torch.compiler.is_compiling()
+        ):  # neither may wait for a number
+            rows = max(rows, int(positions.max()) + 1)
+        cos, sin = self._rope_rows(rows, device)
         return Context(cos[positions], sin[positions], mask, positions, cache, end)
 
     def _rope_rows(self, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._rope is None or self._rope[0].shape[0] < n or self._rope[0].device != device:
+            n = n if n <= ROPE_ROWS else 1 << (n - 1).bit_length()
             with torch.inference_mode(False):  # the table outlives this call, which may not be training
                 cos, sin = rope_table(self.config, torch.arange(n, device="cpu"))
                 self._rope = cos.to(device), sin.to(device)  # (n, D/2) each

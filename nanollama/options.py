@@ -3,6 +3,7 @@
 ModelOptions(quantize="int8").load("Meta-Llama-3.1-8B")
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +37,10 @@ class ModelOptions:
     adapter: Path | None = None  # folder of a LoRA adapter (PEFT's format) to add to the checkpoint
     dtype: Literal["fp32", "bf16", "fp16"] | None = None  # of weights and computation; default: as stored
     device: Literal["cpu", "cuda", "mps"] = "cpu"  # where the model runs
-    quantize: Literal["int8", "int4"] | None = (
-        None  # weights as integers; int4 computes in bf16 where no --dtype is given
-    )
+    quantize: Literal["int8", "int4"] | None = None  # weights as integers; int4 computes in bf16 without --dtype
     compile: Literal["auto", "on", "off"] = "auto"  # the decode step; auto: where it wins back its time
     draft: str | None = None  # a smaller checkpoint with the same vocabulary, which guesses tokens ahead
+    tp: int = 1  # parts of each layer, one a process: torchrun --nproc_per_node TP -m nanollama ...
     lookup: bool = False  # guess tokens ahead from what was said before (speculative decoding, same answers)
 
     def load(self, ckpt: str) -> "Llama":
@@ -49,12 +49,34 @@ class ModelOptions:
 
         if self.draft and self.lookup:
             raise ValueError("--draft and --lookup are two ways to guess tokens: give one")
-        options = {name: value for name, value in vars(self).items() if name not in ("draft", "lookup")}
+        if self.tp != 1:
+            return self._load_part(ckpt)
+        options = {name: value for name, value in vars(self).items() if name not in ("draft", "lookup", "tp")}
         llama = Llama.load(ckpt, **options, say=say)
         if self.draft or self.lookup:
             from nanollama.generation.speculative import DraftModel, Lookup
 
             llama.drafter = Lookup() if self.lookup else DraftModel(self._draft_model(llama))
+        return llama
+
+    def _load_part(self, ckpt: str) -> "Llama":
+        """This process's part of the model; all but the first of them stay silent from here on."""
+        refused = {
+            "quantize": self.quantize,
+            "draft": self.draft,
+            "lookup": self.lookup,
+            "compile": self.compile == "on",
+        }
+        for name, given in refused.items():
+            if given:
+                raise ValueError(f"--{name} does not work over parts of layers: leave it out, or --tp")
+        from nanollama.generation.parallel import load_parallel
+
+        llama = load_parallel(
+            ckpt, self.tp, tokenizer=self.tokenizer, adapter=self.adapter, dtype=self.dtype, device=self.device
+        )
+        if os.environ["RANK"] != "0":
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
         return llama
 
     def _draft_model(self, llama: "Llama") -> "Transformer":

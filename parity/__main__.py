@@ -7,6 +7,7 @@ COMMANDS = {
     "kit": "expected values in a folder, for a port in any language; or judge one by it",
     "synth": "a seeded checkpoint of any published shape",
     "mutants": "the kill matrix: is every known way of being wrong noticed?",
+    "mismatch": "which is wrong, the trainer's log-probabilities or the engine's?",
     "peers": "public implementations, judged one by one",
 }
 

@@ -47,6 +47,8 @@ class Flags:
     candidate_python: str | None = None  # run it under this Python: VENV/bin/python, with packages of its own
     model: str | None = None  # of a server that has several: the one to ask
     api_key: str | None = None  # the environment variable that holds a server's key
+    tp: int = 1  # nanollama over so many processes, each with a part of every layer, is the candidate
+    fsdp: int = 1  # nanollama over so many processes, each with a shard of the weights, is the candidate
     first_byte_s: float | None = None  # of an answer of a program (default: 1800 s) or a server (default: 300 s)
     answer_s: float | None = None  # until the answer is whole (default: 3600 s of a program, 600 s of a server)
     answer_mb: float | None = None  # the largest answer, in MiB (default: 64)
@@ -70,7 +72,7 @@ def request_of(flags: Flags) -> Request:
     from parity.candidates.server.endpoint import server_name
     from parity.checks import CHECKS
 
-    candidate = server_name(flags.candidate, model=flags.model, api_key=flags.api_key, tokenizer=flags.tokenizer)
+    candidate = server_name(distributed(flags), model=flags.model, api_key=flags.api_key, tokenizer=flags.tokenizer)
     if flags.candidate_python is not None:
         from parity.candidates.environment import within as in_environment
 
@@ -99,6 +101,17 @@ def request_of(flags: Flags) -> Request:
     if not is_python(request.candidate):  # else its own process imports it, and says what is wrong
         resolve(request.candidate)
     return request
+
+
+def distributed(flags: Flags) -> str:
+    """The candidate that is asked for, nanollama over processes where --tp or --fsdp say so. Raises UsageError."""
+    if flags.tp == flags.fsdp == 1:
+        return flags.candidate
+    if flags.candidate != "nanollama" or flags.candidate_python or min(flags.tp, flags.fsdp) < 1:
+        raise UsageError(f"--tp {flags.tp} --fsdp {flags.fsdp}: numbers of processes of nanollama itself, 1 or more")
+    from parity.candidates.nano.distributed import name_of
+
+    return name_of(flags.fsdp, flags.tp)
 
 
 def require_writable(flag: str, path: Path | None) -> None:

@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
+from nanollama import gate
 from reference.command import engine_main
 from reference.driver import Text, use_copies
 from reference.files import Checkpoint, Config
@@ -42,12 +43,11 @@ def llama_config(checkpoint: Checkpoint) -> transformers.LlamaConfig:
     """transformers' own reading of its own format; for Meta's files, a configuration built from theirs."""
     try:
         if checkpoint.format == "hf":
-            config = transformers.LlamaConfig.from_pretrained(str(checkpoint.folder))
+            config = transformers.LlamaConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
         else:
             config = transformers.LlamaConfig(**_config_arguments(checkpoint.config))
     except Exception as error:  # its validation has error types of its own
-        reason = (str(error).strip() or type(error).__name__).replace("\n", " ")[:200]
-        raise Unusable(f"{checkpoint.folder}: transformers refuses the config ({reason})") from None
+        raise Unusable(f"{checkpoint.folder}: transformers refuses the config ({gate.reason(error)})") from None
     config._attn_implementation = "eager"
     return config
 

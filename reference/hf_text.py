@@ -10,14 +10,18 @@ HfText(checkpoint, None).encode("Hello", bos=True)    # [128000, 9906]
 import contextlib
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from nanollama import gate
+from nanollama.gate import documents
 from reference.files import Checkpoint, read_json
 from reference.files.gguf import is_gguf, open_gguf
-from reference.files.weights import Unusable
-from reference.meta_text import is_tiktoken, open_text, tool_call
+from reference.files.guard import TextGuard, guard_file, guard_folder, limited
+from reference.files.weights import Unusable, through_gate
+from reference.meta_text import check_model, is_tiktoken, open_text, tool_call
 from reference.protocol import Dialog
 
 # The special tokens of Llama 3.1 in the order of their ids; the reserved ones fill up to 256.
@@ -31,6 +35,7 @@ LLAMA3_SPECIAL += ["<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_i
 LLAMA3_SPECIAL += ["<|eot_id|>", "<|python_tag|>", "<|image|>"]
 LLAMA3_SPECIAL += [f"<|reserved_special_token_{i}|>" for i in range(2, 246)]
 LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+T = TypeVar("T")
 MARK = "\ufdd1"  # no character: put inside names of special tokens in messages
 FOLDERS = ("tokenizer.json", "vocab.json")  # what AutoTokenizer opens a folder by
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -46,15 +51,10 @@ class HfText:
                 "transformers has no tokenizer here: the checkpoint has no tokenizer.json or tokenizer.model"
             )
         self.checkpoint, self.path, self.own = checkpoint, path, tokenizer is None
-        try:
-            self.model = open_tokenizer(path)
-        except Unusable:
-            raise
-        except Exception as error:  # each library has errors of its own for a broken file
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-            raise Unusable(f"transformers cannot read {path.name} ({reason})") from None
+        self.guard = guard_of(path)
+        self.model = library(lambda: open_tokenizer(path), f"transformers cannot read {path.name}")
         self.model.chat_template = self.model.chat_template or chat_template(path.parent)
-        self.before = begins_with(self.model) if path.suffix != ".model" else bos_of_model(self.model, path.parent)
+        self.before = library(lambda: self._begin(path), f"transformers cannot encode by {path.name}")
         self.specials = {str(t): i for i, t in self.model.added_tokens_decoder.items() if t.special}
         self.stop_ids = stop_ids(self.model, checkpoint.folder)
         self.sources = {
@@ -62,12 +62,20 @@ class HfText:
             "chat": "the checkpoint's chat template (transformers)",
         }
 
+    def _begin(self, path: Path) -> list[int]:
+        return begins_with(self.model) if path.suffix != ".model" else bos_of_model(self.model, path.parent)
+
     def encode(self, text: str, *, bos: bool) -> list[int]:
         """The text alone, its special tokens' names as plain text; with bos, begun as this tokenizer begins a text."""
-        ids = self.model.encode(text, add_special_tokens=False, split_special_tokens=True)
-        return self.before * bos + ids
+        return self.before * bos + self._ids(text, split_special_tokens=True)
+
+    def _ids(self, text: str, **options: bool) -> list[int]:
+        self.guard.text(text)
+        encode = partial(self.model.encode, text, add_special_tokens=False, **options)
+        return library(encode, f"transformers cannot encode by {self.path.name}")
 
     def decode(self, ids: list[int]) -> str:
+        self.guard.ids(ids)
         return self.model.decode(ids, clean_up_tokenization_spaces=False)
 
     def plain(self, text: str) -> list[int]:
@@ -76,7 +84,7 @@ class HfText:
     def dialog(self, messages: Dialog) -> list[int] | None:
         """By the chat template that the checkpoint brings; None where it brings none, or refuses the dialog."""
         rendered = self.render(messages)
-        return None if rendered is None else self.model.encode(rendered, add_special_tokens=False)
+        return None if rendered is None else self._ids(rendered)
 
     def render(self, messages: Dialog, specials: Iterable[str] = ()) -> str | None:
         """`specials`: names that are marked in the messages, so that they can be told from the template's own."""
@@ -86,16 +94,14 @@ class HfText:
         for message in template:
             for name in specials:
                 message["content"] = message["content"].replace(name, name[0] + MARK + name[1:])
-        try:
-            return self.model.apply_chat_template(template, add_generation_prompt=True, tokenize=False)
-        except Exception:  # what a template raises is its own business: it may know no system message
-            return None
+        make = partial(self.model.apply_chat_template, template, add_generation_prompt=True, tokenize=False)
+        return limited(make, self.path.parent)
 
     def readings(self) -> Iterator["Reading"]:
         """The same texts by the checkpoint's files as they stand, which a class of transformers need not follow."""
         yield Reading(self, self, self.sources["tokens"])
         if self.path.name == "tokenizer.json":
-            yield Reading(self, Stored(self.path, self.before), "tokenizer.json (as it stands)")
+            yield Reading(self, Stored(self.path, self.before, self.guard), "tokenizer.json (as it stands)")
         if is_gguf(self.path) and (spaced := sentencepiece_like(self.model, self.before)) is not None:
             yield Reading(self, spaced, f"{self.path.name} (as sentencepiece reads it)")
         model = self.checkpoint.find("tokenizer.model") if self.own else None
@@ -103,6 +109,31 @@ class HfText:
             with contextlib.suppress(Unusable):  # Meta's reference will say it
                 metas = open_text(None, str(model))
                 yield Reading(self, metas, metas.sources["tokens"])
+
+
+def library(call: Callable[[], T], what: str) -> T:
+    """What the call returns; a library's error, or a panic of Rust's, which is no Exception, as Unusable."""
+    try:
+        return call()
+    except Unusable:
+        raise
+    except BaseException as error:  # each library has errors of its own for a broken file
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise Unusable(f"{what} ({gate.reason(error)})") from None
+
+
+def guard_of(path: Path) -> TextGuard:
+    """The limits of a tokenizer file, and of the files beside it that transformers opens. Raises Unusable."""
+    if is_gguf(path):
+        return TextGuard()
+    guard = guard_folder(path.parent)
+    if path.suffix == ".json" and path.name not in FOLDERS:
+        return guard_file(path)
+    through_gate(documents.read_bytes, path)
+    if path.suffix == ".model":
+        check_model(path)
+    return guard
 
 
 class Ids(Protocol):
@@ -133,20 +164,21 @@ class Reading:
 class Stored:
     """A tokenizer.json (or a backend) run by the tokenizers library."""
 
-    def __init__(self, path: Path | Any, before: list[int]):
+    def __init__(self, path: Path | Any, before: list[int], guard: TextGuard | None = None):
         from tokenizers import Tokenizer
 
         self.backend = Tokenizer.from_file(str(path)) if isinstance(path, Path) else path
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = True
-        self.before = before
+        self.before, self.guard = before, guard or TextGuard()
         self.specials = {t.content: i for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
         return self.before * bos + self.plain(text)
 
     def plain(self, text: str) -> list[int]:
+        self.guard.text(text)
         return self.backend.encode(text, add_special_tokens=False).ids
 
 
@@ -241,7 +273,7 @@ def stop_ids(model: Any, folder: Path) -> frozenset[int]:
 def chat_template(folder: Path) -> str | None:
     """The template of a folder whose tokenizer AutoTokenizer did not open, or that lies where it does not look."""
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return through_gate(documents.read_text, folder / "chat_template.jinja")
     for name in ("chat_template.json", "tokenizer_config.json"):
         found = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
         if isinstance(found, list):  # several by name

@@ -8,8 +8,12 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from nanollama import gate
+from nanollama.gate import documents
+from nanollama.gate.charsmap import check_charsmap
+from nanollama.gate.tokenizers import MAX_TOKEN_BYTES
 from reference.files import Checkpoint
-from reference.files.weights import Unusable
+from reference.files.weights import Unusable, through_gate
 from reference.protocol import Dialog
 
 
@@ -19,17 +23,49 @@ def open_text(checkpoint: Checkpoint | None, tokenizer: str | None) -> "Llama3Te
     if path is None:
         raise Unusable("Meta's code has no tokenizer here: the checkpoint has no tokenizer.model")
     try:
+        through_gate(gate.require_file, path)
         with path.open("rb") as file:
             start = file.read(4096)
     except OSError as error:
         raise Unusable(f"{path}: cannot be read ({error.strerror})") from None
     if path.suffix in (".json", ".bin") or start[:4] == b"GGUF":
         raise Unusable(f"Meta's code has no tokenizer here: it opens tokenizer.model files, not {path.name}")
+    check_model(path)
     try:
         return Llama3Text(path) if is_tiktoken(start) else Llama2Text(path)
-    except Exception as error:  # each library has errors of its own for a broken file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise Unusable(f"{path}: neither a Llama 3 nor a sentencepiece tokenizer ({reason})") from None
+    except BaseException as error:  # each library has errors of its own for a broken file; a panic is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        what = "neither a Llama 3 nor a sentencepiece tokenizer"
+        raise Unusable(f"{path}: {what} ({gate.reason(error)})") from None
+
+
+def check_model(path: Path) -> None:
+    """A tokenizer.model before its library sees it. Raises Unusable for lengths, types and ids that no model has."""
+    data = through_gate(documents.read_bytes, path)
+    if is_tiktoken(data[:4096]):
+        longest = max(map(len, data.split(b"\n")))
+        if longest > MAX_TOKEN_BYTES:
+            raise Unusable(f"{path}: has a line of {longest:,} bytes: no token is so long")
+        return
+    from google.protobuf.message import DecodeError
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    try:
+        model = ModelProto.FromString(data)
+    except DecodeError as error:
+        raise Unusable(f"{path}: neither a Llama 3 nor a sentencepiece tokenizer ({gate.reason(error)})") from None
+    count = len(model.pieces)
+    for name in ("bos_id", "eos_id", "unk_id", "pad_id"):
+        if not -1 <= getattr(model.trainer_spec, name) < count:
+            said = getattr(model.trainer_spec, name)
+            raise Unusable(f"{path}: its {name} is {said}: expected -1 or one of {count} ids")
+    try:
+        check_charsmap(model.normalizer_spec.precompiled_charsmap)
+    except ValueError as error:
+        raise Unusable(f"{path}: {error}") from None
+    if any(len(piece.piece) > MAX_TOKEN_BYTES for piece in model.pieces):
+        raise Unusable(f"{path}: has a token of more than {MAX_TOKEN_BYTES:,} characters")
 
 
 def is_tiktoken(start: bytes) -> bool:

@@ -26,6 +26,7 @@ SPECS = [
     ("parity.peers.__main__", "judge_peers"),
     ("parity.synth.checkpoint", "write_seeded"),
     ("finetune.config", "TrainConfig"),
+    ("finetune.plan", "main"),
     ("finetune.prepare.__main__", "main"),
     ("benchmarks.decode", "main"),
     ("benchmarks.frozen", "main"),

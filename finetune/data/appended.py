@@ -28,9 +28,15 @@ class Extent:
         count = len(documents.lengths)
         return cls(count, digest(documents, count), lambda n: digest(documents, n))
 
+    @classmethod
+    def read(cls, saved: object) -> "Extent | None":
+        """As `saved` gave it; None for anything else."""
+        fits = isinstance(saved, dict) and type(saved.get("count")) is int and type(saved.get("digest")) is str
+        return cls(saved["count"], saved["digest"]) if fits and isinstance(saved, dict) else None
+
     def begins_with(self, before: "Extent") -> bool:
         assert self.first is not None, "an extent that was read from a file knows no documents"
-        return before.count <= self.count and self.first(before.count) == before.digest
+        return 0 < before.count <= self.count and self.first(before.count) == before.digest
 
     def saved(self) -> dict[str, int | str]:
         return {"count": self.count, "digest": self.digest}

@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from finetune.data.documents import Bools, Ints, is_held_out
-from finetune.data.files import NAMED, Say, find_files, silent
+from finetune.data.files import Say, find_files, silent
+from finetune.data.left_out import LeftOut, OnBad
 from finetune.data.rows import ROW_SUFFIXES, Row, hub_rows, read_rows
 from finetune.data.shapes import Dialogue, as_dialogue
 from finetune.errors import UserError
@@ -56,17 +57,19 @@ def read_dialogs(
     tokenizer: Tokenizer,
     seq_len: int,
     *,
-    on_bad: Literal["skip", "stop"] = "stop",
+    on_bad: OnBad = "stop",
     say: Say = silent,
     hold_out: bool = True,
+    out: Path | None = None,
 ) -> tuple[Dialogs, Dialogs]:
     """(training, held out): each 20th dialogue is held out; fewer than 20 stand on both sides; without hold_out all do.
 
     Says which keys were left unread and which dialogues cannot be used: not JSON, no messages, a wrong role, nothing
-    that the assistant says, more than `seq_len` tokens. Raises UserError for those unless they are to be skipped.
+    that the assistant says, an empty answer, more than `seq_len` tokens. Raises UserError for those unless they are to
+    be skipped; then `out`, a folder, gets a list of all of them.
     """
     encoded: list[tuple[Ints, Bools]] = []
-    bad: list[str] = []
+    left_out = LeftOut()
     unread: Counter[str] = Counter()
     for row in named_rows(path, say):
         try:
@@ -75,9 +78,11 @@ def read_dialogs(
             dialogue = as_dialogue(row.value)
             unread.update(dialogue.unread)
             encoded.append(encode_dialogue(dialogue, tokenizer, seq_len))
+            left_out.seen += 1
         except ValueError as error:  # ChatError is one
-            bad.append(f"{row.where}: {error}")
-    report_bad(bad, len(encoded) + len(bad), on_bad, say)
+            left_out.add(f"{row.where}: {error}")
+    listed_in = left_out.write(out) if out and left_out.count and on_bad == "skip" else None
+    left_out.report("dialogues", on_bad, say, listed_in)
     if unread:
         counted = [f"{key} ({count:,})" for key, count in unread.most_common()]
         say(f"data: keys beside the dialogues that are left unread: {printable(', '.join(counted))}")
@@ -101,20 +106,6 @@ def named_rows(path: Path, say: Say) -> Iterator[Row]:
         yield from read_rows(file)
 
 
-def report_bad(bad: Sequence[str], count: int, on_bad: str, say: Say, what: str = "dialogues") -> None:
-    """The first few dialogues that cannot be used. Raises UserError unless they are to be skipped."""
-    if not bad:
-        return
-    many = f"{len(bad):,} of {count:,} {what} cannot be used"
-    if len(bad) > 1 or on_bad == "skip":
-        more = f"; the first {NAMED}" if len(bad) > NAMED else ""
-        say(f"data: {many}{' and are left out' if on_bad == 'skip' else ''}{more}:")
-        for line in bad[:NAMED]:
-            say(f"  {printable(line)}")
-    if on_bad == "stop":
-        raise UserError(f"{bad[0]} ({many}; --on_bad skip leaves {'it' if len(bad) == 1 else 'them'} out)")
-
-
 def encode_dialogue(dialogue: Dialogue, tokenizer: Tokenizer, seq_len: int) -> tuple[Ints, Bools]:
     """Ids, and which of them are learned. Raises UserError."""
     if dialogue.tools and "tools" not in (tokenizer.chat_template or ""):
@@ -122,6 +113,7 @@ def encode_dialogue(dialogue: Dialogue, tokenizer: Tokenizer, seq_len: int) -> t
             f'"tools": {template_source(tokenizer)} shows no definitions of tools: write them into the system message, '
             "or drop the key"
         )
+    _refuse_empty_answers(dialogue)
     chat = encode_chat(
         dialogue.messages,
         tokenizer,
@@ -138,6 +130,18 @@ def encode_dialogue(dialogue: Dialogue, tokenizer: Tokenizer, seq_len: int) -> t
 
 def _is_said(message: Any) -> bool:
     return message["role"] == "assistant"
+
+
+def _refuse_empty_answers(dialogue: Dialogue) -> None:
+    """Training on one teaches to end the turn at once. Raises UserError; what is no message is left to encode_chat."""
+    for i, (message, is_learned) in enumerate(zip(dialogue.messages, dialogue.learned, strict=True)):
+        if not is_learned or not isinstance(message, dict) or message.get("role") != "assistant":
+            continue
+        content = message.get("content", "")
+        parts = content if isinstance(content, list) else [content]
+        texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+        if not message.get("tool_calls") and all(isinstance(text, str) and not text.strip() for text in texts):
+            raise UserError(f"message {i}: the assistant's answer is empty: write it, or give the message weight 0")
 
 
 def _only(learned: Sequence[bool], mask: Bools) -> Bools:

@@ -19,6 +19,7 @@ Say = Callable[[str], None]
 
 NAMED = 5  # files or lines that a message lists
 LFS_POINTER = b"version https://git-lfs"
+WORKBOOKS = (".xlsx", ".xls", ".ods")
 NO_TEXT = {
     codecs.BOM_UTF16_LE: "UTF-16: save it as UTF-8",
     codecs.BOM_UTF16_BE: "UTF-16: save it as UTF-8",
@@ -90,6 +91,8 @@ def check_text(path: Path) -> None:
     found = [what for start, what in NO_TEXT.items() if head.startswith(start)]
     if not found and len(head) > 3 and (not any(head[:8:2]) or not any(head[1:8:2])):  # without a mark
         found = ["UTF-16: save it as UTF-8"]
+    if path.suffix.lower() in WORKBOOKS:
+        found = ["an Excel workbook: save its sheet as CSV UTF-8"]
     if found:
         raise UserError(f"--data {path}: is {found[0]}")
 

@@ -129,6 +129,7 @@ class Packing(Protocol):
 
     @property
     def documents(self) -> Documents: ...
+    def holds(self, cursor: Cursor) -> bool: ...
     def take(self, cursor: Cursor, count: int) -> tuple[list[list[int]], Cursor]: ...
     def in_order(self, documents: int) -> list[list[int]]: ...
     def batch(self, rows: Sequence[Sequence[int]]) -> MicroBatch: ...
@@ -160,6 +161,13 @@ class Packer:
             np.random.default_rng((self.seed, epoch, window)).shuffle(rows)  # best fit sorts them by length
             self._windows = {(epoch, window): rows}
         return self._windows[epoch, window]
+
+    def holds(self, cursor: Cursor) -> bool:
+        """Whether a run over these rows can have come there; from elsewhere `take` may look for its row for ever."""
+        rows = self.window(cursor.epoch, cursor.window)
+        if rows or not cursor.window:
+            return cursor.row < max(1, len(rows))
+        return cursor.row == 0 and bool(self.window(cursor.epoch, cursor.window - 1))  # the end of the epoch
 
     def take(self, cursor: Cursor, count: int) -> tuple[list[list[int]], Cursor]:
         """The next `count` rows, over the ends of windows and epochs, and the cursor behind them."""

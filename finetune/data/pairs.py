@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.data.dialogs import Dialogs, encode_dialogue, joined, named_rows, report_bad
+from finetune.data.dialogs import Dialogs, encode_dialogue, joined, named_rows
 from finetune.data.documents import Bools, Documents, Ints, is_held_out
 from finetune.data.files import Say, silent
+from finetune.data.left_out import LeftOut
 from finetune.data.packing import Batch, Cursor, Packer
 from finetune.data.shapes import as_dialogue
 from finetune.errors import UserError
@@ -83,7 +84,7 @@ def read_pairs(
     Raises UserError for pairs that cannot be used, unless they are to be skipped, and for data without any.
     """
     encoded: list[list[tuple[Ints, Bools]]] = []
-    bad: list[str] = []
+    left_out = LeftOut()
     unread: Counter[str] = Counter()
     for row in named_rows(path, say):
         try:
@@ -92,9 +93,10 @@ def read_pairs(
             sides, keys = as_pair(row.value)
             encoded.append(_encode(sides, tokenizer, seq_len))
             unread.update(keys)
+            left_out.seen += 1
         except ValueError as error:  # ChatError is one
-            bad.append(f"{row.where}: {error}")
-    report_bad(bad, len(encoded) + len(bad), on_bad, say, "pairs")
+            left_out.add(f"{row.where}: {error}")
+    left_out.report("pairs", on_bad, say)
     if unread:
         say(f"data: keys beside the pairs that are left unread: {', '.join(f'{k} ({n:,})' for k, n in unread.items())}")
     if not encoded:
@@ -216,6 +218,9 @@ class PairPacker:
     def __init__(self, pairs: Pairs, seq_len: int, *, seed: int = 0) -> None:
         self.documents, self.order = pairs, Packer(pairs, seq_len, seed=seed)
         self.sequences = Packer(pairs.sequences, seq_len)
+
+    def holds(self, cursor: Cursor) -> bool:
+        return self.order.holds(cursor)
 
     def take(self, cursor: Cursor, count: int) -> tuple[list[list[int]], Cursor]:
         return self.order.take(cursor, count)

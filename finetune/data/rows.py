@@ -1,5 +1,5 @@
-"""Rows of data, whatever file they lie in: an object a line, an array, objects over several lines, .parquet, or a data
-set of the hub.
+"""Rows of data, whatever file they lie in: an object a line, an array, objects over several lines, .csv, .tsv,
+.parquet, or a data set of the hub.
 
     for row in read_rows(Path("dialogs.jsonl")):
         print(row.where, row.trouble or row.value)     # --data dialogs.jsonl line 1 {'messages': ...}
@@ -9,22 +9,16 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from finetune.data.files import check_text
+from finetune.data.tables import TABLE_SUFFIXES, Row, check_column, is_table, read_table
 from finetune.errors import UserError
 
-ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
+ROW_SUFFIXES = (".jsonl", ".json", *TABLE_SUFFIXES, ".parquet")
+TEXT_SUFFIXES = (".txt", ".md", ".markdown")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SPACE = re.compile(r"\s*")
-
-
-class Row(NamedTuple):
-    """One row, or why there is none."""
-
-    where: str  # file and line, as messages name them
-    value: Any
-    trouble: str = ""
 
 
 def is_parquet(path: Path) -> bool:
@@ -45,6 +39,9 @@ def read_rows(path: Path) -> Iterator[Row]:
             yield from parquet_rows(path, group)
         return
     check_text(path)
+    if is_table(path):
+        yield from read_table(path)
+        return
     first = next(_lines(path), "").strip()
     if first.startswith("[") or first == "{":
         for number, value in enumerate(_values(path), start=1):
@@ -99,11 +96,14 @@ def parquet_groups(path: Path) -> list[int]:
     return [found.metadata.row_group(i).num_rows for i in range(found.num_row_groups)]
 
 
-def parquet_rows(path: Path, group: int) -> Iterator[Row]:
-    """The rows of one part."""
+def parquet_rows(path: Path, group: int, column: str | None = None) -> Iterator[Row]:
+    """The rows of one part; column: only this one is read, nulls as nulls. Raises UserError where there is none."""
+    found, columns = _parquet(path), None if column is None else [column]
+    if column is not None:
+        check_column(path, tuple(found.schema_arrow.names), column)
     first = 1 + sum(parquet_groups(path)[:group])
-    for number, value in enumerate(_parquet(path).read_row_group(group).to_pylist(), start=first):
-        yield Row(f"--data {path} row {number}", without_nulls(value))
+    for number, value in enumerate(found.read_row_group(group, columns=columns).to_pylist(), start=first):
+        yield Row(f"--data {path} row {number}", without_nulls(value) if column is None else value)
 
 
 def _parquet(path: Path) -> Any:
@@ -118,10 +118,16 @@ def _parquet(path: Path) -> Any:
 
 
 def is_hub_id(name: str) -> bool:
-    return bool(HUB_ID.fullmatch(name)) and not name.endswith((*ROW_SUFFIXES, ".txt"))
+    return bool(HUB_ID.fullmatch(name)) and not name.endswith((*ROW_SUFFIXES, *TEXT_SUFFIXES))
 
 
 def hub_rows(name: str) -> Iterator[Row]:
+    """The rows of a data set of the hub. Raises UserError."""
+    for number, value in enumerate(hub_data_set(name), start=1):
+        yield Row(f"--data {name} row {number}", without_nulls(value))
+
+
+def hub_data_set(name: str) -> Any:
     """The training split of a data set of the hub, or of its copy in the cache. Raises UserError."""
     try:
         import datasets
@@ -131,15 +137,14 @@ def hub_rows(name: str) -> Iterator[Row]:
             "'llama-parity[data]'"
         ) from None
     try:
-        found = datasets.load_dataset(name, split="train")
+        return datasets.load_dataset(name, split="train")
     except Exception as error:  # of several libraries: offline, unknown, gated, several configurations, no such split
         reason = " ".join(str(error).split())
         raise UserError(
             f"--data {name}: no such file or folder, and as a data set of the hub it could not be had: "
-            f"{type(error).__name__}: {reason[:300]}"
+            f"{type(error).__name__}: {reason[:300]}: check the name; without a network, download its files elsewhere "
+            "and name their folder"
         ) from None
-    for number, value in enumerate(found, start=1):
-        yield Row(f"--data {name} row {number}", without_nulls(value))
 
 
 def without_nulls(value: Any) -> Any:

@@ -14,6 +14,10 @@ from typing import Any, Protocol
 
 from finetune.data.documents import Documents
 from finetune.data.files import Say, appearing_whole, silent, write_atomically
+from finetune.data.left_out import NAME as LEFT_OUT
+from finetune.data.left_out import LeftOut, read_left_out
+from finetune.data.rows import hub_data_set
+from finetune.data.tables import check_column
 from finetune.errors import UserError
 from finetune.prepare import corpus, download
 from finetune.prepare.corpus import Format, Source
@@ -79,7 +83,8 @@ def prepare(
     key = _key(source, tokenizer=tied_to, version=VERSION)
     folder = cache / "shards" / f"{source.name}-{key}"
     if not folder.exists():
-        write_folder(source, tokenizer, folder, workers)
+        write_folder(source, tokenizer, folder, workers, say)
+    read_left_out(folder).report("documents", source.format.on_bad, say, folder / LEFT_OUT)
     return open_prepared(source.title or source.name, folder, tokenizer)
 
 
@@ -118,19 +123,19 @@ def _trained(source: Source, vocab_size: int, folder: Path) -> Path:
 
 
 def _training_texts(source: Source) -> Iterator[str]:
-    small = corpus.is_small(source)
+    small, ignored = corpus.is_small(source), LeftOut()  # who tokenizes tells of them
     for chunk in corpus.all_chunks(source.train, source.format):
-        for side, text, _ in corpus.split(chunk, source.format, "train" if source.val else None, small):
+        for side, text, _ in corpus.split(chunk, source.format, "train" if source.val else None, small, ignored):
             if side == "train":
                 yield text
 
 
-def write_folder(source: Source, tokenizer: Path, folder: Path, workers: int) -> None:
+def write_folder(source: Source, tokenizer: Path, folder: Path, workers: int, say: Say = silent) -> None:
     """All the shards, or nothing under this name."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        write_shards(source, tokenizer, temporary, workers)
+        write_shards(source, tokenizer, temporary, workers, say)
         _copy_tokenizer(tokenizer, temporary)
         if not folder.exists():  # another run may have been faster
             temporary.rename(folder)
@@ -153,6 +158,8 @@ def _key(source: Source, **more: Any) -> str:
     """A name for what is made of this source with these settings."""
     files = [[_identity(path) for path in paths] for paths in (source.train, source.val)]
     form = [corpus.READING, source.format.separator, source.format.field]
+    if source.format.on_bad == "skip":
+        form.append("skip")  # of other documents, where some cannot be read
     content = {"files": files, "format": form, **more}
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
@@ -202,3 +209,15 @@ def path_source(path: Path, form: Format, say: Say = silent) -> Source | Path:
     files, title = corpus.named_files(path, say)
     corpus.check_separator(files, form, say)
     return Source(path.stem, files, format=form, title=title)
+
+
+def hub_source(name: str, cache: Path, form: Format) -> Source:
+    """A data set of the hub, its texts kept as a .parquet file in the cache folder. Raises UserError."""
+    found = hub_data_set(name)
+    check_column(Path(name), tuple(found.column_names), form.field)
+    key = hashlib.sha256(f"{found._fingerprint} {form.field}".encode()).hexdigest()[:8]
+    path = cache / "text" / f"{name.replace('/', '--')}-{key}.parquet"
+    if not path.exists():
+        with appearing_whole(path) as temporary:
+            found.select_columns([form.field]).to_parquet(str(temporary))
+    return Source(name.rpartition("/")[2], (path,), format=form, title=name)

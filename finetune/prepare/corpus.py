@@ -1,5 +1,6 @@
-"""Text files -> documents: .txt with a separator, .jsonl, .json or .parquet with a field, folders of them; cut in
-chunks for parallel work. Line ends are \n, \r\n or \r, in the separator as well; a text has \n in their place.
+"""Text files -> documents: .txt and .md with a separator, .jsonl, .json, .csv, .tsv or .parquet with a field, folders
+of them; cut in chunks for parallel work. Line ends are \n, \r\n or \r, in the separator as well; a text has \n in
+their place.
 
 Which documents are held out depends on their place in the corpus alone: each 20th of them, or, in a corpus of fewer
 than 20 documents, the last tenth of each.
@@ -19,9 +20,10 @@ from typing import Literal
 
 from finetune.data.documents import HOLD_OUT_EACH, is_held_out
 from finetune.data.files import Say, check_text, find_files, listed, silent
+from finetune.data.left_out import LeftOut, OnBad
 from finetune.data.rows import (
     ROW_SUFFIXES,
-    Row,
+    TEXT_SUFFIXES,
     is_array,
     is_parquet,
     parquet_groups,
@@ -29,12 +31,13 @@ from finetune.data.rows import (
     parse_line,
     read_rows,
 )
+from finetune.data.tables import Row, check_column, is_table, read_header, read_table, table_parts
 from finetune.errors import UserError
 
 READING = 3  # changes whenever the same files are read as other documents, or held out otherwise
 CHUNK_BYTES = 16 << 20
 MAX_DOCUMENT_BYTES = 1 << 20  # a longer document is cut at a line end: tokenizers slow down on endless strings
-SUFFIXES = (".txt", *ROW_SUFFIXES)
+SUFFIXES = (*TEXT_SUFFIXES, *ROW_SUFFIXES)
 LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
 
 Split = Literal["train", "val"]
@@ -44,17 +47,18 @@ Split = Literal["train", "val"]
 class Format:
     """How documents lie in the files."""
 
-    separator: str = "<|endoftext|>"  # of .txt files
+    separator: str = "<|endoftext|>"  # of .txt and .md files
     field: str = "text"  # of rows
+    on_bad: OnBad = "stop"  # what becomes of documents that cannot be read
 
     @classmethod
-    def typed(cls, separator: str, field: str) -> "Format":
+    def typed(cls, separator: str, field: str, on_bad: OnBad = "stop") -> "Format":
         r"""As typed in a shell, where \n stands for the end of a line and \t for a tab. Raises UserError."""
         if not separator:
             raise UserError(r"--separator is empty: expected the text between two documents, or \n for one a line")
         for typed, meant in ((r"\r", "\r"), (r"\n", "\n"), (r"\t", "\t")):
             separator = separator.replace(typed, meant)
-        return cls(_plain_lines(separator), field)
+        return cls(_plain_lines(separator), field, on_bad)
 
     @cached_property
     def mark(self) -> re.Pattern[bytes]:
@@ -94,24 +98,31 @@ def named_files(path: Path, say: Say, flag: str = "--data") -> tuple[tuple[Path,
     """`text_files`, and a name for them that lists what else lies in the folder. Raises UserError."""
     if not path.exists():
         raise UserError(f"{flag} {path}: no such file or folder")
-    # Beside texts in a folder, a .json that is no array is somebody's settings.
-    files, title = find_files(path, SUFFIXES, say, lambda p: p.suffix.lower() != ".json" or is_array(p))
+    files, title = find_files(path, SUFFIXES, say, _is_data)
     if not files:
         raise UserError(f"{flag} {path}: the folder holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
     for file in files:
         if file.suffix.lower() not in SUFFIXES:
+            check_text(file)  # which has better words for some
             raise UserError(
-                f"{flag} {path}: expected a .txt or .jsonl file, a .json array, a .parquet file, a folder of them, or "
-                "a folder of token shards"
+                f"{flag} {path}: expected a .txt, .md, .jsonl, .csv, .tsv or .parquet file, a .json array, a folder of "
+                "them, or a folder of token shards"
             )
         if not file.stat().st_size:
             raise UserError(f"{flag} {file}: the file is empty")
     return files, title
 
 
+def _is_data(path: Path) -> bool:
+    """In a folder, a .json that is no array is somebody's settings, and README.md beside rows is about them."""
+    if path.name.lower() == "readme.md":
+        return not any(p.suffix.lower() in ROW_SUFFIXES for p in path.parent.rglob("*"))
+    return path.suffix.lower() != ".json" or is_array(path)
+
+
 def check_separator(files: Sequence[Path], form: Format, say: Say) -> None:
     """Says, or where one was chosen refuses, a separator that never occurs: all of a file would be one document."""
-    texts = [path for path in files if path.suffix.lower() == ".txt"]
+    texts = [path for path in files if path.suffix.lower() in TEXT_SUFFIXES and path.stat().st_size]
     if not texts or any(_occurs(form.mark, path) for path in texts):
         return
     names = listed([path.name for path in texts])
@@ -144,6 +155,13 @@ def chunks(path: Path, form: Format, before: int = 0) -> Generator[Chunk, None, 
             yield Chunk(path, group, group + 1, sum(rows[:group]), before)
         return sum(rows)
     check_text(path)
+    if is_table(path):
+        check_column(path, read_header(path).columns, form.field)
+        number = 0
+        for part in table_parts(path, CHUNK_BYTES):
+            yield Chunk(path, part.start, part.stop, part.first, before)
+            number = part.first + part.rows
+        return number
     if _has_rows(path) and is_array(path):
         yield Chunk(path, 0, path.stat().st_size, 0, before)
         return sum(1 for _ in read_rows(path))
@@ -178,33 +196,60 @@ def _boundary(data: mmap.mmap, target: int, mark: re.Pattern[bytes]) -> tuple[in
     return len(data), False
 
 
-def documents(chunk: Chunk, form: Format) -> Iterator[tuple[int, str]]:
-    """(number in the file, text) of each document that is not empty. Raises UserError that names the place."""
-    for number, text in enumerate(_texts(chunk, form), start=chunk.first):
-        if text.strip():
+def documents(chunk: Chunk, form: Format, left_out: LeftOut | None = None) -> Iterator[tuple[int, str]]:
+    """(number in the file, text) of each document that is not empty.
+
+    left_out: takes what cannot be read; without it that raises UserError, which names the place.
+    """
+    counted = LeftOut() if left_out is None else left_out
+    for number, (where, text, trouble) in enumerate(_texts(chunk, form), start=chunk.first):
+        if trouble and left_out is None:
+            raise UserError(f"{where}: {trouble}")
+        if trouble:
+            counted.add(f"{where}: {trouble}")
+        elif text and text.strip():
+            counted.seen += 1
             yield number, text.strip()
+        else:
+            counted.empty += bool(where)
 
 
-def _texts(chunk: Chunk, form: Format) -> Iterator[str]:
-    """Empty ones included, since they count in the numbers."""
+def _texts(chunk: Chunk, form: Format) -> Iterator[Row]:
+    """Their values are texts. Empty ones are included, since they count in the numbers; of rows they have a place."""
     path = chunk.path
     if is_parquet(path):
-        return (_text_of(row, form.field) for row in parquet_rows(path, chunk.start))
+        return (_text_of(row, form.field) for row in parquet_rows(path, chunk.start, form.field))
     if not _has_rows(path):
-        return iter(_plain_lines(_decoded(chunk)).split(form.separator))
+        return _plain_texts(chunk, form)
+    if is_table(path):
+        return (_text_of(row, form.field) for row in read_table(path, chunk.start, chunk.stop, chunk.first))
     if is_array(path):
         return (_text_of(row, form.field) for row in read_rows(path))
-    lines = enumerate(_plain_lines(_decoded(chunk)).split("\n"), start=chunk.first + 1)
-    where = f"--data {path} line"
-    return (_text_of(parse_line(f"{where} {n}", line), form.field) if line.strip() else "" for n, line in lines)
+    lines = enumerate(_plain_lines(_decoded(chunk, "surrogateescape")).split("\n"), start=chunk.first + 1)
+    where, blank = f"--data {path} line", Row("", "")
+    return (_text_of(parse_line(f"{where} {n}", line), form.field) if line.strip() else blank for n, line in lines)
 
 
-def _decoded(chunk: Chunk) -> str:
+def _plain_texts(chunk: Chunk, form: Format) -> Iterator[Row]:
+    """Those between separators. A byte that is no UTF-8 is the file's fault, or, where it may be skipped, its
+    document's.
+    """
+    text = _plain_lines(_decoded(chunk, "surrogateescape" if form.on_bad == "skip" else "strict"))
+    for number, part in enumerate(text.split(form.separator), start=chunk.first + 1):
+        try:
+            part.encode()
+        except UnicodeEncodeError:
+            yield Row(f"--data {chunk.path} document {number}", None, "not UTF-8: convert the file to UTF-8")
+        else:
+            yield Row("", part)
+
+
+def _decoded(chunk: Chunk, errors: str) -> str:
     with chunk.path.open("rb") as file:
         file.seek(chunk.start)
         raw = file.read(chunk.stop - chunk.start)
     try:
-        return raw.decode("utf-8-sig" if chunk.start == 0 else "utf-8")
+        return raw.decode("utf-8-sig" if chunk.start == 0 else "utf-8", errors)
     except UnicodeDecodeError as error:
         where = chunk.start + error.start
         raise UserError(f"--data {chunk.path}: not UTF-8 at byte {where}: convert the file to UTF-8") from None
@@ -214,26 +259,31 @@ def _plain_lines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def _text_of(row: Row, field: str) -> str:
+def _text_of(row: Row, field: str) -> Row:
+    """The row with the text in place of its value; null is no text, and no fault either."""
     if row.trouble:
-        raise UserError(f"{row.where}: {row.trouble}")
-    if not isinstance(row.value, dict) or not isinstance(row.value.get(field), str):
-        raise UserError(f'{row.where}: expected an object with a text under "{field}" (--field names another)')
-    return row.value[field]
+        return row
+    if not isinstance(row.value, dict) or not isinstance(row.value.get(field, 0), str | None):
+        return row._replace(trouble=f'expected an object with a text under "{field}" (--field names another)')
+    return row._replace(value=row.value[field])
 
 
 def is_small(source: Source) -> bool:
     """Whether there are too few documents to hold whole ones out, and no files for it."""
-    found = (number for chunk in all_chunks(source.train, source.format) for number in documents(chunk, source.format))
+    form, ignored = source.format, LeftOut()
+    found = (number for chunk in all_chunks(source.train, form) for number in documents(chunk, form, ignored))
     return not source.val and sum(1 for _ in islice(found, HOLD_OUT_EACH)) < HOLD_OUT_EACH
 
 
-def split(chunk: Chunk, form: Format, only: Split | None, small: bool) -> Iterator[tuple[Split, str, bool]]:
+def split(
+    chunk: Chunk, form: Format, only: Split | None, small: bool, left_out: LeftOut | None = None
+) -> Iterator[tuple[Split, str, bool]]:
     """(split, text, whether the document ends here) of the chunk's documents, long ones in parts.
 
     only: all documents belong to this split. small: the last tenth of each document is held out, else each 20th.
+    left_out: as `documents` takes it.
     """
-    for number, text in documents(chunk, form):
+    for number, text in documents(chunk, form, left_out):
         is_whole = number != chunk.goes_on
         pieces: list[tuple[Split, str, bool]] = [(only or _side(chunk.before + number), text, is_whole)]
         if small and only is None:

@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from finetune.data.files import Say, silent
+from finetune.data.left_out import LeftOut
 from finetune.errors import UserError
 from finetune.prepare import corpus
 from finetune.prepare.corpus import Chunk, Format, Source, Split
@@ -146,17 +148,18 @@ class Job:
     folder: Path
 
 
-def tokenize(job: Job) -> int:
-    """Write the shards of one chunk; returns the chunk's size in bytes."""
+def tokenize(job: Job) -> tuple[int, LeftOut]:
+    """Write the shards of one chunk; returns the chunk's size in bytes, and what of it cannot be used."""
+    left_out = LeftOut()
     tokenizer, vocabulary = open_tokenizer(job.tokenizer), Vocabulary.of(job.tokenizer)
     tokens: dict[Split, list[int]] = {"train": [], "val": []}
     mark = [vocabulary.mark] if vocabulary.mark != vocabulary.bos_id else []
-    for side, text, ends in corpus.split(job.chunk, job.form, job.only, job.small):
+    for side, text, ends in corpus.split(job.chunk, job.form, job.only, job.small, left_out):
         tokens[side] += mark + tokenizer.encode(text, bos=True, eos=ends and vocabulary.eos_id is not None)
     for side, ids in tokens.items():
         if ids:
             write_shard(job.folder / f"{side}_{job.number:05d}.bin", ids, vocabulary)
-    return job.chunk.stop - job.chunk.start
+    return job.chunk.stop - job.chunk.start, left_out
 
 
 def jobs(source: Source, tokenizer: Path, folder: Path) -> Iterator[Job]:
@@ -168,20 +171,29 @@ def jobs(source: Source, tokenizer: Path, folder: Path) -> Iterator[Job]:
             number += 1
 
 
-def write_shards(source: Source, tokenizer: Path, folder: Path, workers: int) -> None:
-    """Tokenize all of `source` into `folder`, in parallel. Raises UserError when a split stays empty."""
+def write_shards(source: Source, tokenizer: Path, folder: Path, workers: int, say: Say = silent) -> None:
+    """Tokenize all of `source` into `folder`, in parallel; left_out.json lists what cannot be used, if there is any.
+
+    Raises UserError when a split stays empty, and for what cannot be used unless it is to be skipped.
+    """
+    left_out = LeftOut()
     todo = list(jobs(source, tokenizer, folder))
     total = sum(job.chunk.stop - job.chunk.start for job in todo)
     bar = tqdm(total=total, desc=f"tokenizing {source.name}", unit="B", unit_scale=True, leave=False, delay=1)
     with bar:
-        for done in _map(todo, min(workers, len(todo))):
+        for done, found in _map(todo, min(workers, len(todo))):
             bar.update(done)
+            left_out.merge(found)
+            if left_out.count and source.format.on_bad == "stop":
+                left_out.report("documents", "stop", say)
+    if left_out.count or left_out.empty:
+        left_out.write(folder)
     for split in SPLITS:
         if not any(folder.glob(f"{split}_*.bin")):
             raise UserError(f"--data {source.train[0]}: no text in it for {split}: it is empty or too short")
 
 
-def _map(todo: list[Job], workers: int) -> Iterator[int]:
+def _map(todo: list[Job], workers: int) -> Iterator[tuple[int, LeftOut]]:
     """In order; in this process when there is nothing to share."""
     if workers == 1:
         yield from map(tokenize, todo)

@@ -215,7 +215,7 @@ class _File:
         try:
             return safetensors.torch.load_file(self.path).items()
         except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(self.path, f"cannot be read ({error}): copy the adapter again") from None
+            raise CheckpointError(self.path, f"cannot be read ({gate.reason(error)}): copy the adapter again") from None
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self._left.pop(name, None)
@@ -226,6 +226,8 @@ class _File:
         if tuple(tensor.shape) != shape:
             what = f"{name} has shape {tuple(tensor.shape)}, {CONFIG} and the base ask for {shape}"
             raise CheckpointError(self.path, f"{what}: it belongs to another base")
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(self.path, f"{name} holds no finite numbers: train or copy the adapter again")
         return tensor
 
     def stored_whole(self, module: str, *, expected: bool) -> str | None:

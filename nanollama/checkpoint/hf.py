@@ -107,9 +107,10 @@ def _refuse_other_models(fields: Fields) -> None:
             raise fields.error(key, f"is {gate.shown(value)}: {why}")
     if quantized := fields.take("quantization_config", None):
         found = quantized if isinstance(quantized, dict) else {}
-        method = ", ".join(str(found.get(k, ""))[:40] for k in ("quant_method", "bits", "weight_dtype") if k in found)
+        named = {"quant_method": "an unnamed method", **found}
+        method = ", ".join(str(named[key])[:40] for key in ("quant_method", "bits", "weight_dtype") if key in named)
         how = "quantised weights of a Hugging Face folder are not read: get the bf16 weights, or a .gguf of this model"
-        raise fields.error("quantization_config", f"says {method or 'an unnamed method'}: {how}")
+        raise fields.error("quantization_config", f"says {method}: {how}")
     code = fields.take("auto_map", None)
     if code and not (isinstance(code, dict) and all("AutoModel" not in name for name in code)):
         raise fields.error(
@@ -206,7 +207,9 @@ def _open_safetensors(path: Path) -> dict[str, Lazy]:
         described = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         gate.refuse_strangers(path)
-        raise CheckpointError(path, f"is truncated or not a safetensors file ({error}); download it again") from None
+        raise CheckpointError(
+            path, f"is truncated or not a safetensors file ({gate.reason(error)}); download it again"
+        ) from None
     return {name: _entry(path, name, opened.get_tensor, *described[name]) for name in described}
 
 

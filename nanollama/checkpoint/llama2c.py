@@ -203,6 +203,9 @@ def _write_weights(
 
 
 def _refuse_what_c_cannot(path: Path, config: ModelConfig) -> None:
+    if config.max_seq_len > MAX_TABLE_ROWS:
+        what = f"max_seq_len is {config.max_seq_len:,}: the file would hold tables of that length"
+        raise CheckpointError(path, f"{what}, at most {MAX_TABLE_ROWS:,} are written: write hf or gguf")
     for key, value, fixed in (
         ("norm_eps", config.norm_eps, NORM_EPS),
         ("rope_theta", config.rope_theta, ROPE_THETA),
@@ -211,6 +214,9 @@ def _refuse_what_c_cannot(path: Path, config: ModelConfig) -> None:
     ):
         if value != fixed:
             raise CheckpointError(path, f"{key} is {value}, llama2.c's programs compute with {fixed}: write hf or gguf")
+
+
+MAX_TABLE_ROWS = 1 << 20  # of version 0, whose files hold a row for every position of the context
 
 
 def _header(config: ModelConfig, version: int, group_size: int) -> bytes:

@@ -115,7 +115,7 @@ def _locate_snapshot(folder: Path) -> tuple[str, Path]:
     """The folder of one repository in the hub's cache: the snapshot that refs/main names, or the only one."""
     whole = {path.name: path for path in sorted((folder / "snapshots").iterdir()) if _holds_weights(path)}
     main = folder / "refs" / "main"
-    revision = main.read_text("utf-8", "replace").strip() if main.is_file() else ""
+    revision = gate.first_bytes(main).decode("utf-8", "replace").strip() if main.is_file() else ""
     if revision not in whole and len(whole) == 1:
         (revision,) = whole
     if revision not in whole:

@@ -148,6 +148,10 @@ def _is_pickle(path: Path) -> bool:
 
 def missing(path: Path, what: str) -> CheckpointError:
     """The error for a file that is not there, unless the half of it is."""
+    try:
+        require_file(path)
+    except CheckpointError as error:
+        return error
     for suffix in UNFINISHED:
         half = path.with_name(path.name + suffix)
         if half.exists():

@@ -71,11 +71,18 @@ def parse(data: bytes, where: str | Path) -> dict[str, Any]:
     except RecursionError:
         raise CheckpointError(where, f"is not JSON of a model: nested more than {MAX_DEPTH} deep") from None
     except ValueError as error:  # JSON and Unicode errors are ValueErrors
-        cut = "; it may be cut: download it again" if isinstance(error, (json.JSONDecodeError, UnicodeError)) else ""
-        raise CheckpointError(where, f"is not JSON ({gate.reason(error)}){cut}") from None
+        mend = "; it is cut: download it again" if _is_cut(error) else ": mend it, or get it from its publisher"
+        raise CheckpointError(where, f"is not JSON ({gate.reason(error)}){mend}") from None
     if not isinstance(found, dict):
         raise CheckpointError(where, f"holds a JSON {type(found).__name__}, expected an object {{...}}")
     return found
+
+
+def _is_cut(error: ValueError) -> bool:
+    """Whether it goes wrong where it ends."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    return error.pos >= len(error.doc) - 1 or error.msg.startswith("Unterminated")
 
 
 def _pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ arguments of the builders.
 import math
 import pickletools
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 MAX_OPCODES = 1_000_000  # Llama 3.1 405B needs 40,000
@@ -47,7 +48,8 @@ class Container:
     """A list or dict, which grows after it is made."""
 
     def __init__(self, kind: str) -> None:
-        self.kind, self.what, self.depth, self.values = kind, None, 1, 1
+        self.kind, self.depth, self.values = kind, 1, 1
+        self.what: Any = None
         self.keys: set[Any] = set()
 
     def add(self, item: "Value | Container") -> None:
@@ -67,11 +69,15 @@ Item = Value | Container
 def check(pickle: bytes, records: Mapping[str, int]) -> None:
     """Raises Refused unless the pickle builds plain values and tensors that lie within the records (key -> bytes)."""
     machine = _Machine(records)
+    steps = machine.steps
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
             if count > MAX_OPCODES:
                 raise Refused(f"more than {MAX_OPCODES:,} opcodes")
-            machine.step(opcode.name, argument)
+            step = steps.get(opcode.name)
+            if step is None:
+                raise Refused(f"the opcode {opcode.name}, which no state dict needs")
+            step(argument)
     except (IndexError, KeyError):
         raise Refused("a damaged pickle: its stack or memo lacks what it takes from there") from None
     except (ValueError, OverflowError) as error:
@@ -108,24 +114,25 @@ class _Machine:
             "PROTO": self.protocol,
             "STOP": lambda _: None,
         }
+        self.steps |= dict.fromkeys(("BINPUT", "LONG_BINPUT"), self.put)
+        self.steps |= dict.fromkeys(("BINGET", "LONG_BINGET"), self.recall)
+        self.steps |= dict.fromkeys(NUMBERS, self.number)
+        for name, value in FIXED.items():
+            self.steps[name] = partial(self.fixed, value)
 
-    def step(self, name: str, argument: Any) -> None:
-        if name in ("BINPUT", "LONG_BINPUT"):
-            self.memo[argument] = self.stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            self.recall(self.memo[argument])
-        elif name in FIXED:
-            self.stack.append(FIXED[name])
-        elif name in NUMBERS:
-            if isinstance(argument, int) and not -(2**63) <= argument < 2**63:
-                raise Refused("a number of more than 64 bits")
-            self.stack.append(Value("number", argument))
-        elif name in self.steps:
-            self.steps[name](argument)
-        else:
-            raise Refused(f"the opcode {name}, which no state dict needs")
+    def fixed(self, value: Value, _: None) -> None:
+        self.stack.append(value)
 
-    def recall(self, item: Item) -> None:
+    def put(self, place: int) -> None:
+        self.memo[place] = self.stack[-1]
+
+    def number(self, value: int | float) -> None:
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise Refused("a number of more than 64 bits")
+        self.stack.append(Value("number", value))
+
+    def recall(self, place: int) -> None:
+        item = self.memo[place]
         if isinstance(item, Container) or item is MARK:
             raise Refused(f"a {item.kind} named twice, which may hold itself")
         self.stack.append(item)
@@ -238,7 +245,10 @@ class _Machine:
 
 
 def _tuple(items: list[Item]) -> Value:
-    values, depth = 1 + sum(item.values for item in items), 1 + max((item.depth for item in items), default=0)
-    if depth > MAX_DEPTH or values > MAX_VALUES:
+    values = depth = 0
+    for item in items:
+        values += item.values
+        depth = max(depth, item.depth)
+    if depth >= MAX_DEPTH or values >= MAX_VALUES:
         raise Refused(f"tuples nested more than {MAX_DEPTH} deep, or of more than {MAX_VALUES:,} values")
-    return Value("tuple", items, depth, values)
+    return Value("tuple", items, depth + 1, values + 1)

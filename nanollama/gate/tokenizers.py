@@ -76,6 +76,12 @@ def load(data: bytes, where: str | Path) -> dict[str, Any]:
     for key, value in content["model"].items():
         if isinstance(value, str) and len(value) > MAX_RULE_CHARS:
             raise CheckpointError(where, f"its model's {key[:40]} has {len(value):,} characters: refused")
+    vocabulary = content["model"].get("vocab")
+    pairs = vocabulary if isinstance(vocabulary, list) else ()
+    names = vocabulary if isinstance(vocabulary, dict) else [v[0] for v in pairs if isinstance(v, list) and v]
+    longest = max((len(name) for name in names if isinstance(name, str)), default=0)
+    if longest > MAX_TOKEN_BYTES:
+        raise CheckpointError(where, f"it has a token of {longest:,} characters: at most {MAX_TOKEN_BYTES:,} are read")
     return content
 
 

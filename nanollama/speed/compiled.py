@@ -115,7 +115,7 @@ class CompiledStep:
             ids, positions = torch.cat((ids, ids[filler])), torch.cat((positions, positions[filler]))
         rows, slots = [*range(alive), *[0] * (self.rows - alive)], min(-(-end // SLOTS) * SLOTS, cache.max_len)
         x = self.model.tok_embeddings(ids)  # (B, C)
-        cos, sin = self.model._rope_rows(max(end, self.model.config.max_seq_len, cache.max_len), ids.device)
+        cos, sin = self.model._rope_rows(max(end, self.model.first_rows, cache.max_len), ids.device)
         shared = positions, cos[positions], sin[positions]
         for k, v, weights in zip(cache.k, cache.v, self.layers, strict=True):
             caches = [k[row, :slots] for row in rows], [v[row, :slots] for row in rows]

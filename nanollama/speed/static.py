@@ -41,7 +41,7 @@ class StaticStep:
         cache.length = min(cache.length + 1, cache.max_len)
         slots = min(round_slots(cache.length), cache.max_len)
         forward = self.row_forward if len(ids) == 1 else self.rows_forward
-        table = self.model._rope_rows(max(self.model.config.max_seq_len, cache.max_len), ids.device)
+        table = self.model._rope_rows(max(self.model.first_rows, cache.max_len), ids.device)
         if not ids.is_cuda:
             return forward(ids, positions, cache, slots)
         memory = addresses([*table, self.model.tok_embeddings.weight, cache.rows, *cache.k, *cache.v]) + (len(ids),)

@@ -40,7 +40,9 @@ class Declared:
 
 def declared(named: list[dict[str, Any]], added: dict[str, Any]) -> Declared:
     """Of tokenizer_config.json, special_tokens_map.json and added_tokens.json; entries of other forms are left."""
-    by_id = {i: {"content": name, **FLAGS, "special": True} for name, i in added.items() if type(i) is int}
+    by_id: dict[int, dict[str, Any]] = {
+        i: {"content": name, **FLAGS, "special": True} for name, i in added.items() if type(i) is int
+    }
     names: list[str] = []
     for content in named:
         listed = content.get("added_tokens_decoder")

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from nanollama.gate import CheckpointError, tokenizers
+from nanollama.gate.charsmap import check_charsmap
 from nanollama.vocabulary import spoken
 from nanollama.vocabulary.added import Declared
-from nanollama.vocabulary.charsmap import check_charsmap
 from nanollama.vocabulary.value import BYTE_PIECES, MAX_TOKENS, TokenizerError, TokenType, Vocabulary, byte_alphabet
 
 DEEPEST = 32  # of nested normalizers and the like; Rust's recursion is not limited
@@ -165,7 +165,8 @@ def byte_level(texts: list[str], spelled: set[int]) -> list[bytes]:
 def _scores(texts: list[str], merges: list[tuple[str, str]], model: dict[str, Any]) -> list[float]:
     """A unigram's own; of BPE, which keeps the order of merges instead: minus the place of a piece's first merge."""
     if model["type"] == "Unigram":
-        own = [float(score) if isinstance(score, (int, float)) else 0.0 for _, score in model["vocab"]]
+        known = lambda score: isinstance(score, (int, float)) and abs(score) < 2**127
+        own = [float(score) if known(score) else 0.0 for _, score in model["vocab"]]
         return own + [0.0] * (len(texts) - len(own))
     place: dict[str, int] = {}
     for left, right in merges:

@@ -16,7 +16,6 @@ Sources: llama_models.llama3.tokenizer; sentencepiece_model.proto; llama2.c toke
 import base64
 import binascii
 import io
-import math
 import re
 import struct
 from dataclasses import replace
@@ -26,10 +25,10 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from nanollama import gguf_header
+from nanollama.gate.charsmap import check_charsmap
 from nanollama.vocabulary import from_json
 from nanollama.vocabulary.added import Declared
 from nanollama.vocabulary.beside import declared_tokens, files_beside, with_declared
-from nanollama.vocabulary.charsmap import check_charsmap
 from nanollama.vocabulary.spoken import pattern_of
 from nanollama.vocabulary.value import (
     BYTE_PIECES,
@@ -44,6 +43,7 @@ from nanollama.vocabulary.value import (
     llama3_special_tokens,
 )
 
+MAX_SCORE = 3.4e38  # float32's largest: what sentencepiece keeps
 UNIGRAM, BPE = 1, 2  # sentencepiece's TrainerSpec.ModelType
 
 
@@ -222,7 +222,10 @@ def from_sentencepiece(data: bytes, declared: Declared = Declared()) -> Vocabula
             raise TokenizerError(
                 f"its {name} is {getattr(trainer, name)}: expected -1 or one of {len(model.pieces)} ids"
             )
-    check_charsmap(normalizer.precompiled_charsmap)
+    try:
+        check_charsmap(normalizer.precompiled_charsmap)
+    except ValueError as error:
+        raise TokenizerError(str(error)) from None
     ids = {p.piece: i for i, p in enumerate(model.pieces) if isinstance(p.piece, str)}
     control = {p.piece for p in model.pieces if p.type != TokenType.NORMAL}
     more = declared.of_vocabulary(ids, control) if len(ids) == len(model.pieces) else []
@@ -251,7 +254,7 @@ def check_pieces(vocabulary: Vocabulary, needs_bytes: bool = True) -> None:
         piece.decode("utf-8")
         if not piece or b"\0" in piece or piece in seen:
             raise TokenizerError(f"piece {i} is {piece!r:.40}: empty, with a NUL, or there twice")
-        if not TokenType.NORMAL <= kind <= TokenType.BYTE or not math.isfinite(score):
+        if not TokenType.NORMAL <= kind <= TokenType.BYTE or not abs(score) < MAX_SCORE:
             raise TokenizerError(f"piece {i} has type {kind} and score {score}")
         if kind == TokenType.BYTE and piece not in BYTE_PIECES:
             raise TokenizerError(f"byte piece {piece!r:.40} is none of <0x00>..<0xFF>")

@@ -2,7 +2,7 @@
 
     python -m parity.mutants                                    # the kill matrix, under 5 minutes on 2 cores
     python -m parity.mutants --json matrix.json --markdown docs/kill-matrix.md
-    python -m parity.mutants --only 14,15                       # some mutants alone
+    python -m parity.mutants --only 14,15,D3                    # some mutants alone; D: training over two ranks
     python -m parity.mutants --only 1,10 --ckpt DIR             # the same edits on a checkpoint of yours, and its twin
 
 Exit codes: 0 all killed and no false alarm; 1 a survivor, a false alarm, or a fault in the harness that went unnoticed.
@@ -33,7 +33,7 @@ from parity.contract import Result, Status, UsageError
 from parity.explain.localise import first_divergence
 from parity.machine import Clock, cores, environment, workspace
 from parity.measure.evidence import Evidence
-from parity.mutants import baselines, family
+from parity.mutants import baselines, distributed, family
 from parity.mutants.edits import MUTANTS, VARIANTS, Mutant
 from parity.mutants.selftest import FAULTS, noticed, problems
 from parity.run.prompts import warn
@@ -149,7 +149,12 @@ def _variant(index: int) -> tuple[Row, list[str]]:
 
 
 def run_all(
-    folder: Path, chosen: list[int], variants: list[int], progress: bool, ckpt: Path | None = None
+    folder: Path,
+    chosen: list[int],
+    variants: list[int],
+    progress: bool,
+    ckpt: Path | None = None,
+    over_ranks: tuple[list[distributed.RankMutant], list[distributed.RankVariant]] = ([], []),
 ) -> dict[str, Any]:
     """The kill matrix as one JSON-ready dict. ckpt: run the chosen mutants on it and its twin, not on the family."""
     clock = Clock()
@@ -169,17 +174,19 @@ def run_all(
         on_twin = [describe(MUTANTS[i], "twin", future.result()) for i, future in zip(chosen, twins, strict=True)]
         found = [with_twin(own, twin) for own, twin in zip(found, on_twin, strict=True)]
     good = [describe_variant(i, *future.result()) for i, future in zip(variants, benign, strict=True)]
+    spread = distributed.evaluate(*over_ranks, progress)
     faults = [LINT, *({"number": f.number, "what": f.what, "noticed": noticed(f)} for f in FAULTS)] if variants else []
     own = problems()
     return {
         "schema": "nanollama.mutants/1",
         "mutants": found,
         "benign": good,
+        "distributed": spread,
         "harness": faults,
         "self_test": own,
         "seconds": round(clock(), 1),
         "environment": environment(1, "cpu"),
-        **totals(found, good, faults, own),
+        **totals(found, good, faults, own, spread),
     }
 
 
@@ -229,7 +236,9 @@ def describe_variant(index: int, row: Row, alarms: list[str]) -> dict[str, Any]:
     return {"what": VARIANTS[index].what, "alarms": alarms, "worst_percent_of_bound": row.worst, "usual": row.usual}
 
 
-def totals(found: list[dict], good: list[dict], faults: list[dict], own: list[str]) -> dict[str, Any]:
+def totals(
+    found: list[dict], good: list[dict], faults: list[dict], own: list[str], spread: dict[str, Any]
+) -> dict[str, Any]:
     numbers = {
         "killed": sum(m["killed"] for m in found),
         "right_check": sum(m["killed_by"] == m["expected_check"] for m in found),
@@ -237,20 +246,21 @@ def totals(found: list[dict], good: list[dict], faults: list[dict], own: list[st
         "false_alarms": sum(bool(v["alarms"]) for v in good),
         "faults_noticed": sum(f["noticed"] for f in faults),
     }
-    clean = numbers["killed"] == len(found) and not numbers["false_alarms"]
+    clean = numbers["killed"] == len(found) and not numbers["false_alarms"] and distributed.is_clean(spread)
     return numbers | {"passed": clean and numbers["faults_noticed"] == len(faults) and not own}
 
 
-def choose(only: str | None) -> tuple[list[int], list[int]]:
-    """Indices of mutants and variants. Raises UsageError for a number that no mutant has."""
+def choose(only: str | None) -> tuple[list[int], list[int], list[distributed.RankMutant]]:
+    """Indices of mutants and of variants, and mutants over ranks. Raises UsageError for a number that no mutant has."""
     if only is None:
-        return list(range(len(MUTANTS))), list(range(len(VARIANTS)))
+        return list(range(len(MUTANTS))), list(range(len(VARIANTS))), list(distributed.MUTANTS)
     wanted = [n.strip() for n in only.split(",") if n.strip()]
     known = {m.number: i for i, m in enumerate(MUTANTS)}
+    spread = {m.number: m for m in distributed.MUTANTS}
     for number in wanted:
-        if number not in known:
-            raise UsageError(f"--only {number}: no mutant has this number; known are {', '.join(known)}")
-    return [known[n] for n in wanted], []
+        if number not in known.keys() | spread.keys():
+            raise UsageError(f"--only {number}: no mutant has this number; known are {', '.join([*known, *spread])}")
+    return [known[n] for n in wanted if n in known], [], [spread[n] for n in wanted if n in spread]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -268,14 +278,16 @@ def run(
     """Judge every mutant and variant, print the matrix, and say by the exit code whether all is as it should be."""
     from parity.mutants import matrix
 
-    chosen, variants = choose(only)
-    if ckpt and not (only and all(changes_forward(MUTANTS[i]) for i in chosen)):
+    chosen, variants, spread = choose(only)
+    if ckpt and not (only and not spread and all(changes_forward(MUTANTS[i]) for i in chosen)):
         raise UsageError("--ckpt goes with --only and mutants of the forward pass: --list says which there are")
     if list:
         print("\n".join(f"{m.number:4} {m.what} ({m.killed_by}, {m.tap})" for m in MUTANTS))
+        print("\n".join(f"{m.number:4} {m.what} ({m.killed_by}, over ranks)" for m in distributed.MUTANTS))
         return 0
     with workspace() as folder:
-        report = run_all(folder, chosen, variants, sys.stderr.isatty(), ckpt)
+        over_ranks = (spread, [*distributed.VARIANTS] if only is None else [])
+        report = run_all(folder, chosen, variants, sys.stderr.isatty(), ckpt, over_ranks)
     print(matrix.text(report))
     if json is not None:
         json.write_text(jsonlib.dumps(report, indent=1) + "\n")

@@ -5,6 +5,7 @@ from typing import Any
 
 from nanollama.printable import printable_all
 from parity.mutants.baselines import NAMES
+from parity.mutants.distributed import CHECKS
 from parity.report.terminal import table
 
 GATES = ("G0", "G1", "G2", "G3", "G4", "G5", "G6", "G7", "G8")
@@ -21,6 +22,7 @@ def text(report: dict[str, Any]) -> str:
     lines += [f"  {name:20} {_let_through(report, name)}" for name in NAMES] + [""]
     if report["benign"]:
         lines += table([("benign variant", *("worst, % of bound",), ""), *map(_variant, report["benign"])]) + [""]
+    lines += _over_ranks(report)
     lines += [f"{f['number']:4} {f['what']}: {'noticed' if f['noticed'] else 'NOT NOTICED'}" for f in report["harness"]]
     lines += [f"self-test: {line}" for line in report["self_test"]]
     return "\n".join([*lines, summary_line(report)])
@@ -41,6 +43,33 @@ def twin_cells(m: dict[str, Any]) -> list[str]:
 def _on_twins(report: dict[str, Any]) -> list[str]:
     rows = [twin_cells(m) for m in report["mutants"] if "twin" in m]
     return [*table([TWIN, *rows]), ""] if rows else []
+
+
+RANKS = ("#", "mutant, over two ranks", "mesh", "killed by", "also fails", "")
+
+
+def _rank_cells(m: dict[str, Any]) -> list[str]:
+    expected = m["expected_check"]
+    remark = "" if m["killed_by"] == expected else f"expected {expected}" if m["killed_by"] else "SURVIVES"
+    return [m["number"], m["what"], m["mesh"], m["killed_by"] or "-", ", ".join(m["failed"][1:]) or "-", remark]
+
+
+def _over_ranks(report: dict[str, Any]) -> list[str]:
+    spread = report["distributed"]
+    variants = [f"  {v['what']}: {v['alarm'] or 'no alarm'}, {v['worst_percent_of_bound']:.0f}% of a bound"
+                for v in spread["benign"]]  # fmt: skip
+    rows = [_rank_cells(m) for m in spread["mutants"]]
+    return [*table([RANKS, *rows]), *variants, _ranks_line(spread), ""] if rows else []
+
+
+def _ranks_line(spread: dict[str, Any]) -> str:
+    killed = sum(m["killed_by"] is not None for m in spread["mutants"])
+    right = sum(m["killed_by"] == m["expected_check"] for m in spread["mutants"])
+    alarms = sum(v["alarm"] is not None for v in spread["benign"])
+    return (
+        f"over ranks: {killed} of {len(spread['mutants'])} mutants killed, {right} by the check named for them; "
+        f"{alarms} false alarms in {len(spread['benign'])} benign variants"
+    )
 
 
 def summary_line(report: dict[str, Any]) -> str:
@@ -111,6 +140,7 @@ def markdown(report: dict[str, Any]) -> str:
         *_grid(("#", "mutant", *GATES, "killed by", "found at", "remark"), report["mutants"], _mutant_cells),
         "",
         *_twins(report),
+        *_ranks_page(report["distributed"]),
         "## Probable causes",
         "",
         "What the report says of each, computed from the traces alone.",
@@ -143,6 +173,28 @@ def _twins(report: dict[str, Any]) -> list[str]:
     entries = [m for m in report["mutants"] if "twin" in m]
     text = "The dtypes in which each is killed, by a checkpoint of yours and with its seeded twin."
     return ["## With the twin", "", text, "", *_grid(TWIN, entries, twin_cells), ""] if entries else []
+
+
+def _ranks_page(spread: dict[str, Any]) -> list[str]:
+    """The mutants of training over several processes."""
+    if not spread["mutants"]:
+        return []
+    checks = "; ".join(f"{name}: {what}" for name, what in CHECKS.items())
+    return [
+        "## Over ranks",
+        "",
+        "finetune's own loop on two gloo ranks, as copies (`--dp`), shards (`--fsdp`) or parts of layers (`--tp`), "
+        f"against the same loop in one process. In the order of diagnosis, {checks}. Losses agree to five digits, "
+        "gradients by G8's bound, whose floor is another order of sums in one process.",
+        "",
+        f"**{_ranks_line(spread)}**",
+        "",
+        *_grid(RANKS, spread["mutants"], _rank_cells),
+        "",
+        *_grid(("benign variant over two ranks", "worst, % of a bound", "alarm"), spread["benign"],
+               lambda v: [v["what"], f"{v['worst_percent_of_bound']:.0f}", v["alarm"] or "none"]),
+        "",
+    ]  # fmt: skip
 
 
 def _with_cause(report: dict[str, Any]) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ python -c "from reference.files.gguf import open_gguf; print(open_gguf(__import_
 from pathlib import Path
 from typing import Any
 
-from reference.files.weights import Unusable
+from nanollama.gate.gguf import check
+from reference.files.weights import Unusable, through_gate
 
 # Values of tokenizer.ggml.pre (llama.cpp's names) for which a split of text is the right one.
 GPT2_SPLIT = ("gpt-2", "gpt2", "phi-2")
@@ -37,7 +38,9 @@ def open_gguf(path: Path) -> Any:
     from transformers import AutoTokenizer
     from transformers.integrations.gguf import read_gguf_metadata
 
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    through_gate(check, path)
+    options = {"trust_remote_code": False, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, **options)
     header, _ = read_gguf_metadata(str(path))
     if header.get("tokenizer.ggml.model") == "gpt2":
         asked = header.get("tokenizer.ggml.pre")

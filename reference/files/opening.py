@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from nanollama import gate
 from reference.files.checkpoint import Checkpoint
 from reference.files.hf import open_hf
 from reference.files.meta import open_meta
-from reference.files.weights import Unusable
+from reference.files.weights import Unusable, through_gate
 
 
 def open_folder(path: str | Path) -> Checkpoint:
@@ -13,6 +14,8 @@ def open_folder(path: str | Path) -> Checkpoint:
     folder = Path(path)
     if not folder.is_dir():
         raise Unusable(f"{folder}: no such folder; give a Meta or Hugging Face checkpoint folder")
+    for name in ("params.json", "config.json"):
+        through_gate(gate.require_file, folder / name)
     is_meta, is_hf = (folder / "params.json").exists(), (folder / "config.json").exists()
     if is_meta and is_hf:
         raise Unusable(f"{folder}: has both params.json and config.json; keep one format in one folder")

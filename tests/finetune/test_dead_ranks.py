@@ -13,7 +13,7 @@ import pytest
 
 from finetune.prepare.stories import stories
 from finetune.resume import checkpoints
-from ranks import Ranks, losses, steps_done
+from rank_processes import Ranks, losses, steps_done
 
 SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 48}
 MANY = "100000"  # steps: more than are waited for
@@ -65,22 +65,44 @@ def test_a_killed_rank_is_named_and_other_numbers_of_ranks_go_on(home: Path, str
     assert losses(out) == pytest.approx(straight, rel=1e-5)
 
 
+def test_shards_are_continued_on_other_meshes(home: Path, straight: dict[int, float]) -> None:
+    out = home / "shards"
+    two = Ranks(2, line(home, out, "--accumulate", "2", "--fsdp", "2", "--save", "async"), home / "shards2.log")
+    two.wait_for_step(out, 9)
+    two.kill(1)
+    assert two.join(timeout_s=30) == [1, -signal.SIGKILL]
+    assert {path.name for path in (checkpoints(out)[-1] / "shards").glob("*.distcp")} == {
+        "__0_0.distcp",
+        "__1_0.distcp",
+    }
+    alone = Ranks(1, ["--out", str(out), "--resume", "--save", "sharded"], home / "shards1.log")
+    alone.wait_for_step(out, 13)
+    alone.kill(0)
+    assert alone.join() == [-signal.SIGKILL]
+    assert (checkpoints(out)[-1] / "shards" / ".metadata").exists()
+    copies = Ranks(2, ["--out", str(out), "--resume", "--dp", "2"], home / "shards3.log")
+    assert copies.join() == [0, 0], copies.said()
+    assert losses(out) == pytest.approx(straight, rel=1e-5)
+
+
 @pytest.mark.slow
 def test_ten_kills_of_a_random_rank_at_random_moments_lose_nothing(home: Path) -> None:
     rng, out, seed = random.Random(time.time_ns()), home / "ten", "the kills were"
-    flags = ["--save_every", "2", "--max_steps", "120"]
+    flags = ["--save_every", "2", "--max_steps", "80"]
     whole = Ranks(4, line(home, home / "whole", *flags), home / "whole.log")
     assert whole.join() == [0] * 4, whole.said()
-    took_s = 6.0
+    took_s = 4.0
     for n in range(10):
         resume = ["--resume"] if (out / "config.json").exists() else []
         size = rng.choice([4, 2, 1]) if resume else 4
-        ranks = Ranks(size, line(home, out, *flags, *resume), home / f"ten{n}.log")
+        how = rng.choice(["whole", "sharded", "async"])
+        shards = ["--fsdp", rng.choice(["1", "2"]), "--save", how] if size > 1 else ["--save", how]
+        ranks = Ranks(size, line(home, out, *flags, *resume, *shards), home / f"ten{n}.log")
         while ranks.alive and not (ranks.log.exists() and "data:" in ranks.said()):  # they have met
             time.sleep(0.01)
         time.sleep(rng.uniform(0, took_s))
         dead = rng.randrange(size)
-        seed += f" {dead} of {size} at step {steps_done(out)},"
+        seed += f" {dead} of {size} {shards} at step {steps_done(out)},"
         if not ranks.alive:
             assert ranks.join() == [0] * size, ranks.said()
             continue

@@ -228,7 +228,10 @@ def test_damaged_shards_are_refused(folder: Path, tmp_path: Path, damage: object
         ("bad.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
         ("field.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', 'line 3: expected an object with a text under "text"'),
         ("blank.txt", b" \n <|endoftext|> \n", "no text in it"),
-        ("data.csv", b"a,b", "expected a .txt or .jsonl file"),
+        ("data.csv", b"a,b", "no column \"text\": it has 'a', 'b'"),
+        ("data.docx", b"PK\x03\x04", "a zip archive: unpack it"),
+        ("data.xlsx", b"PK\x03\x04", "an Excel workbook: save its sheet as CSV UTF-8"),
+        ("data.rst", b"text", "expected a .txt, .md, .jsonl, .csv"),
     ],
 )
 def test_bad_text_is_refused_with_its_place(

@@ -208,6 +208,22 @@ def test_on_bad_skip_leaves_them_out_and_lists_the_first_five(tmp_path: Path, to
         read(tmp_path, tokenizer, lines(LONG), on_bad="skip")
 
 
+@pytest.mark.parametrize("content", ["", " \n", [{"type": "text", "text": ""}]])
+def test_an_empty_answer_is_refused_where_it_would_be_learned(
+    tmp_path: Path, tokenizer: Tokenizer, content: object
+) -> None:
+    empty = {"messages": [USER, {"role": "assistant", "content": content}]}
+    with pytest.raises(ValueError, match=r"line 2: message 1: the assistant's answer is empty: write it"):
+        read(tmp_path, tokenizer, lines(ROW, empty))
+    said: list[str] = []
+    train, _ = read_dialogs(tmp_path / "d.jsonl", tokenizer, 96, on_bad="skip", say=said.append, out=tmp_path)
+    assert len(train.lengths) == 1
+    assert said[0] == "data: 1 of 2 dialogues cannot be used and are left out:"
+    assert "line 2" in json.loads((tmp_path / "left_out.json").read_text())["lines"][0]
+    unlearned = {"messages": [USER, {"role": "assistant", "content": content, "weight": 0}, USER, BOT]}
+    assert len(read(tmp_path, tokenizer, lines(unlearned)).lengths) == 1
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -44,13 +44,16 @@ def config_echo(config: ModelConfig) -> dict[str, Any]:
 class Nano:
     """A loaded nanollama with the whole candidate interface."""
 
-    def __init__(self, checkpoint: str, dtype: torch.dtype, device: str, attention: str) -> None:
+    def __init__(
+        self, checkpoint: str, dtype: torch.dtype, device: str, attention: str, *, model: Transformer | None = None
+    ) -> None:
+        """model: one that is there already, in place of the checkpoint's."""
         self.opened: Checkpoint = open_checkpoint(checkpoint)
         self.cfg, self.dtype, self.device, self.attention = self.opened.config, dtype, device, attention
         self.notices = self.opened.notices
         self.tokenizer = self.opened.tokenizer
-        self.streamed = not self._fits_whole()
-        self.model: Any = None if self.streamed else self._whole()
+        self.streamed = model is None and not self._fits_whole()
+        self.model: Any = None if self.streamed else model or self._whole()
         self.cache: KVCache | None = None
 
     def _bytes(self) -> int:
