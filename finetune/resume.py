@@ -56,6 +56,7 @@ class Progress:
     tokens: int = 0  # labels trained on
     cursor: Cursor = field(default_factory=Cursor)  # of the next row
     best: Best | None = None  # None: no validation since step 0
+    news: str = field(default="", compare=False)  # a word on documents that were appended, not kept
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,17 @@ class Data:
     train: Extent | None = None
     val: Extent | None = None
     tokenizer: str = ""  # its file
+
+    def saved(self) -> dict[str, Any]:
+        """As state.json has it."""
+        sides = (("train", self.train), ("val", self.val))
+        documents = {side: part and part.saved() for side, part in sides}
+        return {"data": self.fingerprint, "documents": documents, "tokenizer": self.tokenizer}
+
+
+def as_data(data: Data | str) -> Data:
+    """A fingerprint alone says nothing of how far the data went: nothing may be appended."""
+    return Data(data) if isinstance(data, str) else data
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,7 @@ class RunFolder:
         progress: Progress,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        data: Data,
+        data: Data | str,
         whole: Whole = Tensor.detach,
     ) -> None:
         """Write a checkpoint, then remove the older ones. Raises CheckpointError when the disk refuses; they stay then.
@@ -102,17 +114,15 @@ class RunFolder:
         return self.path / "checkpoints" / f"step_{step:08d}"
 
     def finisher(
-        self, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, data: Data
+        self, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, data: Data | str
     ) -> Callable[[], None]:
         """What makes a folder with the tensors of now a checkpoint: state.json. Then the older ones are removed."""
         state = {
             "schema": SCHEMA,
-            "progress": asdict(progress),
+            "progress": {name: value for name, value in asdict(progress).items() if name != "news"},
             "rng": "seeded by (seed, step, rank) at each step",
             "optimizer": _optimizer_state(model, optimizer)[1],
-            "data": data.fingerprint,
-            "documents": {side: part and part.saved() for side, part in (("train", data.train), ("val", data.val))},
-            "tokenizer": data.tokenizer,
+            **as_data(data).saved(),
             "torch": torch.__version__,
             "config": to_json(replace(self.config, resume=False)),
         }
@@ -132,16 +142,16 @@ class RunFolder:
         found = checkpoints(self.path)
         return read_file(found[-1] / "state.json") if found else None
 
-    def restore_(self, model: nn.Module, optimizer: torch.optim.Optimizer, data: Data) -> tuple[Progress, str]:
+    def restore_(self, model: nn.Module, optimizer: torch.optim.Optimizer, data: Data | str) -> Progress:
         """Load the newest checkpoint; a run without any starts at step 0. Raises UserError.
 
-        Returns a word on documents that came behind those of the checkpoint, too: they begin a new pass; "" for none.
+        Documents that came behind those of the checkpoint begin a new pass.
         """
         found = checkpoints(self.path)
         if not found:
             self._clean()
             keep_only(self.path, None)
-            return Progress(), ""
+            return Progress()
         folder = found[-1]
         if folder.name > f"step_{self.config.max_steps:08d}":
             done = int(folder.name.removeprefix("step_"))
@@ -151,7 +161,7 @@ class RunFolder:
         except UserError as error:
             raise with_older(error, folder, found[-2] if len(found) > 1 else None) from None
         raw = read_file(folder / "state.json")
-        news = _appended(raw, data, folder)
+        news = _appended(raw, as_data(data), folder)
         best = _best(raw["progress"], folder / "state.json")
         self._clean()
         parameters = trained(model)
@@ -164,8 +174,8 @@ class RunFolder:
         _restore_optimizer_(optimizer, parameters, states, state.scalars)
         keep_only(self.path, best.step if best else None)
         if news:
-            return Progress(state.step, state.tokens, Cursor(state.cursor.epoch + 1)), news
-        return Progress(state.step, state.tokens, state.cursor, best), ""
+            return Progress(state.step, state.tokens, Cursor(state.cursor.epoch + 1), news=news)
+        return Progress(state.step, state.tokens, state.cursor, best)
 
     def write_config(self) -> None:
         """config.json says what this run does from now on."""

@@ -33,7 +33,7 @@ from finetune.shards import ONE_PROCESS, disk_errors
 class Saver:
     """What saves a run, every time in the way that its config says."""
 
-    def __init__(self, folder: RunFolder, world: World, data: Data, saved_step: int) -> None:
+    def __init__(self, folder: RunFolder, world: World, data: Data | str, saved_step: int) -> None:
         """saved_step: of the checkpoint from which the run goes on, 0 for none."""
         self.folder, self.world, self.data, self.saved_step = folder, world, data, saved_step
         self.how = folder.config.save

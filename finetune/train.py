@@ -200,7 +200,8 @@ class Loop:
             raise UserError("--optimizer_in_backward runs in one process: gradients are not summed over ranks yet")
         train, val = Extent.of(setup.train), Extent.of(setup.val)
         self.data = Data(setup.fingerprint, train, val, setup.tokenizer_file)
-        self.progress, self.news = setup.folder.restore_(model, self.optimizer, self.data)
+        self.progress = setup.folder.restore_(model, self.optimizer, self.data)
+        self.news = self.progress.news
         check_cursor(self.packer, self.progress.cursor)
         self.saver = Saver(setup.folder, self.world, self.data, self.progress.step)
         self.ahead: StepData | None = None  # of the next step

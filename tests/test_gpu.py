@@ -25,7 +25,7 @@ from finetune.lora import add_lora_
 from finetune.loss import linear_cross_entropy, plain_cross_entropy
 from finetune.optim import make_optimizer, trained
 from finetune.parallelize import World
-from finetune.resume import Data, Progress, RunFolder
+from finetune.resume import Progress, RunFolder
 from finetune.train import accumulate_
 from generation_cases import VOCAB, assert_same_answer, of_row, prompt_ids
 from nanollama.generation.llama import Llama, Sampling
@@ -231,11 +231,11 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     optimizer = make_optimizer(model, config)
     optimizer.step()
     folder = RunFolder(tmp_path, config)
-    folder.save(Progress(1), model, optimizer, Data("data"))
+    folder.save(Progress(1), model, optimizer, "data")
     again = made(torch.float32)
     wrap_(again, config, World(torch.device("cuda")))
     restored = make_optimizer(again, config)
-    assert folder.restore_(again, restored, Data("data"))[0].step == 1
+    assert folder.restore_(again, restored, "data").step == 1
     for one, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other) and other.is_cuda
         for key, value in optimizer.state[one].items():
