@@ -139,8 +139,8 @@ def test_an_extent_knows_its_beginning_and_nothing_else() -> None:
     ("name", "text", "message"),
     [
         ("model", '{"architectures": ["LlamaForCausalLM"]}', "was not written by a run"),
-        ("list", "[]", "was not written by a run"),
-        ("broken", "{", "cannot be read as JSON"),
+        ("list", "[]", "holds a JSON list, expected an object"),
+        ("broken", "{", "JSON"),
     ],
 )
 def test_a_foreign_folder_is_not_resumed(
