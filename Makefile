@@ -1,4 +1,4 @@
-# make check | test | lint | interop | peers | real: each sets itself up from nothing but Python >= 3.10, git and make.
+# make check | test | lint | fuzz | interop | peers | real: each sets itself up from nothing but Python >= 3.10, git and make.
 # make gpu installs nothing: it takes a Python whose torch sees a CUDA device, as the machine has it.
 #   make check TORCH_INDEX=URL   takes torch from that package index (say, a CPU-only one)
 #   make check PYTHON=python3.12 uses that Python for the virtual environment
@@ -21,7 +21,7 @@ PYTHON_FILES := nanollama reference parity finetune benchmarks tests
 SEES_CUDA := import sys, torch; sys.exit(not torch.cuda.is_available())
 GPU_PYTHON ?= $(or $(shell $(BIN)/python -c '$(SEES_CUDA)' 2>/dev/null && echo $(BIN)/python),python3)
 
-.PHONY: check test lint interop peers real gpu setup clean
+.PHONY: check test lint fuzz interop peers real gpu setup clean
 .DELETE_ON_ERROR:
 
 check: setup
@@ -34,6 +34,11 @@ lint: setup
 	$(BIN)/ruff format --check $(PYTHON_FILES)
 	$(BIN)/ruff check $(PYTHON_FILES)
 	$(BIN)/mypy
+
+# Valid files changed field by field against every reader, for so long; what a reader does not take well is kept in .fuzz.
+SECONDS ?= 60
+fuzz: setup
+	PYTHONPATH=.:tests:tests/support $(BIN)/python tests/support/fuzz.py --seconds $(SECONDS) --keep .fuzz $(ARGS)
 
 # The formats and engines of others. llama-cpp-python is compiled on the spot where no wheel fits (a C++ compiler, ~12 minutes).
 interop: setup

@@ -57,11 +57,11 @@ def die_at_flush(at: int) -> None:
     """Before, or behind, the `at`-th fsync: even numbers fall between the rename and the flush of the folder."""
     flush, left = os.fsync, [at]
 
-    def counted(file: Any) -> None:
+    def counted(fd: Any) -> None:
         left[0] -= 1
         if left[0] == -1:
             die()
-        flush(file)
+        flush(fd)
         left[0] -= 1
         if left[0] == -1:
             die()

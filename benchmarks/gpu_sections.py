@@ -259,6 +259,9 @@ class RandomDocuments:
 class NoTokenizer:
     """There is no text: what is held out counts as one character."""
 
+    def __init__(self) -> None:
+        self.special_ids: dict[str, int] = {}
+
     def decode(self, ids: list[int]) -> str:
         return "x"
 

@@ -154,7 +154,9 @@ def _add_adapter_(model: Transformer, config: TrainConfig, adapter: Adapter | No
         _refuse_other_shape(config, adapter)
         wear_(model, adapter, config.lora_dropout, generator)
     else:
-        rank, alpha, targets = config.lora_rank, config.lora_alpha, lora_targets(config)
+        rank, targets = config.lora_rank, lora_targets(config)
+        # rsLoRA (arXiv 2312.03732) scales by alpha / sqrt(rank): plain LoRA with an alpha of sqrt(rank) as much.
+        alpha = config.lora_alpha * (math.sqrt(rank) if config.lora_scale == "sqrt" else 1.0)
         add_lora_(model, rank, alpha, targets, config.lora_dropout, generator)
     if ids and not (adapter and adapter.rows):
         add_rows_(model, ids)

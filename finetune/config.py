@@ -55,6 +55,8 @@ class TrainConfig:
     method: Literal["full", "norms", "no_embeddings", "lora", "qlora"] = "full"  # which parameters are trained
     lora_rank: int = 8  # of the change that lora and qlora learn of each matrix
     lora_alpha: float = 16.0  # the change counts lora_alpha / lora_rank
+    lora_scale: Literal["rank", "sqrt"] = "rank"  # sqrt (rsLoRA): lora_alpha / sqrt(lora_rank), for larger ranks
+    lora_plus: float = 1.0  # learning rate of B as a multiple of A's (LoRA+); 16 is its paper's
     lora_targets: str = "all"  # all, attention, or some of wq,wk,wv,wo,w1,w2,w3,output
     lora_dropout: float = 0.0  # on what the adapters read
     adapter: str | None = None  # lora and qlora: start from this adapter; its rank, alpha and targets are the run's
@@ -62,6 +64,12 @@ class TrainConfig:
     # Preferences (finetune.preference)
     loss: Literal["dpo", "ipo", "dpo_norm", "orpo"] = "dpo"  # dpo_norm, ipo: by length; orpo: without a reference
     beta: float = 0.0  # how far the margin of an answer counts; 0: 0.1, and 5 for dpo_norm
+    # Distillation
+    teacher: str | None = None  # a checkpoint with the same tokenizer, whose distributions are learned
+    teacher_quantize: Literal["int8"] | None = None  # the teacher's weights as bytes
+    temperature: float = 1.0  # of both distributions; above 1 shows more of what is unlikely
+    distill_mix: float = 1.0  # share of the teacher in the loss; the rest is the labels'
+    distill_on: Literal["labels", "all"] = "labels"  # where the teacher is followed; all: in prompts too
     # Run
     out: str | None = None  # folder of the run; else out/ENTRY-TIME
     resume: bool = False  # continue the run in --out, bit by bit
@@ -82,7 +90,9 @@ class TrainConfig:
     beta2: float = 0.95  # AdamW
     eps: float = 1e-8  # AdamW
     grad_clip: float = 1.0  # largest norm of all gradients together; 0: no clipping
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: moments in bytes, 2 a parameter instead of 8
+    # adamw8bit: moments in bytes, 2 a parameter instead of 8; muon: for the blocks' matrices, AdamW for the rest
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    ema: float = 0.0  # decay of an average of the weights, such as 0.999, validated too and kept as final/; 0: none
     optimizer_in_backward: bool = False  # update each parameter when its gradient is there; --grad_clip 0 alone
     dropout: float = 0.0  # on the embedding and on what attention and feed-forward add to the residual
     # Compute
@@ -122,6 +132,7 @@ class TrainConfig:
         for name, most in MOST.items():
             _at_most(self, name, most)
         _at_least(self, "warmup_steps", -1)
+        _check_optimizer(self)
         if self.seq_len == 1:
             raise UserError("--seq_len 1: expected at least 2, a token and its successor")
         if self.dropout >= 1:
@@ -143,6 +154,24 @@ class TrainConfig:
             raise UserError("--offload_activations moves what --activation_checkpointing keeps: add that flag too")
         if self.method not in METHODS:
             raise UserError(f"--method {self.method}: expected one of {', '.join(METHODS)}")
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    """Raises UserError for what does not go together."""
+    if not 0 <= config.ema < 1:
+        raise UserError(f"--ema {config.ema}: expected at least 0 and less than 1, such as 0.999")
+    if not config.lora_plus > 0:
+        raise UserError(f"--lora_plus {config.lora_plus}: expected a multiple above 0")
+    if config.lora_plus != 1 and config.method not in LORA_METHODS:
+        raise UserError(f"--lora_plus goes with --method lora or qlora, not {config.method}")
+    if config.lora_scale != "rank" and (config.method not in LORA_METHODS or config.adapter):
+        raise UserError("--lora_scale goes with --method lora or qlora and a new adapter")
+    if config.optimizer == "muon" and config.method not in ("full", "no_embeddings"):
+        raise UserError(f"--optimizer muon is for whole matrices: --method {config.method} trains none")
+    if config.optimizer == "muon" and config.weights == "bf16":
+        raise UserError("--optimizer muon has no stochastic rounding: leave --weights bf16 out")
+    if config.optimizer_in_backward and (config.optimizer == "muon" or config.ema):
+        raise UserError("--optimizer_in_backward goes neither with --optimizer muon nor with --ema")
 
 
 def lora_targets(config: TrainConfig) -> tuple[str, ...]:

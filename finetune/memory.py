@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from finetune.build import mixed_precision
 from finetune.config import DTYPES, TrainConfig
 from finetune.loss import chunk_tokens
+from finetune.muon import is_orthogonalised
 from finetune.optim import block_numbers, moments_bytes, trained
 from nanollama.model import Transformer
 
@@ -53,10 +54,20 @@ def plan_memory(model: Transformer, config: TrainConfig, device: torch.device) -
     return Plan(
         now=resident_bytes(device) + AT_WORK_BYTES,
         gradients=(max(sizes) if config.optimizer_in_backward else sum(sizes)) + _second_gradient(model),
-        optimizer=moments_bytes(parameters, eight_bit) + (rounding if eight_bit or config.weights == "bf16" else 0),
+        optimizer=moments_bytes(parameters, eight_bit)
+        + _of_other_states(model, config)
+        + (rounding if eight_bit or config.weights == "bf16" else 0),
         activations=_activations(model, config, device),
         loss=_loss(model, config),
     )
+
+
+def _of_other_states(model: Transformer, config: TrainConfig) -> int:
+    """Muon keeps one moment where AdamW keeps two; an average is fp32, and a copy of the weights while it is scored."""
+    named = trained(model)
+    muon = [p.nbytes for n, p in named.items() if config.optimizer == "muon" and is_orthogonalised(n, p)]
+    average = sum(4 * p.numel() + p.nbytes for p in named.values()) if config.ema else 0
+    return average - sum(muon)
 
 
 def _second_gradient(model: Transformer) -> int:

@@ -19,9 +19,8 @@ from finetune.config import LORA_METHODS, TrainConfig
 from finetune.gather import local
 from finetune.lora import LORA_SUFFIXES
 from finetune.loss import BLOCK_NUMBERS
+from finetune.muon import EMBEDDINGS, MuonAndAdamW, is_orthogonalised
 from nanollama.tensor_parallel import part_of
-
-EMBEDDINGS = ("tok_embeddings.weight", "output.weight")
 
 
 def is_trained(name: str, method: str) -> bool:
@@ -45,13 +44,28 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW over the trained parameters; one-dimensional ones (norms) without weight decay."""
-    parameters = list(trained(model).values())
-    groups = [
+    named = trained(model)
+    muon = {n: p for n, p in named.items() if config.optimizer == "muon" and is_orthogonalised(n, p)}
+    faster = [p for n, p in named.items() if config.lora_plus != 1 and n.endswith(".lora_B")]
+    apart = {id(p) for p in (*muon.values(), *faster)}
+    parameters = [p for p in named.values() if id(p) not in apart]
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": faster, "weight_decay": config.weight_decay, "rate": config.lora_plus},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups, betas = [g for g in groups if g["params"]], (config.beta1, config.beta2)
     eight_bit = config.optimizer == "adamw8bit"
+    if muon:
+        return MuonAndAdamW(
+            list(muon.values()),
+            groups,
+            lr=config.lr,
+            momentum=config.beta2,
+            decay=config.weight_decay,
+            betas=betas,
+            eps=config.eps,
+        )
     if eight_bit or config.weights == "bf16":
         return RoundingAdamW(groups, lr=config.lr, betas=betas, eps=config.eps, seed=config.seed, eight_bit=eight_bit)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
@@ -89,7 +103,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def set_learning_rate_(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("rate", 1.0)  # a multiple of some groups' own
 
 
 # --- AdamW that rounds by chance -------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def plan_step(shape: ModelConfig, config: TrainConfig, sizes: MeshSizes, *, gpu:
 
     def grid(batches: tuple[int, ...], accumulate: int) -> Grid:
         steps = replace(config, accumulate=accumulate)
-        traced = {}
+        traced: dict[tuple[int, int], Traced] = {}
         for depth in depths:
             found = trace_batches(replace(shape, n_layers=depth), steps, sizes, batches, gpu=gpu)
             traced |= {(depth, batch): step for batch, step in zip(batches, found, strict=True)}

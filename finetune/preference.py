@@ -38,8 +38,6 @@ def recipe(config: TrainConfig) -> TrainConfig:
     """Rate and beta that suit the loss, where they are left open. Raises UserError."""
     if config.doc_mask == "off":
         raise UserError("--doc_mask off: the rejected answer would read the chosen one: leave the flag out")
-    if config.fsdp > 1:
-        raise UserError(f"--fsdp {config.fsdp}: pairs are trained on by whole copies of the model: use --dp")
     rate = RATE["adapter" if config.method in LORA_METHODS else "full"]
     rate *= ORPO_FASTER if config.loss == "orpo" else 1
     return replace(config, lr=config.lr or rate, beta=config.beta or BETA[config.loss])
@@ -72,6 +70,8 @@ def ready(setup: Setup, say: Say) -> Setup:
     """The objective, and what the reference says of every pair."""
     config, train, val = setup.folder.config, setup.train, setup.val
     assert isinstance(train, Pairs) and isinstance(val, Pairs)
+    if setup.world.mesh:
+        raise UserError(f"{setup.world.sizes}: pairs are trained on by whole copies of the model: use --dp alone")
     if config.loss == "orpo":
         return replace(setup, objective=Pairwise(config.loss, config.beta))
     select_trained_(setup.model, config.method)  # whether the head is trained decides if a copy of it is kept

@@ -34,7 +34,7 @@ def plan_lines(
     epochs = config.max_steps * rows / packer.rows_an_epoch()
     share = _trained_share(model)
     whose = f" ({config.method}'s own)" if config.ckpt and config.lr == RATES[config.method] else ""
-    needs = "memory plan: none is made for a sharded run"
+    needs = "memory plan: python -m finetune.plan makes that of a sharded run"
     if memory:
         seconds = config.max_steps * step_s(model, config, torch.device(config.device))
         needs = f"plan: about {in_words(seconds)}, and the validations; {memory.text()}"

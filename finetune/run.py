@@ -19,6 +19,7 @@ from finetune.build import Start, adapt_, build_model, open_start
 from finetune.closing import Step, finish, quoted
 from finetune.config import TrainConfig, changes, refuse_foreign, resolve
 from finetune.data.documents import whole
+from finetune.distill import check_teaching, with_teacher
 from finetune.doctor.examine import examine_before
 from finetune.errors import TrainingStopped, UserError
 from finetune.launcher import folder_of_the_first_start, remember_folder, to_continue
@@ -116,6 +117,7 @@ def complete(entry: Entry, given: TrainConfig) -> TrainConfig:
     """
     device = default_device() if given.device == "auto" else given.device
     refuse_foreign(entry.name, given)
+    check_teaching(entry.name, given)
     context = open_checkpoint(given.ckpt).config.max_seq_len if given.ckpt and not given.seq_len else 0
     threads = given.threads or torch.get_num_threads()
     return resolve(suggest(entry, entry.recipe(given)), device, threads, context)
@@ -129,6 +131,7 @@ def train_in(entry: Entry, folder: RunFolder, world: World) -> int:
         setup, prepared = _set_up(entry, folder, world, say)
         setup = settled(entry.ready(setup, say))
         examine_before(setup, say, talks=entry.talks)
+        setup = with_teacher(setup, say)
         outcome = train(setup)
         finish(setup, prepared.tokenizer, outcome, _further(entry, setup.folder), say)
         world.wait_for_main()

@@ -43,6 +43,9 @@ def refuse_unshardable(entry: str, config: TrainConfig, sizes: MeshSizes) -> Non
             config.optimizer == "adamw8bit",
             "256 bytes share a scale, whichever rank they are on: use --optimizer adamw",
         ),
+        "--teacher": (config.teacher is not None, "every process holds a whole teacher and student"),
+        "--optimizer muon": (config.optimizer == "muon", "it needs whole matrices: use --optimizer adamw"),
+        "--ema": (config.ema > 0, "the average is kept of whole weights"),
         "--compile": (config.compile and sizes.tp > 1, "its parts of layers are not compiled: leave it out"),
         "--optimizer_in_backward": (
             config.optimizer_in_backward,

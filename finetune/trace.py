@@ -60,7 +60,7 @@ def trace_batches(
 ) -> list[Traced]:
     """Steps of micro-batches of so many rows each, one after the other."""
     offloaded = gpu and config.offload_activations
-    config = replace(config, device="cpu", compile=False, offload_activations=False)
+    config = replace(config, device="cpu", compile=False, offload_activations=False, save="whole")
     with ExitStack() as stack:
         folder = RunFolder(Path(stack.enter_context(TemporaryDirectory())), config)
         world = stack.enter_context(fake_world(sizes))
@@ -111,6 +111,9 @@ class FullRows:
 
 class NoTokenizer:
     """What is held out counts as one character."""
+
+    def __init__(self) -> None:
+        self.special_ids: dict[str, int] = {}
 
     def decode(self, ids: list[int]) -> str:
         return "x"

@@ -10,6 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from types import FrameType, TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune.average import averaged, update_average_, use_average_
 from finetune.best import Best, load_best_, write_best
 from finetune.build import mixed_precision, wrap_
 from finetune.config import DTYPES
@@ -242,6 +244,8 @@ class Loop:
         self.saver.before_update()
         self.optimizer.step()  # no parameter has a gradient left where the backward pass updated them
         self.optimizer.zero_grad(set_to_none=True)
+        if self.config.ema:
+            update_average_(self.optimizer, self.parameters, self.config.ema)
         self.rows, now = data.rows, self.progress
         self.progress = replace(now, step=now.step + 1, tokens=now.tokens + labels, cursor=data.behind)
         return self._measure(loss, lr, grad_norm, labels / (time.perf_counter() - started)), stop
@@ -295,22 +299,39 @@ class Loop:
         )
 
     def evaluate(self) -> Score:
+        """Of the weights; with --ema, of their average too."""
+        score = self._score()
+        if not self.config.ema:
+            return score
+        with averaged(self.optimizer, self.parameters):
+            average = self._score()
+        return replace(score, more=score.more | {"val_ema_loss": average.loss, "val_ema_bpb": average.bpb})
+
+    def _score(self) -> Score:
         model = loss_model_of(self.loss_model)
         return self.objective.evaluate(model, self.held_out, self.world, self.config.batch_size, self.autocast)
 
     def judge(self) -> Score:
         """Validate, and keep the parameters where they are the best so far."""
         score, step = self.evaluate(), self.progress.step
-        self.judged = step, score
-        best = self.progress.best.after(step, score) if self.progress.best else Best(step, score)
+        kept = self._of_what_is_left(score)
+        self.judged = step, kept
+        best = self.progress.best.after(step, kept) if self.progress.best else Best(step, kept)
         self.progress = replace(self.progress, best=best)
         if best.step == step and self.config.keep == "best":
             rest_(self.setup.model)
-            with gathering(trained(self.setup.model), self.world) as whole:
+            left = averaged(self.optimizer, self.parameters) if self.config.ema else nullcontext()
+            with left, gathering(trained(self.setup.model), self.world) as whole:
                 if whole is not None:
                     write_best(self.setup.folder.path, step, self.setup.model, whole)
             self.world.wait_for_main()
         return score
+
+    def _of_what_is_left(self, score: Score) -> Score:
+        """The score of what the run leaves: with --ema, of the average."""
+        if "val_ema_loss" not in score.more:
+            return replace(score, more={})
+        return Score(score.more["val_ema_loss"], score.more["val_ema_bpb"])
 
     @property
     def learns_text(self) -> bool:
@@ -327,13 +348,15 @@ class Loop:
         step, best = self.progress.step, self.progress.best
         if best and best.step == step:
             self.judged = step, best.score
-        last = self.judged[1] if self.judged and self.judged[0] == step else self.evaluate()
+        last = self.judged[1] if self.judged and self.judged[0] == step else self._of_what_is_left(self.evaluate())
         kept, at = last, step
         if best and best.step != step and self.config.keep == "best":
             kept, at = best.score, best.step
             rest_(self.setup.model)
             if self.world.is_main or self.world.mesh:
                 load_best_(self.setup.folder.path, at, self.setup.model)
+        elif self.config.ema:
+            use_average_(self.optimizer, self.parameters)
         verdict = judge(yards, began, kept, at, last, step, learns_text=self.learns_text)
         return Outcome(self.progress, kept, yards, verdict)
 

@@ -115,7 +115,8 @@ def _pair(rest: dict[str, Any], asked: str, answered: str) -> list[Any]:
         _expect_text(key, text)
     _expect_text(answered, answer)
     turns: list[Any] = []
-    for before in rest.pop("history", []):
+    history = rest.pop("history", None) or []
+    for before in history if isinstance(history, list) else [history]:
         if not isinstance(before, list) or len(before) != 2:
             raise UserError('"history": expected pairs of a question and its answer')
         turns += [{"role": "user", "content": before[0]}, {"role": "assistant", "content": before[1]}]

@@ -37,7 +37,7 @@ def parse(data: bytes, declared: Declared = Declared()) -> Vocabulary:
     added_ids = {i for i, t in enumerate(types) if t != TokenType.NORMAL}
     return Vocabulary(
         kind,
-        byte_level(texts, added_ids) if kind == "bpe" else [text.encode() for text in texts],
+        _encoded(texts, added_ids if kind == "bpe" else None),
         types,
         scores=[] if kind == "bpe" else _scores(texts, merges, model),
         merges=merges if kind == "bpe" else None,
@@ -54,8 +54,8 @@ def parse(data: bytes, declared: Declared = Declared()) -> Vocabulary:
 def _not_listed(content: dict[str, Any], declared: Declared) -> bool:
     """Adds to the list of added tokens what is declared elsewhere; whether there was any."""
     vocab, listed = content["model"].get("vocab"), content.get("added_tokens") or []
-    if not isinstance(vocab, dict):
-        return False
+    if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
+        return False  # of lists, or refused when its texts are read
     ids = vocab | {token["content"]: token["id"] for token in listed}
     more = declared.of_vocabulary(ids, {token["content"] for token in listed})
     content["added_tokens"] = sorted([*listed, *more], key=lambda token: token["id"])
@@ -150,6 +150,14 @@ def parse_merges(merges: Sequence[Any]) -> list[tuple[str, str]]:
         if not isinstance(merge, (tuple, list)) or len(merge) != 2 or not all(isinstance(part, str) for part in merge):
             raise TokenizerError(f"merge {merge!r:.40} is no pair of tokens")
     return [(left, right) for left, right in found]
+
+
+def _encoded(texts: list[str], spelled: set[int] | None) -> list[bytes]:
+    """The tokens' bytes; spelled: those of a byte-level vocabulary that were added."""
+    try:
+        return [text.encode() for text in texts] if spelled is None else byte_level(texts, spelled)
+    except UnicodeEncodeError as error:
+        raise TokenizerError(f"token {error.object!r:.40} holds half of a surrogate pair: it is no text") from None
 
 
 def byte_level(texts: list[str], spelled: set[int]) -> list[bytes]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import numpy as np
@@ -72,6 +72,7 @@ class Documents:
     """Random tokens in documents of very different lengths; token 1 is BOS."""
 
     bos_id = 1
+    special_ids: ClassVar[dict[str, int]] = {}  # of the tokenizer whose place it takes, too
 
     def __init__(self, seed: int) -> None:
         generator = np.random.default_rng(seed)
