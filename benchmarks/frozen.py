@@ -138,7 +138,7 @@ def array_digest(folder: Path, row: dict[str, Any]) -> str:
 def training_line(work: Work, *flags: object) -> tuple[object, ...]:
     """A command that trains a small model from scratch on the bundled sample."""
     (work.folder / "shape.json").write_text(json.dumps(TRAINED))
-    size = ("--init", "shape.json", "--vocab_size", 512, "--seq_len", 128, "--batch_size", 16)
+    size = ("--init", "shape.json", "--vocab_size", 512, "--seq_len", 128, "--batch_size", 16, "--keep", "last")
     return ("finetune.tinystories", "--data", "sample", *size, "--threads", THREADS, "--workers", 1, *flags)
 
 
@@ -166,6 +166,7 @@ def interrupt(process: subprocess.Popen[str], metrics: Path) -> None:
 def run_of(out: Path) -> dict[str, Any]:
     """A run's metrics by step and the digest of its final weights."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["step"]]  # the validation of step 0 is younger than the first records
     files = sorted(path for path in (out / "final").iterdir())
     weights = [path for path in files if path.suffix in (".pth", ".safetensors")]
     return {"metrics": lines, "files": [path.name for path in files], ROUNDED: {"weights": digest(*weights)}}
@@ -175,6 +176,7 @@ def adapter(work: Work) -> dict[str, Any]:
     """A LoRA run on a seeded checkpoint with Llama 3's tokenizer."""
     ckpt = work.synth("--shape", "tiny", *MEMBER[:8], "--layers", 2)
     size = ("--method", "lora", "--lora_dropout", 0.1, "--seq_len", 64, "--batch_size", 4, "--max_steps", STEPS)
+    size += ("--lr", 2e-5, "--keep", "last")  # as when the record was made
     start = ("--data", "sample", "--ckpt", ckpt, "--eval_tokens", 1000, "--threads", 1, "--workers", 1)
     work.command("finetune.tinystories", *start, *size, "--out", "lora")
     weights = digest(*(work.folder / "lora" / "adapter").glob("*.safetensors"))

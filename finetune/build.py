@@ -8,7 +8,7 @@ adapters go around them. All of it follows from the config and the checkpoint, s
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,8 @@ from finetune.optim import select_trained_
 from finetune.parallelize import World, replicate
 from finetune.sharding import cut_layers_, shard_blocks_
 from nanollama.checkpoint import Checkpoint, open_checkpoint
-from nanollama.checkpoint.adapter import Adapter, read_adapter
+from nanollama.checkpoint.adapter import LINEARS, Adapter, read_adapter, target_names
+from nanollama.checkpoint.weights import Weights, as_weights
 from nanollama.model import Context, ModelConfig, Transformer
 from nanollama.tokenizer import Tokenizer
 
@@ -66,24 +67,47 @@ def build_model(start: Start, config: TrainConfig, vocab_size: int, device: torc
     On the meta device a checkpoint's model is empty, and nothing is read. Raises UserError for rows that are longer
     than the checkpoint's context.
     """
+    dtype = DTYPES[config.weights]
     if start.checkpoint is None:
         shape = init_shape(config, vocab_size)
-        weights = fresh_weights(shape, torch.Generator().manual_seed(config.seed))
-        return _own(shape, weights, device, DTYPES[config.weights])
-    shape = start.checkpoint.config
+        fresh = as_weights(fresh_weights(shape, torch.Generator().manual_seed(config.seed)))
+        return Transformer.from_weights(shape, Copies(fresh, device, dtype), dtype=dtype, device=device)
+    shape, stored = start.checkpoint.config, start.checkpoint.weights
     if config.seq_len > shape.max_seq_len:
         raise UserError(f"--seq_len {config.seq_len}: {config.ckpt} was made for at most {shape.max_seq_len} tokens")
     if device.type == "meta":
         with device:
             return Transformer(shape)
-    stored = {name: start.checkpoint.weights[name] for name in start.checkpoint.weights}
-    return _own(shape, stored, device, DTYPES[config.weights])
+    later = frozenset(target_names(shape, LINEARS) if config.method == "qlora" else ())
+    model = Transformer.from_weights(shape, Copies(stored, device, dtype, later), dtype=dtype, device=device)
+    if later:
+        quantize_base_(model, Copies(stored, device, dtype))
+    return model
 
 
-def _own(shape: ModelConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> Transformer:
-    # copy=True: an optimizer must never write into a memory-mapped file.
-    owned = {name: weight.to(device, dtype, copy=True) for name, weight in weights.items()}
-    return Transformer.from_weights(shape, owned, dtype=dtype, device=device)
+@dataclass(frozen=True)
+class Copies(Mapping[str, Tensor]):
+    """Weights in memory of their own, each copied when it is asked for: one at a time is there twice.
+
+    later: names of those that are one number, seen in their shape, since something smaller takes their place.
+    """
+
+    stored: Weights
+    device: torch.device
+    dtype: torch.dtype
+    later: frozenset[str] = frozenset()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.later:
+            return torch.zeros(1, dtype=self.dtype, device=self.device).expand(self.stored.shapes[name])
+        # copy=True: an optimizer must never write into a memory-mapped file.
+        return self.stored[name].to(self.device, self.dtype, copy=True)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
 
 
 def fresh_weights(shape: ModelConfig, generator: torch.Generator) -> dict[str, Tensor]:
@@ -125,8 +149,6 @@ def adapt_(model: Transformer, config: TrainConfig, tokenizer: Tokenizer, say: C
 
 
 def _add_adapter_(model: Transformer, config: TrainConfig, adapter: Adapter | None, ids: tuple[int, ...]) -> None:
-    if config.method == "qlora":
-        quantize_base_(model)
     generator = torch.Generator().manual_seed(config.seed)
     if adapter:
         _refuse_other_shape(config, adapter)

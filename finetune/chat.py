@@ -9,6 +9,11 @@ Llama 2's. The run says which.
 
 from pathlib import Path
 
+from finetune import interrupts
+
+if __name__ == "__main__":
+    interrupts.announce_()
+
 from finetune.config import TrainConfig
 from finetune.data.dialogs import read_dialogs
 from finetune.data.files import Say
@@ -39,8 +44,11 @@ def make(config: TrainConfig, tokenizer: Path, say: Say) -> Prepared:
     path, vocabulary = Path(config.data), Vocabulary.of(tokenizer)
     opened, out = open_tokenizer(tokenizer), Path(config.out) if config.out else None
     say(f"chat format: {template_source(opened)}")
-    train, val = read_dialogs(path, opened, config.seq_len, on_bad=config.on_bad, say=say, out=out)
-    if len(val.lengths) == len(train.lengths):
+    apart, bad = config.val_data is not None, config.on_bad
+    train, val = read_dialogs(path, opened, config.seq_len, on_bad=bad, say=say, out=out, hold_out=not apart)
+    if config.val_data:
+        _, val = read_dialogs(Path(config.val_data), opened, config.seq_len, on_bad=bad, say=say, hold_out=False)
+    elif len(val.lengths) == len(train.lengths):
         say(f"data: only {len(train.lengths)} dialogues: none is held out, validation is on the same")
     return Prepared(path.stem, tokenizer, vocabulary, train, val)
 

@@ -23,6 +23,11 @@ LORA_METHODS = ("lora", "qlora")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of --dtype and --weights
 MESH = ("dp", "fsdp", "tp")  # processes along each dimension, see finetune/mesh.py
 FROM_PRESET = ("seq_len", "batch_size", "lr", "max_steps", "vocab_size")  # 0: what the preset says
+EVAL_TOKENS = 50_000
+TWO_LENGTHS = "--epochs {0.epochs:g} and --max_steps {0.max_steps} together: each says how long to train"
+WHEN = ("sample_every", "eval_every", "eval_tokens", "patience", "epochs")
+# Peak rates for a trained checkpoint; measured on SmolLM2-135M (docs/LOG.md).
+RATES = {"full": 2e-5, "no_embeddings": 2e-5, "norms": 1e-3, "lora": 2e-4, "qlora": 2e-4}
 
 
 # What no machine of today has, and what would only end in a traceback of an allocation.
@@ -36,6 +41,7 @@ class TrainConfig:
 
     # Data
     data: str = "auto"  # auto, tinystories, sample, a .txt, .md, .jsonl, .csv, .parquet, a folder, a hub id, shards
+    val_data: str | None = None  # validate on this, and train on all of --data; else some documents are held out
     field: str = "text"  # the field or column of rows that holds the document
     separator: str = "<|endoftext|>"  # between the documents of a .txt or .md file; \n: one document a line
     on_bad: Literal["stop", "skip"] = "stop"  # what becomes of documents and dialogues that cannot be used
@@ -67,14 +73,15 @@ class TrainConfig:
     # Run
     out: str | None = None  # folder of the run; else out/ENTRY-TIME
     resume: bool = False  # continue the run in --out, bit by bit
-    max_steps: int = 0  # optimizer steps; 0: the preset's
-    seq_len: int = 0  # tokens in a packed row; 0: the preset's
+    max_steps: int = 0  # optimizer steps; 0: the preset's, or of --ckpt 3 epochs, at least 50 steps, at most 1000
+    epochs: float = 0.0  # passes over the training data, in place of --max_steps; 0: as --max_steps says
+    seq_len: int = 0  # tokens in a packed row; 0: the preset's, at most what the checkpoint was made for
     batch_size: int = 0  # rows in a micro-batch, on each rank; 0: the preset's
     accumulate: int = 1  # micro-batches in a step, on each rank
     doc_mask: Literal["on", "off"] = "on"  # off: attention and positions run across documents, for comparison only
     seed: int = 0  # of weights, data order and dropout
     # Optimizer
-    lr: float = 0.0  # peak learning rate; 0: the preset's
+    lr: float = 0.0  # peak learning rate; 0: the preset's, of --ckpt the method's (docs/finetune.md)
     min_lr: float = 0.1  # at the end of the schedule, as a fraction of lr
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warmup
     warmup_steps: int = -1  # from 0 to lr; -1: a twentieth of max_steps, at most 1000
@@ -103,8 +110,10 @@ class TrainConfig:
     # What is seen and kept
     save_every: int = 100  # steps between checkpoints; there is one at the end and at SIGINT, SIGTERM as well
     save: Literal["whole", "sharded", "async"] = "whole"  # sharded: each rank writes its part; async: while it trains
-    eval_every: int = 100  # steps between validation losses; there is one at the end as well
-    eval_tokens: int = 50_000  # validation tokens looked at, about
+    eval_every: int = 100  # steps between validation losses, beside those of step 0 and of the end; 0: those alone
+    eval_tokens: int = 0  # validation tokens looked at, about; 0: 50,000, with --ckpt at most what the run trains on
+    patience: int = 0  # stop after so many validations in a row that are no better than the best; 0: never
+    keep: Literal["best", "last"] = "best"  # what becomes final/: the step of the lowest validation loss, or the last
     sample_every: int = 0  # steps between samples; 0: only at the end
     prompt: str = "Once upon a time"  # of the samples
     doctor: Literal["quick", "full", "off"] = "quick"  # look for ills before the first step; full: some 30 s
@@ -113,20 +122,10 @@ class TrainConfig:
     export: Literal["hf"] | None = None  # also write final-hf/, a Hugging Face folder
 
     def __post_init__(self) -> None:
-        for name in ("accumulate", "save_every", "eval_every", "eval_tokens", "lora_rank", "collective_timeout_s"):
+        for name in ("accumulate", "save_every", "lora_rank", "collective_timeout_s"):
             _at_least(self, name, 1)
-        for name in (
-            "beta",
-            "lr",
-            "min_lr",
-            "weight_decay",
-            "grad_clip",
-            "dropout",
-            "sample_every",
-            "seed",
-            *MESH,
-            *FROM_PRESET,
-        ):
+        rates = ("beta", "lr", "min_lr", "weight_decay", "grad_clip", "dropout")
+        for name in (*rates, "seed", *MESH, *FROM_PRESET, *WHEN):
             _at_least(self, name, 0)
         for name in ("threads", "workers"):
             _at_least(self, name, 0)
@@ -149,6 +148,8 @@ class TrainConfig:
                 "--optimizer_in_backward frees each gradient before the others are known: add --grad_clip 0 and "
                 "--accumulate 1"
             )
+        if self.patience and not self.eval_every:
+            raise UserError(f"--patience {self.patience} counts validations, and --eval_every 0 makes none: give both")
         if self.offload_activations and not self.activation_checkpointing:
             raise UserError("--offload_activations moves what --activation_checkpointing keeps: add that flag too")
         if self.method not in METHODS:
@@ -223,7 +224,7 @@ PRESETS = {
     ),
 }
 # For --ckpt and --init FILE.json.
-FROM_CHECKPOINT = Preset({}, 32000, 1024, 4, 2e-5, 1000)
+FROM_CHECKPOINT = Preset({}, 32000, 1024, 4, RATES["full"], 0)  # the data say how many steps
 FROM_FILE = Preset({}, 32000, 256, 16, 1e-3, 1000)
 
 
@@ -237,8 +238,12 @@ def preset(config: TrainConfig) -> Preset:
     raise UserError(f"--init {config.init}: expected one of {', '.join(PRESETS)} or a .json file of shapes")
 
 
-def resolve(config: TrainConfig, device: str, threads: int) -> TrainConfig:
-    """Everything that was left to the preset, the device or the machine gets its value."""
+def resolve(config: TrainConfig, device: str, threads: int, context: int = 0) -> TrainConfig:
+    """Everything that was left to the preset, the device or the machine gets its value; but `max_steps` stays 0 where
+    it follows from the data (finetune/recipe.py). context: tokens that the checkpoint was made for. Raises UserError.
+    """
+    if config.epochs and config.max_steps:
+        raise UserError(TWO_LENGTHS.format(config))
     if (config.ckpt or config.tokenizer) and config.vocab_size:
         brings = "--ckpt brings" if config.ckpt else "--tokenizer names"
         raise UserError(f"--vocab_size trains a tokenizer, but {brings} one: give one of them")
@@ -247,13 +252,23 @@ def resolve(config: TrainConfig, device: str, threads: int) -> TrainConfig:
     if not config.ckpt and not config.init:
         config = replace(config, init="260K" if device == "cpu" else "15M")
     recipe, chosen = preset(config), asdict(config)
+    if config.ckpt:
+        chosen["lr"] = config.lr or RATES[config.method]
+        chosen["seq_len"] = config.seq_len or min(recipe.seq_len, context or recipe.seq_len)
     for name in FROM_PRESET:
-        chosen[name] = chosen[name] or getattr(recipe, name)
-    if chosen["warmup_steps"] < 0:
-        chosen["warmup_steps"] = min(1000, chosen["max_steps"] // 20)
+        if name != "max_steps" or not config.epochs:
+            chosen[name] = chosen[name] or getattr(recipe, name)
+    if chosen["max_steps"]:
+        chosen["warmup_steps"] = warmup_steps(config, chosen["max_steps"])
+    if not config.ckpt:
+        chosen["eval_tokens"] = config.eval_tokens or EVAL_TOKENS
     if config.weights == "bf16":
         chosen["dtype"] = "bf16"
     return TrainConfig(**{**chosen, "device": device, "threads": threads})
+
+
+def warmup_steps(config: TrainConfig, max_steps: int) -> int:
+    return config.warmup_steps if config.warmup_steps >= 0 else min(1000, max_steps // 20)
 
 
 def init_shape(config: TrainConfig, vocab_size: int) -> ModelConfig:
@@ -287,30 +302,46 @@ def init_shape(config: TrainConfig, vocab_size: int) -> ModelConfig:
     return ModelConfig(**{**common, **shape})
 
 
-# Fields that may differ between a run and its continuation: they change what is seen and kept, and on how many ranks,
-# not what is computed.
+# Fields that may differ between a run and its continuation. FREE: they change what is seen and kept, and on how many
+# ranks, not what is computed. GOING_ON: the rest of the run is another one, which is said and logged.
 FREE = frozenset(
     ("resume", "out", "cache", "workers", "save_every", "eval_every", "eval_tokens", "sample_every", "prompt")
-    + ("tensorboard", "wandb", "export", "collective_timeout_s", "dp", "fsdp", "tp", "save", "doctor")
+    + ("tensorboard", "wandb", "export", "patience", "collective_timeout_s", "dp", "fsdp", "tp", "save", "doctor")
 )
+GOING_ON = ("lr", "min_lr", "schedule", "weight_decay", "grad_clip", "max_steps", "epochs")
 
 
 def merge_resumed(given: TrainConfig, saved: TrainConfig, defaults: TrainConfig) -> TrainConfig:
-    """The run's own config, with the free fields as given. Raises UserError when another field was given and differs.
+    """The run's own config, with what may differ as given. Raises UserError when another field was given and differs.
 
     A field that has its default value counts as not given.
     """
-    free: dict[str, Any] = {"resume": True}
+    chosen: dict[str, Any] = {"resume": True}
     for f in fields(TrainConfig):
         new, old, default = (getattr(c, f.name) for c in (given, saved, defaults))
         if new in (default, old):
             continue
-        if f.name not in FREE:
+        if f.name not in (*FREE, *GOING_ON):
+            may = ", ".join(f"--{name}" for name in GOING_ON)
             raise UserError(
-                f"--resume continues a run with --{f.name} {old}, not {new}: drop the flag, or start anew elsewhere"
+                f"--resume continues a run with --{f.name} {old}, not {new}: drop the flag, or start anew elsewhere "
+                f"(what may change: {may})"
             )
-        free[f.name] = new
-    return replace(saved, **free)
+        chosen[f.name] = new
+    if given.epochs and given.max_steps:
+        raise UserError(TWO_LENGTHS.format(given))
+    if "epochs" in chosen:
+        chosen["max_steps"] = 0  # which follows from the data
+    elif "max_steps" in chosen:
+        chosen["epochs"] = 0.0
+    return replace(saved, **chosen)
+
+
+def changes(saved: TrainConfig, now: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Field -> (before, after) of what a resumed run does otherwise, or shows and keeps otherwise."""
+    names = [f.name for f in fields(TrainConfig) if f.name not in ("resume", "out", "cache", "workers")]
+    pairs = {name: (getattr(saved, name), getattr(now, name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 # Fields that mean something to one entry alone.

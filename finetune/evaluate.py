@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from finetune.data.documents import Documents, Ints, first_documents, whole, whole_mask
-from finetune.data.packing import Packing
+from finetune.data.documents import Bools, Documents, Ints, MaskedDocuments, first_documents, whole, whole_mask
+from finetune.data.packing import Packer, Packing
 from finetune.parallelize import World
 from nanollama.tokenizer import Tokenizer
 
@@ -39,19 +39,52 @@ class HeldOut:
     rows: list[list[int]]
     documents: int
     text_bytes: int  # of the labels
+    tokens: int  # labels
 
     def score(self, nats: float, tokens: int) -> Score:
         return Score(nats / tokens, nats / math.log(2) / self.text_bytes)
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """The first tokens of one document, as Documents: a whole book would be validated on otherwise."""
+
+    documents: Documents
+    lengths: Ints
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.documents.bos_id
+
+    def tokens(self, document: int, start: int, stop: int) -> Ints:
+        return self.documents.tokens(document, start, stop)
+
+
 def hold_out(packer: Packing, tokenizer: Tokenizer, max_tokens: int) -> HeldOut:
-    """The first documents, about `max_tokens` of them and at least one."""
+    """The first documents, about `max_tokens` of them and at least one; of one that is far longer its beginning."""
     documents = packer.documents
+    if isinstance(packer, Packer) and documents.lengths[0] > 2 * max_tokens and not _is_masked(documents):
+        documents = Beginning(documents, np.array([max_tokens]))
+        packer = Packer(documents, packer.seq_len, doc_mask=packer.doc_mask)
     count = first_documents(documents, max_tokens)
-    special = list(tokenizer.special_ids.values())  # their names are no text
-    ids = (whole(documents, i)[whole_mask(documents, i)] for i in range(count))
-    texts = (tokenizer.decode(labels[~np.isin(labels, special)].tolist()) for labels in ids)
-    return HeldOut(packer, packer.in_order(count), count, sum(len(text.encode()) for text in texts))
+    special = np.array(sorted(tokenizer.special_ids.values()), dtype=np.int64)
+    labels = [whole(documents, i)[_labels(documents, i)] for i in range(count)]
+    # The names of special tokens are no text: <|eot_id|> is one label and no byte.
+    texts = (tokenizer.decode(ids[~np.isin(ids, special)].tolist()) for ids in labels)
+    bytes_of_text = sum(len(text.encode()) for text in texts)
+    return HeldOut(packer, packer.in_order(count), count, max(1, bytes_of_text), sum(map(len, labels)))
+
+
+def _is_masked(documents: Documents) -> bool:
+    """Dialogues and pairs are never longer than a row."""
+    return isinstance(documents, MaskedDocuments)
+
+
+def _labels(documents: Documents, i: int) -> Bools:
+    """Which tokens of one document are predicted: never its first."""
+    mask = whole_mask(documents, i).copy()
+    mask[:1] = False
+    return mask
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ does, A uniform within 1/sqrt(inputs) and B zero, so training starts from the ba
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
@@ -236,12 +236,15 @@ class NF4Linear(nn.Module):
         return self._multiply(x, self.nf4)
 
 
-def quantize_base_(model: Transformer) -> None:
-    """Every linear layer of the blocks in 4 bits; embedding, norms and head stay as they are. Raises UserError."""
-    for block in model.layers:
-        for parent in (block.attention, block.feed_forward):
-            for name in [n for n in LINEARS if hasattr(parent, n)]:
-                setattr(parent, name, NF4Linear(getattr(parent, name).weight))
+def quantize_base_(model: Transformer, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Every linear layer of the blocks in 4 bits; embedding, norms and head stay as they are. Raises UserError.
+
+    weights: their matrices by Meta's names, read one at a time, so that the whole base is never there; None: the
+    model's own.
+    """
+    stored = model.state_dict() if weights is None else weights
+    for weight in target_names(model.config, LINEARS):
+        _replace_(model, weight.removesuffix(".weight"), NF4Linear(stored[weight]))
 
 
 def _torchao() -> tuple[Callable[..., Any], Callable[..., Tensor]]:

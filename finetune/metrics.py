@@ -3,10 +3,14 @@ for.
 
 {"step": 7, "loss": 5.1, "lr": 0.001, "grad_norm": 0.9, "tokens": 28553, "tokens_per_s": 9000.0, "peak_bytes": 41000}
 {"step": 100, "val_loss": 3.2, "val_bpb": 1.4}
+{"step": 100, "changed": {"lr": [0.001, 0.0005]}}      of a run that was resumed otherwise
 """
 
 import json
+import math
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -93,6 +97,33 @@ class WandB:
         self.run.finish()
 
 
+class Lines:
+    """Progress where nobody watches a bar move: a line for the first step, then one every ten seconds."""
+
+    def __init__(self, max_steps: int, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.max_steps, self.every_s, self.clock = max_steps, every_s, clock
+        self.first: tuple[int, float] | None = None  # step, when it was done
+        self.last_s = -math.inf  # when a line was given
+
+    def of_step(self, step: int, metrics: StepMetrics) -> str:
+        """The line for a step that is done; "" where it is too early for another."""
+        now = self.clock()
+        self.first = self.first or (step, now)
+        if now - self.last_s < self.every_s and step != self.max_steps:
+            return ""
+        self.last_s = now
+        done, taken = step - self.first[0], now - self.first[1]
+        left = f", {in_words(taken / done * (self.max_steps - step))} left" if done and step < self.max_steps else ""
+        return f"step {step:,}/{self.max_steps:,}: loss {metrics.loss:.3f}, {metrics.tokens_per_s:,.0f} tok/s{left}"
+
+
+def in_words(seconds: float) -> str:
+    """About so long: 8 s, 12 min, 3.4 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 SAMPLES = "samples.jsonl"  # {"step": 100, "sample": "Once upon a time there was a llama"}
 
 
@@ -111,12 +142,14 @@ class Metrics:
             keep_until_(out / "metrics.jsonl", first_step)
             keep_until_(out / SAMPLES, first_step)
             self.file = (out / "metrics.jsonl").open("a", encoding="utf-8")
+        at_terminal = sys.stderr.isatty()
+        self.lines = None if at_terminal or not self.is_main else Lines(config.max_steps)
         self.bar = tqdm(
             total=config.max_steps,
             initial=first_step,
             unit="step",
-            disable=not self.is_main,
-            mininterval=0.2 if sys.stderr.isatty() else 10,
+            disable=not self.is_main or not at_terminal,
+            mininterval=0.2,
         )
 
     def __enter__(self) -> "Metrics":
@@ -135,11 +168,21 @@ class Metrics:
         shown = {"loss": f"{metrics.loss:.3f}", "tok/s": f"{metrics.tokens_per_s:,.0f}"}
         self.bar.set_postfix({**shown, "MB": f"{metrics.peak_bytes / 1e6:,.0f}"}, refresh=False)
         self.bar.update()
+        if self.lines and (line := self.lines.of_step(step, metrics)):
+            print(line, file=sys.stderr, flush=True)
 
     def write_score(self, step: int, score: Score) -> None:
         self._write(step, {"val_loss": score.loss, "val_bpb": score.bpb, **score.more})
         more = "".join(f", {name.removeprefix('val_')} {value:.4f}" for name, value in score.more.items())
         self.say(f"step {step}: validation loss {score.loss:.4f}, {score.bpb:.4f} bits per byte{more}")
+
+    def write_changes(self, step: int, changed: dict[str, tuple[Any, Any]]) -> None:
+        """What a resumed run does otherwise from `step` on, said and logged."""
+        for name, (before, after) in changed.items():
+            self.say(f"step {step}: --{name} {before} -> {after}")
+        if self.is_main and changed:
+            self.file.write(json.dumps({"step": step, "changed": changed}) + "\n")
+            self.file.flush()
 
     def write_sample(self, step: int, text: str) -> None:
         if self.is_main:
@@ -178,9 +221,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_until_(path: Path, step: int) -> None:
-    """Drop the lines behind `step`: the steps that a resumed run does again."""
+    """Drop the lines behind `step`: the steps that a resumed run does again, all of them where it begins anew."""
     if path.exists():
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 

@@ -49,6 +49,8 @@ def find(config: TrainConfig, cache: Path, say: Say) -> Path:
         raise UserError(f"--data is missing: name {KINDS}")
     if not Path(config.data).exists() and not is_hub_id(config.data):
         raise UserError(f"--data {config.data}: no such file or folder: name {KINDS}")
+    if config.val_data:
+        raise UserError("--val_data: finetune.preference holds pairs of --data out: leave the flag out")
     if not config.ckpt:
         raise UserError("--ckpt is missing: name the checkpoint that learns what is preferred")
     return Path(config.data)

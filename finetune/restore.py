@@ -16,7 +16,7 @@ import safetensors
 import torch
 from torch import nn
 
-from finetune.config import FREE, TrainConfig
+from finetune.config import FREE, GOING_ON, TrainConfig
 from finetune.data.packing import Cursor, Packing
 from finetune.errors import UserError
 from finetune.optim import new_moments
@@ -118,7 +118,7 @@ def _check_same_config(saved: dict[str, Any], config: TrainConfig, path: Path) -
     check_config_types(saved, path)
     for field in fields(TrainConfig):
         value = getattr(config, field.name)
-        if field.name not in FREE | PLACES and field.name in saved and saved[field.name] != value:
+        if field.name not in FREE | PLACES | {*GOING_ON} and field.name in saved and saved[field.name] != value:
             what = f"was written with {field.name} {gate.shown(saved[field.name])}, the run's config.json says"
             raise UserError(f"{path}: {what} {gate.shown(value)}: bring back the one that is right")
 

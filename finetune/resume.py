@@ -21,28 +21,30 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
+from finetune.best import Best, keep_only
 from finetune.config import TrainConfig, from_json, merge_resumed, to_json
+from finetune.data.appended import Extent
 from finetune.data.files import write_atomically
 from finetune.data.packing import Cursor
 from finetune.errors import UserError
+from finetune.evaluate import Score
 from finetune.gather import Whole, local
 from finetune.mesh import mesh_sizes
 from finetune.optim import trained
 from finetune.parallelize import World, world_size
 from finetune.restore import SCHEMA, SHARDS, check_checkpoint, check_config_types, read_file, taken, with_older
 from finetune.shards import read_shards
-from nanollama.checkpoint.staging import Stage, staged
-from nanollama.checkpoint.streams import write_safetensors
-from nanollama.checkpoint.weights import Lazy
-from nanollama.tensor_parallel import like, part_of
+from finetune.tensors import read_tensors, write_tensors
+from nanollama import gate
+from nanollama.checkpoint.staging import staged
+from nanollama.tensor_parallel import like
 
 CONFIG = "config.json"
+BESIDE = ("entry", "world_size", "micro_batches")  # in config.json, what is no flag
 BEFORE = ("left_out.json", "doctor.json", "environment.json")  # what may lie beside it before the first step
 
 
@@ -53,6 +55,29 @@ class Progress:
     step: int = 0  # optimizer steps done
     tokens: int = 0  # labels trained on
     cursor: Cursor = field(default_factory=Cursor)  # of the next row
+    best: Best | None = None  # None: no validation since step 0
+    news: str = field(default="", compare=False)  # a word on documents that were appended, not kept
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run's state says of its data: a mark that changes with them, and how far they went."""
+
+    fingerprint: str
+    train: Extent | None = None
+    val: Extent | None = None
+    tokenizer: str = ""  # its file
+
+    def saved(self) -> dict[str, Any]:
+        """As state.json has it."""
+        sides = (("train", self.train), ("val", self.val))
+        documents = {side: part and part.saved() for side, part in sides}
+        return {"data": self.fingerprint, "documents": documents, "tokenizer": self.tokenizer}
+
+
+def as_data(data: Data | str) -> Data:
+    """A fingerprint alone says nothing of how far the data went: nothing may be appended."""
+    return Data(data) if isinstance(data, str) else data
 
 
 @dataclass(frozen=True)
@@ -68,36 +93,36 @@ class RunFolder:
         progress: Progress,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        fingerprint: str,
+        data: Data | str,
         whole: Whole = Tensor.detach,
     ) -> None:
         """Write a checkpoint, then remove the older ones. Raises CheckpointError when the disk refuses; they stay then.
 
-        fingerprint: of the data. whole: what gives a tensor of `saved_tensors` in one piece.
+        whole: what gives a tensor of `saved_tensors` in one piece.
         """
         folder = self.checkpoint(progress.step)
         if (folder / "state.json").exists():
             return
         tensors, _ = _optimizer_state(model, optimizer)
-        finish = self.finisher(progress, model, optimizer, fingerprint)
+        finish = self.finisher(progress, model, optimizer, data)
         with staged(folder) as stage:
-            _write_tensors(stage, "model.safetensors", trained(model), whole)
-            _write_tensors(stage, "optimizer.safetensors", tensors, whole)
+            write_tensors(stage, "model.safetensors", trained(model), whole)
+            write_tensors(stage, "optimizer.safetensors", tensors, whole)
         finish()
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step_{step:08d}"
 
     def finisher(
-        self, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str
+        self, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, data: Data | str
     ) -> Callable[[], None]:
         """What makes a folder with the tensors of now a checkpoint: state.json. Then the older ones are removed."""
         state = {
             "schema": SCHEMA,
-            "progress": asdict(progress),
+            "progress": {name: value for name, value in asdict(progress).items() if name != "news"},
             "rng": "seeded by (seed, step, rank) at each step",
             "optimizer": _optimizer_state(model, optimizer)[1],
-            "data": fingerprint,
+            **as_data(data).saved(),
             "torch": torch.__version__,
             "config": to_json(replace(self.config, resume=False)),
         }
@@ -108,22 +133,36 @@ class RunFolder:
                 stage.text("state.json", json.dumps(state, indent=2) + "\n")
             for old in older:
                 _remove(old)
+            keep_only(self.path, progress.best.step if progress.best else None)
 
         return finish
 
-    def restore_(self, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str) -> Progress:
-        """Load the newest checkpoint; a run without any starts at step 0. Raises UserError."""
+    def saved_state(self) -> dict[str, Any] | None:
+        """state.json of the newest checkpoint. Raises UserError."""
+        found = checkpoints(self.path)
+        return read_file(found[-1] / "state.json") if found else None
+
+    def restore_(self, model: nn.Module, optimizer: torch.optim.Optimizer, data: Data | str) -> Progress:
+        """Load the newest checkpoint; a run without any starts at step 0. Raises UserError.
+
+        Documents that came behind those of the checkpoint begin a new pass.
+        """
         found = checkpoints(self.path)
         if not found:
             self._clean()
+            keep_only(self.path, None)
             return Progress()
         folder = found[-1]
+        if folder.name > f"step_{self.config.max_steps:08d}":
+            done = int(folder.name.removeprefix("step_"))
+            raise UserError(f"--max_steps {self.config.max_steps}: the run has done {done} steps already")
         try:
             state = check_checkpoint(folder, self.config, trained(model))
         except UserError as error:
             raise with_older(error, folder, found[-2] if len(found) > 1 else None) from None
-        if state.data != fingerprint:
-            raise UserError(f"{folder}: the data or its tokenizer has changed since this run was saved: bring it back")
+        raw = read_file(folder / "state.json")
+        news = _appended(raw, as_data(data), folder)
+        best = _best(raw["progress"], folder / "state.json")
         self._clean()
         parameters = trained(model)
         weights, states = _read_state(folder, parameters)
@@ -133,7 +172,16 @@ class RunFolder:
             for name, parameter in parameters.items():
                 local(parameter).copy_(weights[name])
         _restore_optimizer_(optimizer, parameters, states, state.scalars)
-        return Progress(state.step, state.tokens, state.cursor)
+        keep_only(self.path, best.step if best else None)
+        if news:
+            return Progress(state.step, state.tokens, Cursor(state.cursor.epoch + 1), news=news)
+        return Progress(state.step, state.tokens, state.cursor, best)
+
+    def write_config(self) -> None:
+        """config.json says what this run does from now on."""
+        path = self.path / CONFIG
+        saved = (read_file(path) if path.exists() else {}) | to_json(replace(self.config, resume=False))
+        write_atomically(path, (json.dumps(saved, indent=2) + "\n").encode())
 
     def _clean(self) -> None:
         """Remove what a kill left behind: half-written checkpoints, and older ones than the newest."""
@@ -147,7 +195,7 @@ class RunFolder:
         """A run that is refused before its first step leaves no folder, so that the mended line can be typed."""
         try:
             yield
-        except ValueError:
+        except (ValueError, KeyboardInterrupt):
             if world.is_main and {path.name for path in self.path.iterdir()} <= {CONFIG, *BEFORE}:
                 shutil.rmtree(self.path)
             raise
@@ -185,8 +233,14 @@ def resume(entry: str, given: TrainConfig, defaults: TrainConfig) -> RunFolder:
             f"--out {given.out}: holds no run to resume (config.json is missing): drop --resume to start one"
         )
     saved = read_file(path)
-    if taken(saved, "entry", str, path) != entry:
-        raise UserError(f"--out {given.out}: holds a run of another entry: resume it with the command that began it")
+    if not {"entry", "world_size"} & saved.keys():
+        raise UserError(f"{path}: was not written by a run (a model has one of this name, too): name the run's folder")
+    began = taken(saved, "entry", str, path)
+    if began != entry:
+        raise UserError(
+            f"--out {given.out}: holds a run of another entry, finetune.{gate.shown(began)}: resume it with the "
+            "command that began it"
+        )
     ranks = taken(saved, "world_size", int, path)
     micro_batches = taken(saved, "micro_batches", int, path) if "micro_batches" in saved else 0
     saved = {key: value for key, value in saved.items() if key not in ("entry", "world_size", "micro_batches")}
@@ -200,9 +254,46 @@ def resume(entry: str, given: TrainConfig, defaults: TrainConfig) -> RunFolder:
     return RunFolder(path.parent, replace(config, out=str(path.parent)), micro_batches)
 
 
+def saved_config(folder: RunFolder) -> TrainConfig:
+    """What config.json says."""
+    path = folder.path / CONFIG
+    return from_json({name: value for name, value in read_file(path).items() if name not in BESIDE}, path)
+
+
+def _best(progress: dict[str, Any], path: Path) -> Best | None:
+    """A state's best step; a version before this one knew none. Raises UserError."""
+    if progress.get("best") is None:
+        return None
+    best = taken(progress, "best", dict, path)
+    score = taken(best, "score", dict, path)
+    numbers = (taken(score, "loss", float, path), taken(score, "bpb", float, path))
+    return Best(taken(best, "step", int, path), Score(*numbers), taken(best, "waited", int, path))
+
+
 def checkpoints(out: Path) -> list[Path]:
     """Whole checkpoints of the run in this folder, oldest first."""
     return sorted(path.parent for path in (out / "checkpoints").glob("step_*/state.json"))
+
+
+def _appended(state: Mapping[str, Any], data: Data, folder: Path) -> str:
+    """A word on the documents behind those of the checkpoint; "" for the same data. Raises UserError for others."""
+    if state["data"] == data.fingerprint:
+        return ""
+    was: Any = state.get("documents") if isinstance(state.get("documents"), dict) else {}
+    grown = []
+    for side, now in (("train", data.train), ("val", data.val)):
+        before = Extent.read(was.get(side))
+        if before is None or now is None or not now.begins_with(before):
+            raise UserError(
+                f"{folder}: the data or its tokenizer has changed since this run was saved: bring it back (documents "
+                "may be appended behind those that were there)"
+            )
+        grown.append((before.count, now.count))
+    (train, more), (val, held) = grown
+    return (
+        f"data: {more - train:,} documents more to train on and {held - val:,} held out, behind the {train:,} and "
+        f"{val:,} that were there: a new pass over all of them begins"
+    )
 
 
 def _remove(checkpoint: Path) -> None:
@@ -245,41 +336,12 @@ def saved_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     return {**trained(model), **_optimizer_state(model, optimizer)[0]}
 
 
-def _write_tensors(stage: Stage, name: str, tensors: Mapping[str, Tensor], whole: Whole) -> None:
-    entries = {key: _when_asked(tensor, whole) for key, tensor in tensors.items()}
-    with stage.open(name) as file:
-        write_safetensors(file, entries)
-
-
-def _when_asked(tensor: Tensor, whole: Whole) -> Lazy:
-    return Lazy(tuple(tensor.shape), tensor.dtype, lambda start, stop: whole(tensor)[start:stop])
-
-
 def _read_state(folder: Path, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(weights, optimizer states): this rank's part of each."""
     if not (folder / SHARDS).exists():
-        weights = _read_tensors(folder / "model.safetensors", parameters)
-        return weights, _read_tensors(folder / "optimizer.safetensors", parameters)
+        weights = read_tensors(folder / "model.safetensors", parameters)
+        return weights, read_tensors(folder / "optimizer.safetensors", parameters)
     try:
         return read_shards(folder / SHARDS, parameters)
     except (OSError, CheckpointException) as error:
         raise UserError(f"{folder}: cannot be read ({error}): remove it to continue from an older one") from None
-
-
-def _read_tensors(path: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """This rank's part of each tensor in the file, on its parameter's device; states lie as their parameters do."""
-    device = str(next(iter(parameters.values())).device)
-    try:
-        with safetensors.safe_open(path, framework="pt", device=device) as file:
-            return {name: _read_part(file, name, parameters.get(name.partition(":")[0])) for name in file.keys()}  # noqa: SIM118 (a handle, no dict)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): remove its folder to continue from an older one") from None
-
-
-def _read_part(file: Any, name: str, parameter: Tensor | None) -> Tensor:
-    if not isinstance(parameter, DTensor):
-        return file.get_tensor(name)
-    part = part_of(parameter)
-    if any(rows.start == rows.stop for rows in part):  # fewer rows than ranks
-        return torch.empty_like(local(parameter))
-    return file.get_slice(name)[part].contiguous()

@@ -4,9 +4,7 @@ python -m finetune.tinystories          # one of the entries; the others are tin
 """
 
 import errno
-import json
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -16,31 +14,27 @@ from typing import Any
 
 import torch
 
+from finetune import interrupts
 from finetune.build import Start, adapt_, build_model, open_start
-from finetune.config import LORA_METHODS, TrainConfig, refuse_foreign, resolve
-from finetune.data.files import write_atomically
+from finetune.closing import Step, finish, quoted
+from finetune.config import TrainConfig, changes, refuse_foreign, resolve
+from finetune.data.documents import whole
 from finetune.distill import check_teaching, with_teacher
 from finetune.doctor.examine import examine_before
 from finetune.errors import TrainingStopped, UserError
-from finetune.evaluate import Score, bigram, whole
-from finetune.gather import Whole, gathering
 from finetune.launcher import folder_of_the_first_start, remember_folder, to_continue
 from finetune.lock import held
-from finetune.lora import adapter_of, merged_when_read
 from finetune.mesh import mesh_sizes
-from finetune.metrics import note_sample
 from finetune.parallelize import World, default_device, open_world, world_size
 from finetune.prepare.cache import Prepared, Say, cache_folder, prepare
-from finetune.prepare.corpus import Source
-from finetune.report import reported, write_report
-from finetune.resume import RunFolder, begin, checkpoints, resume
-from finetune.sharding import answering, refuse_unshardable, rest_
-from finetune.train import Outcome, Setup, train
+from finetune.prepare.corpus import Source, text_files
+from finetune.recipe import settle
+from finetune.report import reported
+from finetune.resume import RunFolder, begin, checkpoints, resume, saved_config
+from finetune.sharding import answering, refuse_unshardable
+from finetune.train import Setup, train
 from nanollama.chat import encode_chat
-from nanollama.checkpoint import CheckpointError
-from nanollama.checkpoint.adapter import write_adapter
-from nanollama.checkpoint.hf import write_hf
-from nanollama.checkpoint.meta import write_meta
+from nanollama.checkpoint import CheckpointError, open_checkpoint
 from nanollama.cli import run_config
 from nanollama.generation.llama import Llama, Sampling
 from nanollama.model import Transformer
@@ -64,21 +58,28 @@ class Entry:
     recipe: Callable[[TrainConfig], TrainConfig] = lambda config: config  # fills what is left open, or refuses
     ready: Callable[[Setup, Say], Setup] = lambda setup, say: setup  # what else is made of model and data
     larger: tuple[str, ...] = ()  # flags of larger runs, printed at the end of a default run
+    onward: tuple[Step, ...] = ()  # what may be done next with the model: (what for, a module and its flags)
 
 
 def run_entry(entry: Entry) -> None:
+    interrupts.hand_over_()
     run_config(TrainConfig, lambda config: run(entry, config), defaults=entry.defaults)
 
 
 def run(entry: Entry, given: TrainConfig) -> int:
     """The whole run; returns the exit code. Raises UserError, or another ValueError, for what the user can mend."""
-    if begun := folder_of_the_first_start():
-        given = replace(given, out=begun, resume=True)
-    folder = resume(entry.name, given, TrainConfig(**entry.defaults)) if given.resume else None
-    config = folder.config if folder else complete(entry, given)
-    sizes = mesh_sizes(config.dp, config.fsdp, config.tp, world_size=world_size())
-    refuse_unshardable(entry.name, config, sizes)
-    with closing(open_world(config.device, sizes, config.collective_timeout_s)) as world:
+    try:
+        if begun := folder_of_the_first_start():
+            given = replace(given, out=begun, resume=True)
+        folder = resume(entry.name, given, TrainConfig(**entry.defaults)) if given.resume else None
+        config = folder.config if folder else complete(entry, given)
+        sizes = mesh_sizes(config.dp, config.fsdp, config.tp, world_size=world_size())
+        refuse_unshardable(entry.name, config, sizes)
+        opened = open_world(config.device, sizes, config.collective_timeout_s)
+    except KeyboardInterrupt:
+        print(interrupts.WORD, file=sys.stderr)
+        return 130
+    with closing(opened) as world:
         return world.guard(lambda: run_on(entry, config, folder, world))
 
 
@@ -96,6 +97,12 @@ def run_on(entry: Entry, config: TrainConfig, folder: RunFolder | None, world: W
     except TrainingStopped as stopped:
         _complain(world, f"{stopped}\ncontinue with: {to_continue(entry.name, out)}")
         return stopped.code
+    except KeyboardInterrupt:
+        again = f"interrupted; continue with: {to_continue(entry.name, out)}"
+        _complain(world, again if checkpoints(out) else interrupts.WORD)
+        if world.peers:
+            raise
+        return 130
     except (OSError, CheckpointError) as error:
         if not _is_full_disk(error):
             raise
@@ -104,27 +111,59 @@ def run_on(entry: Entry, config: TrainConfig, folder: RunFolder | None, world: W
 
 
 def complete(entry: Entry, given: TrainConfig) -> TrainConfig:
-    """A new run's config, with what was left to the entry, the preset and the device filled in. Raises UserError."""
+    """A new run's config, with what was left to the entry, the preset, the checkpoint and the device filled in.
+
+    Raises UserError.
+    """
     device = default_device() if given.device == "auto" else given.device
     refuse_foreign(entry.name, given)
     check_teaching(entry.name, given)
-    return resolve(suggest(entry, entry.recipe(given)), device, given.threads or torch.get_num_threads())
+    context = open_checkpoint(given.ckpt).config.max_seq_len if given.ckpt and not given.seq_len else 0
+    threads = given.threads or torch.get_num_threads()
+    return resolve(suggest(entry, entry.recipe(given)), device, threads, context)
 
 
 def train_in(entry: Entry, folder: RunFolder, world: World) -> int:
-    """Everything between the run's folder and its final model, on this rank."""
-    config, say = folder.config, _sayer(world)
-    torch.set_num_threads(config.threads)
+    """Everything between the run's folder and its final model, on this rank; returns the exit code."""
+    say = _sayer(world)
+    torch.set_num_threads(folder.config.threads)
     with folder.forgotten_if_refused(world), reported(folder.path, world, say):
         setup, prepared = _set_up(entry, folder, world, say)
-        setup = entry.ready(setup, say)
+        setup = settled(entry.ready(setup, say))
         examine_before(setup, say, talks=entry.talks)
         setup = with_teacher(setup, say)
         outcome = train(setup)
-        finish(entry, setup, prepared, outcome, say)
+        finish(setup, prepared.tokenizer, outcome, _further(entry, setup.folder), say)
         world.wait_for_main()
         world.barrier()  # the main rank's end may be that of the store that the others ask
-    return 0
+    return int(outcome.verdict.is_worse)
+
+
+def only_set_up(entry: Entry, given: TrainConfig) -> Setup:
+    """A run that will not begin, to be looked at; it needs `--out`, a folder to be thrown away. Raises UserError."""
+    config = complete(entry, given)
+    world = open_world(config.device)
+    torch.set_num_threads(config.threads)
+    return settled(_set_up(entry, begin(entry.name, config), world, _sayer(world))[0])
+
+
+def settled(setup: Setup) -> Setup:
+    """With everything in its config that follows from the data, and with what is otherwise than before."""
+    config, was = setup.folder.config, saved_config(setup.folder)
+    masked = config.doc_mask == "on"
+    packer = setup.objective.packer(setup.train, config.seq_len, seed=config.seed, doc_mask=masked)
+    config = settle(config, packer, config.batch_size * setup.micro_batches)
+    changed = changes(was, config) if config.resume else {}
+    return replace(setup, folder=replace(setup.folder, config=config), changed=changed)
+
+
+def _further(entry: Entry, folder: RunFolder) -> list[Step]:
+    """What to do with the entry's model: talk to it, train it on, train a larger one."""
+    final, prompt = quoted(folder.path / "final"), quoted(folder.config.prompt)
+    talk = f"chat --ckpt {final}" if entry.talks else f"generate --ckpt {final} --prompt {prompt}"
+    onward = [(what, f"python -m {line} --ckpt {final}") for what, line in entry.onward]
+    larger = [("a larger one", f"python -m finetune.{entry.name} {flags}") for flags in entry.larger]
+    return [("talk to it", f"python -m nanollama {talk}"), *onward, *larger]
 
 
 def _set_up(entry: Entry, folder: RunFolder, world: World, say: Say) -> tuple[Setup, Prepared]:
@@ -133,7 +172,7 @@ def _set_up(entry: Entry, folder: RunFolder, world: World, say: Say) -> tuple[Se
     start = open_start(config)
     for notice in start.checkpoint.notices if start.checkpoint else ():
         say(notice)
-    prepared = _prepare(entry, config, start, world, say)
+    prepared = _prepare(entry, folder, start, world, say)
     tokenizer = open_tokenizer(prepared.tokenizer, rows=start.rows)
     unread = start.checkpoint.weights if start.checkpoint and world.mesh and config.chat_rows == "keep" else None
     model = build_model(start, config, tokenizer.vocab_size, world.device if unread is None else torch.device("meta"))
@@ -155,6 +194,7 @@ def _set_up(entry: Entry, folder: RunFolder, world: World, say: Say) -> tuple[Se
         world=world,
         sample=draw,
         unread=unread,
+        tokenizer_file=str(prepared.tokenizer),
     )
     return setup, prepared
 
@@ -183,15 +223,16 @@ def suggest(entry: Entry, given: TrainConfig) -> TrainConfig:
     return replace(given, **recipe)
 
 
-def _prepare(entry: Entry, config: TrainConfig, start: Start, world: World, say: Say) -> Prepared:
+def _prepare(entry: Entry, folder: RunFolder, start: Start, world: World, say: Say) -> Prepared:
     """The main rank prepares; then every rank opens what is there."""
+    config = folder.config
     cache = cache_folder(config.cache)
-    tokenizer = Path(config.tokenizer) if config.tokenizer else start.tokenizer
+    tokenizer = Path(config.tokenizer) if config.tokenizer else start.tokenizer or _tokenizer_of(folder)
     if config.ckpt and tokenizer is None:
         raise UserError(f"--ckpt {config.ckpt}: has no tokenizer beside it: name one with --tokenizer")
     if start.rows and tokenizer:
         fitting(open_tokenizer(tokenizer).vocabulary, start.rows)  # before an hour of tokenizing with another model's
-    source = world.from_main(lambda: entry.find(config, cache, say))
+    source = world.from_main(lambda: _find(entry, config, cache, say))
     if entry.make is not None:
         assert tokenizer is not None, "an entry that makes its documents finds no data without a checkpoint"
         return entry.make(config, tokenizer, say)
@@ -208,6 +249,23 @@ def _prepare(entry: Entry, config: TrainConfig, start: Start, world: World, say:
 
     world.from_main(lambda: opened(say).name)
     return opened(lambda text: None)
+
+
+def _tokenizer_of(folder: RunFolder) -> Path | None:
+    """The one that a run trained on its data when it began: documents that came later must not make another."""
+    state = folder.saved_state() if folder.config.resume else None
+    path = Path(state.get("tokenizer") or "") if state else Path()
+    return path if path.is_file() else None
+
+
+def _find(entry: Entry, config: TrainConfig, cache: Path, say: Say) -> Source | Path:
+    """The entry's data, with `--val_data` beside them where that is given."""
+    source = entry.find(config, cache, say)
+    if not config.val_data or entry.make is not None:
+        return source
+    if isinstance(source, Path):
+        raise UserError(f"--val_data {config.val_data}: {source} is a folder of shards, which has its own")
+    return replace(source, val=text_files(Path(config.val_data), "--val_data"))
 
 
 def check_rows(prepared: Prepared, tokenizer: Tokenizer, rows: int) -> None:
@@ -243,76 +301,7 @@ def describe(folder: RunFolder, prepared: Prepared, model: Transformer, world: W
     ranks = f" on each of {world.data_size} ranks" if world.data_size > 1 else ""
     ranks += f", mesh {world.sizes}" if world.mesh else ""
     rows = f"{config.batch_size} x {config.accumulate} rows of {config.seq_len} tokens"
-    say(f"run: {folder.path}: {config.max_steps} steps of {rows}{ranks}")
-
-
-def finish(entry: Entry, setup: Setup, prepared: Prepared, outcome: Outcome, say: Say) -> None:
-    """The final model, the report and what to type next. All ranks bring their shards; the main one writes."""
-    out, world = setup.folder.path, setup.world
-    rest_(setup.model)
-    with gathering(dict(setup.model.named_parameters()), world) as whole:
-        if whole is not None:
-            write_model(setup, prepared.tokenizer, whole)
-    text = setup.sample(setup.model) if world.is_main or world.mesh else ""
-    if not world.is_main:
-        return
-    beaten = bigram(prepared.train, outcome.held_out, prepared.vocabulary.size)
-    write_atomically(out / "summary.json", json.dumps(summary(outcome, beaten), indent=2).encode())
-    note_sample(out, outcome.progress.step, text)
-    say(f"sample: {text}")
-    say(
-        f"held-out bits per byte: {outcome.score.bpb:.4f}; a bigram model fitted on the training text: {beaten.bpb:.4f}"
-    )
-    say(f"held-out nats per token: {outcome.score.loss:.4f}; the bigram model: {beaten.loss:.4f}")
-    say(f"model: {out / 'final'}")
-    if setup.folder.config.method in LORA_METHODS:
-        say(f"adapter: {out / 'adapter'}, for --adapter beside --ckpt {setup.folder.config.ckpt}")
-    try:
-        say(f"report: {write_report(out)}")
-    except ValueError as error:  # the model is what counts: no picture is no failure
-        say(f"no report: {error}")
-    say("next:")
-    for command in _next_commands(entry, out / "final", setup.folder.config.prompt):
-        say(f"  {command}")
-
-
-def write_model(setup: Setup, tokenizer: Path, whole: Whole) -> None:
-    """final/ with adapters merged in, final-hf/ where asked for, and the adapter.
-
-    whole: gives a parameter in one piece.
-    """
-    config, out, model = setup.folder.config, setup.folder.path, setup.model
-    weights = merged_when_read(model, whole)
-    for folder, write in ((out / "final", write_meta), (out / "final-hf", write_hf)):
-        if folder.exists():
-            shutil.rmtree(folder)  # of this run, when it is resumed after its end
-        if folder.name == "final" or config.export == "hf":
-            write(folder, model.config, weights, tokenizer=tokenizer)
-    if config.method in LORA_METHODS:
-        write_adapter(out / "adapter", adapter_of(model, whole), model.config, base=base_name(config.ckpt or ""))
-
-
-def _next_commands(entry: Entry, final: Path, prompt: str) -> list[str]:
-    talk = f"chat --ckpt {final}" if entry.talks else f'generate --ckpt {final} --prompt "{prompt}"'
-    larger = [f"{_command(entry)} {flags}" for flags in entry.larger]
-    return [f"python -m nanollama {talk}", f"python -m parity.check --ckpt {final}", *larger]
-
-
-def base_name(ckpt: str) -> str:
-    """The checkpoint as an adapter names it, to be found from whatever folder: an absolute path, or a hub id."""
-    local = Path(ckpt).expanduser()
-    return str(local.resolve()) if ckpt and local.exists() else ckpt
-
-
-def summary(outcome: Outcome, beaten: Score) -> dict[str, float]:
-    return {
-        "steps": outcome.progress.step,
-        "tokens": outcome.progress.tokens,
-        "val_loss": outcome.score.loss,
-        "val_bpb": outcome.score.bpb,
-        "bigram_loss": beaten.loss,
-        "bigram_bpb": beaten.bpb,
-    }
+    say(f"run: {folder.path}: steps of {rows}{ranks}")
 
 
 def sample(model: Transformer, tokenizer: Tokenizer, prompt: str, *, talks: bool = False) -> str:
@@ -339,15 +328,3 @@ def _sayer(world: World) -> Say:
 def _complain(world: World, text: str) -> None:
     if world.is_main:
         print(text, file=sys.stderr, flush=True)
-
-
-def _command(entry: Entry) -> str:
-    return f"python -m finetune.{entry.name}"
-
-
-def only_set_up(entry: Entry, given: TrainConfig) -> Setup:
-    """A run that will not begin, to be looked at; it needs `--out`, a folder to be thrown away. Raises UserError."""
-    config = complete(entry, given)
-    world = open_world(config.device)
-    torch.set_num_threads(config.threads)
-    return _set_up(entry, begin(entry.name, config), world, _sayer(world))[0]

@@ -26,16 +26,16 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from finetune.gather import gathering
 from finetune.parallelize import World
-from finetune.resume import SHARDS, Progress, RunFolder, saved_tensors
+from finetune.resume import SHARDS, Data, Progress, RunFolder, saved_tensors
 from finetune.shards import ONE_PROCESS, disk_errors
 
 
 class Saver:
     """What saves a run, every time in the way that its config says."""
 
-    def __init__(self, folder: RunFolder, world: World, fingerprint: str, saved_step: int) -> None:
+    def __init__(self, folder: RunFolder, world: World, data: Data | str, saved_step: int) -> None:
         """saved_step: of the checkpoint from which the run goes on, 0 for none."""
-        self.folder, self.world, self.fingerprint, self.saved_step = folder, world, fingerprint, saved_step
+        self.folder, self.world, self.data, self.saved_step = folder, world, data, saved_step
         self.how = folder.config.save
         self.saves = 0
         self.waited_s = 0.0  # by training
@@ -85,10 +85,10 @@ class Saver:
         if self.how == "whole":
             with gathering(tensors, self.world) as whole:
                 if whole is not None:
-                    folder.save(progress, model, optimizer, self.fingerprint, whole)
+                    folder.save(progress, model, optimizer, self.data, whole)
             self.world.wait_for_main()
             return
-        finish = folder.finisher(progress, model, optimizer, self.fingerprint)
+        finish = folder.finisher(progress, model, optimizer, self.data)
         place = folder.checkpoint(progress.step) / SHARDS
         options: dict[str, Any] = {"process_group": self.group, "no_dist": self.world.size == 1}
         options["storage_writer"] = dcp.FileSystemWriter(place, single_file_per_rank=True, overwrite=True)

@@ -6,6 +6,11 @@ python -m finetune.text --data notes/ --ckpt Llama-3.2-1B
 
 from pathlib import Path
 
+from finetune import interrupts
+
+if __name__ == "__main__":
+    interrupts.announce_()
+
 from finetune.config import TrainConfig
 from finetune.data.rows import is_hub_id
 from finetune.errors import UserError
@@ -27,7 +32,7 @@ def find(config: TrainConfig, cache: Path, say: Say) -> Source | Path:
     return path_source(path, form, say)
 
 
-ENTRY = Entry("text", find, {})
+ENTRY = Entry("text", find, {}, onward=(("teach it to chat", "finetune.chat --data DIALOGS.jsonl"),))
 
 if __name__ == "__main__":
     run_entry(ENTRY)

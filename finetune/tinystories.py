@@ -6,6 +6,11 @@ python -m finetune.tinystories --init 15M --dtype bf16 --compile
 
 from pathlib import Path
 
+from finetune import interrupts
+
+if __name__ == "__main__":
+    interrupts.announce_()
+
 from finetune.config import PRESETS, TrainConfig
 from finetune.prepare.cache import Say, auto_source, path_source, sample_source, tinystories_source
 from finetune.prepare.corpus import Format, Source
@@ -24,13 +29,14 @@ def find(config: TrainConfig, cache: Path, say: Say) -> Source | Path:
     if config.data != "auto":
         return path_source(Path(config.data), Format.typed(config.separator, config.field, config.on_bad), say)
     tokens = config.max_steps * config.batch_size * config.accumulate * config.seq_len
-    return auto_source(cache, small=tokens < SMALL_RUN_TOKENS, say=say)
+    return auto_source(cache, small=0 < tokens < SMALL_RUN_TOKENS, say=say)
 
 
 ENTRY = Entry(
     "tinystories",
     find,
     {},
+    onward=(("train it on", "finetune.text --data NOTES.txt --method lora"),),
     larger=tuple(f"--init {name}" for name in list(PRESETS)[1:]),
 )
 

@@ -10,30 +10,37 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from types import FrameType, TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from finetune.average import averaged, update_average_, use_average_
+from finetune.best import Best, load_best_, write_best
 from finetune.build import mixed_precision, wrap_
 from finetune.config import DTYPES
+from finetune.data.appended import Extent
 from finetune.data.documents import Documents
 from finetune.data.packing import Cursor, MicroBatch
 from finetune.errors import TrainingStopped, UserError
-from finetune.evaluate import HeldOut, Score, hold_out, loss_model_of
-from finetune.gather import full
+from finetune.evaluate import Score, hold_out, loss_model_of
+from finetune.gather import full, gathering
 from finetune.launcher import started_by_torchrun
 from finetune.memory import plan_memory
-from finetune.metrics import Metrics, StepMetrics, flops_per_token, peak_bytes, peak_flops
+from finetune.metrics import Metrics, StepMetrics, flops_per_token, peak_bytes, peak_flops, read_metrics
 from finetune.objective import NEXT_TOKEN, Objective
 from finetune.optim import StepInBackward, learning_rate, make_optimizer, mixed_seed, set_learning_rate_, trained
 from finetune.parallelize import World, no_sync
+from finetune.preview import plan_lines
 from finetune.restore import check_cursor
-from finetune.resume import Progress, RunFolder
+from finetune.resume import Data, Progress, RunFolder
 from finetune.save import Saver
 from finetune.sharding import rest_, sum_partial_
+from finetune.verdict import Verdict, Yardsticks, doubt, judge, yardsticks
+from finetune.watch import Watch
 from nanollama.checkpoint.weights import Weights
 from nanollama.model import Transformer
 from nanollama.tensor_parallel import fill_
@@ -54,13 +61,21 @@ class Setup:
     sample: Callable[[Transformer], str]  # a text that the model continues
     unread: Weights | None = None  # of a model on the meta device: read when it is sharded, each rank its own part
     objective: Objective = NEXT_TOKEN  # what is learned
+    tokenizer_file: str = ""
+    changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # what a resumed run does otherwise than before
+
+    @property
+    def micro_batches(self) -> int:
+        """In a step, on all ranks together."""
+        return self.folder.micro_batches or self.folder.config.accumulate * self.world.data_size
 
 
 @dataclass(frozen=True)
 class Outcome:
     progress: Progress
-    score: Score  # of the held-out documents, at the end
-    held_out: HeldOut
+    score: Score  # of the held-out documents, with the parameters that are kept
+    yards: Yardsticks
+    verdict: Verdict
 
 
 class StopSignals:
@@ -91,37 +106,70 @@ class StopSignals:
 
 
 def train(setup: Setup) -> Outcome:
-    """Train from the newest checkpoint of the run's folder, or from step 0. Raises TrainingStopped, UserError."""
+    """Train from the newest checkpoint of the run's folder, or from step 0; the model ends with the parameters that are
+    kept. Raises TrainingStopped, UserError.
+    """
     config, world = setup.folder.config, setup.world
     loop = Loop(setup)
+    if world.is_main:
+        setup.folder.write_config()
     with StopSignals() as signals, Metrics(setup.folder, world, loop.progress.step) as metrics:
         plan = None if world.mesh else plan_memory(setup.model, config, world.device)
-        metrics.say(plan.text() if plan else "memory plan: python -m finetune.plan makes that of a sharded run")
-        score = None
-        while loop.progress.step < config.max_steps:
+        if world.is_main:
+            rows = config.batch_size * setup.micro_batches
+            for line in plan_lines(config, setup.model, loop.packer, loop.held_out, plan, rows):
+                metrics.say(line)
+        metrics.write_changes(loop.progress.step, setup.changed)
+        if loop.news:
+            metrics.say(loop.news)
+        if loop.progress.step == config.max_steps:
+            metrics.say(f"all {config.max_steps:,} steps are done: --max_steps with a larger number goes on")
+        yards = world.from_main(lambda: yardsticks(setup.train, loop.held_out, setup.tokenizer.vocab_size))
+        began = began_with(loop, metrics, yards)
+        watch = Watch.replayed(world.from_main(lambda: read_metrics(setup.folder.path / "metrics.jsonl")))
+        while loop.progress.step < config.max_steps and not loop.out_of_patience:
             measured, stop = loop.step(signals.caught)
             step = loop.progress.step
             is_last = step == config.max_steps
             metrics.write_step(step, measured)
-            if step % config.eval_every == 0 or is_last:
-                score = loop.evaluate()
-                metrics.write_score(step, score)
+            if is_last or (config.eval_every and step % config.eval_every == 0):
+                metrics.write_score(step, loop.judge())
+            trouble = watch.see(measured.loss, measured.grad_norm)
+            if trouble:
+                metrics.say(f"step {step}: {trouble}; its batch holds documents {loop.documents()}")
             if config.sample_every and step % config.sample_every == 0 and (world.is_main or world.mesh):
                 metrics.write_sample(step, setup.sample(setup.model))  # over shards by all ranks together
-            if step % config.save_every == 0 or is_last or stop:
-                loop.save(wait=bool(stop) or is_last)
+            if step % config.save_every == 0 or is_last or stop or watch.diverged or loop.out_of_patience:
+                loop.save(wait=bool(stop or watch.diverged) or is_last or loop.out_of_patience)
             if stop and not is_last:
                 name = signal.Signals(stop).name
                 raise TrainingStopped(f"stopped by {name} after step {step}, which is saved", 128 + stop)
-        planned = f", {plan.total / 1e6:,.0f} MB planned" if plan else ""
+            if watch.diverged and not is_last:
+                raise TrainingStopped(
+                    f"step {step}: {watch.diverged}; the state is saved: continue with a lower --lr", 1
+                )
+        if loop.out_of_patience:
+            metrics.say(f"step {loop.progress.step}: {config.patience} validations without a better one: stopped early")
         metrics.say(loop.saver.text())
         loop.saver.close()
+        planned = f", {plan.total / 1e6:,.0f} MB planned" if plan else ""
         metrics.say(f"memory: {peak_bytes(world.device) / 1e6:,.0f} MB at the peak{planned}")
-        score = score or loop.evaluate()
-        if config.ema:  # what the run leaves is the average
-            use_average_(loop.optimizer, loop.parameters)
-            score = replace(score, loss=score.more["val_ema_loss"], bpb=score.more["val_ema_bpb"])
-        return Outcome(loop.progress, score, loop.held_out)
+        return loop.outcome(yards, began)
+
+
+def began_with(loop: "Loop", metrics: Metrics, yards: Yardsticks) -> Score | None:
+    """The validation before the first step, or, of a run that goes on, the one that it wrote down then."""
+    step, out = loop.progress.step, loop.setup.folder.path
+    if not step or loop.news:
+        score = loop.evaluate()
+        metrics.write_score(step, score)
+        metrics.say(f"step {step}: beside it {yards.text()}")
+        if loop.config.ckpt and loop.learns_text and (word := doubt(yards, score)):
+            metrics.say(word)
+        return score
+    found = loop.world.from_main(lambda: [e for e in read_metrics(out / "metrics.jsonl") if "val_loss" in e])
+    first = next((e for e in found if e["step"] == 0), None)
+    return Score(first["val_loss"], first["val_bpb"]) if first else None
 
 
 @dataclass(frozen=True)
@@ -152,10 +200,15 @@ class Loop:
         self.in_backward = StepInBackward(self.optimizer) if config.optimizer_in_backward else None
         if self.in_backward and self.world.size > 1:
             raise UserError("--optimizer_in_backward runs in one process: gradients are not summed over ranks yet")
-        self.progress = setup.folder.restore_(model, self.optimizer, setup.fingerprint)
+        train, val = Extent.of(setup.train), Extent.of(setup.val)
+        self.data = Data(setup.fingerprint, train, val, setup.tokenizer_file)
+        self.progress = setup.folder.restore_(model, self.optimizer, self.data)
+        self.news = self.progress.news
         check_cursor(self.packer, self.progress.cursor)
-        self.saver = Saver(setup.folder, self.world, setup.fingerprint, self.progress.step)
+        self.saver = Saver(setup.folder, self.world, self.data, self.progress.step)
         self.ahead: StepData | None = None  # of the next step
+        self.rows: list[list[int]] = []  # of the step that was done last
+        self.judged: tuple[int, Score] | None = None  # the last validation, and its step
         self.autocast = mixed_precision(config, self.world.device)
         parameters = sum(p.numel() for p in model.parameters())
         self.flops_per_token = flops_per_token(model.config, parameters, config.seq_len)
@@ -193,7 +246,8 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         if self.config.ema:
             update_average_(self.optimizer, self.parameters, self.config.ema)
-        self.progress = Progress(self.progress.step + 1, self.progress.tokens + labels, data.behind)
+        self.rows, now = data.rows, self.progress
+        self.progress = replace(now, step=now.step + 1, tokens=now.tokens + labels, cursor=data.behind)
         return self._measure(loss, lr, grad_norm, labels / (time.perf_counter() - started)), stop
 
     def _take(self, cursor: Cursor) -> StepData:
@@ -201,7 +255,7 @@ class Loop:
         one rank sees in k times as many; where they do not come out even, some ranks end with empty rows.
         """
         size, world = self.config.batch_size, self.world
-        count = self.setup.folder.micro_batches or self.config.accumulate * world.data_size
+        count = self.setup.micro_batches
         rows, behind = self.packer.take(cursor, size * count)
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         parts += [[[]] * size] * (-count % world.data_size)
@@ -256,6 +310,59 @@ class Loop:
     def _score(self) -> Score:
         model = loss_model_of(self.loss_model)
         return self.objective.evaluate(model, self.held_out, self.world, self.config.batch_size, self.autocast)
+
+    def judge(self) -> Score:
+        """Validate, and keep the parameters where they are the best so far."""
+        score, step = self.evaluate(), self.progress.step
+        kept = self._of_what_is_left(score)
+        self.judged = step, kept
+        best = self.progress.best.after(step, kept) if self.progress.best else Best(step, kept)
+        self.progress = replace(self.progress, best=best)
+        if best.step == step and self.config.keep == "best":
+            rest_(self.setup.model)
+            left = averaged(self.optimizer, self.parameters) if self.config.ema else nullcontext()
+            with left, gathering(trained(self.setup.model), self.world) as whole:
+                if whole is not None:
+                    write_best(self.setup.folder.path, step, self.setup.model, whole)
+            self.world.wait_for_main()
+        return score
+
+    def _of_what_is_left(self, score: Score) -> Score:
+        """The score of what the run leaves: with --ema, of the average."""
+        if "val_ema_loss" not in score.more:
+            return replace(score, more={})
+        return Score(score.more["val_ema_loss"], score.more["val_ema_bpb"])
+
+    @property
+    def learns_text(self) -> bool:
+        """Whether the loss is that of the next token, which chance and a bigram model have, too."""
+        return self.setup.objective is NEXT_TOKEN
+
+    @property
+    def out_of_patience(self) -> bool:
+        best = self.progress.best
+        return bool(self.config.patience and best and best.waited >= self.config.patience)
+
+    def outcome(self, yards: Yardsticks, began: Score | None) -> Outcome:
+        """The verdict on the run; the model gets the parameters that are kept."""
+        step, best = self.progress.step, self.progress.best
+        if best and best.step == step:
+            self.judged = step, best.score
+        last = self.judged[1] if self.judged and self.judged[0] == step else self._of_what_is_left(self.evaluate())
+        kept, at = last, step
+        if best and best.step != step and self.config.keep == "best":
+            kept, at = best.score, best.step
+            rest_(self.setup.model)
+            if self.world.is_main or self.world.mesh:
+                load_best_(self.setup.folder.path, at, self.setup.model)
+        elif self.config.ema:
+            use_average_(self.optimizer, self.parameters)
+        verdict = judge(yards, began, kept, at, last, step, learns_text=self.learns_text)
+        return Outcome(self.progress, kept, yards, verdict)
+
+    def documents(self) -> list[int]:
+        """Those of the last step's batch."""
+        return self.packer.documents_in(self.rows)
 
     def save(self, *, wait: bool) -> None:
         """One checkpoint, continued on any number of ranks. wait: until it is on the disk, even if async."""

@@ -59,9 +59,10 @@ def read_dialogs(
     *,
     on_bad: OnBad = "stop",
     say: Say = silent,
+    hold_out: bool = True,
     out: Path | None = None,
 ) -> tuple[Dialogs, Dialogs]:
-    """(training, held out): each 20th dialogue is held out; fewer than 20 stand on both sides.
+    """(training, held out): each 20th dialogue is held out; fewer than 20 stand on both sides; without hold_out all do.
 
     Says which keys were left unread and which dialogues cannot be used: not JSON, no messages, a wrong role, nothing
     that the assistant says, an empty answer, more than `seq_len` tokens. Raises UserError for those unless they are to
@@ -87,8 +88,8 @@ def read_dialogs(
         say(f"data: keys beside the dialogues that are left unread: {printable(', '.join(counted))}")
     if not encoded:
         raise UserError(f"--data {path}: holds no dialogue: one JSON object with messages a line")
-    train = [dialogue for i, dialogue in enumerate(encoded) if not is_held_out(i)]
-    val = [dialogue for i, dialogue in enumerate(encoded) if is_held_out(i)] or encoded
+    train = [dialogue for i, dialogue in enumerate(encoded) if not (hold_out and is_held_out(i))]
+    val = [dialogue for i, dialogue in enumerate(encoded) if hold_out and is_held_out(i)] or encoded
     bos_id = tokenizer.bos_id if tokenizer.add_bos else None
     return joined(train, bos_id), joined(val, bos_id)
 

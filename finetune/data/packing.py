@@ -22,6 +22,7 @@ from torch import Tensor
 from finetune.data.documents import IGNORE, Bools, Documents, Ints, mask_of
 from finetune.errors import UserError
 
+COUNTED_WINDOWS = 100
 WINDOW_ROWS = 64  # rows packed together: enough to fill them to about 99%, few enough to be instant
 
 
@@ -133,6 +134,7 @@ class Packing(Protocol):
     def in_order(self, documents: int) -> list[list[int]]: ...
     def batch(self, rows: Sequence[Sequence[int]]) -> MicroBatch: ...
     def documents_in(self, rows: Sequence[Sequence[int]]) -> list[int]: ...
+    def rows_an_epoch(self) -> int: ...
 
 
 class Packer:
@@ -181,6 +183,13 @@ class Packer:
             if cursor.row == len(window):
                 cursor = Cursor(cursor.epoch, cursor.window + 1)
         return rows, cursor
+
+    def rows_an_epoch(self) -> int:
+        """Rows of one pass over the documents: counted where that is quick, else reckoned from the first windows."""
+        windows = -(-len(self.lengths) // self.window_pieces)
+        counted = min(windows, COUNTED_WINDOWS)
+        rows = sum(len(self.window(0, window)) for window in range(counted))
+        return rows if counted == windows else round(rows * windows / counted)
 
     def in_order(self, documents: int) -> list[list[int]]:
         """The pieces of the first `documents` documents, packed: for evaluation."""

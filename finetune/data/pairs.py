@@ -225,6 +225,9 @@ class PairPacker:
     def take(self, cursor: Cursor, count: int) -> tuple[list[list[int]], Cursor]:
         return self.order.take(cursor, count)
 
+    def rows_an_epoch(self) -> int:
+        return self.order.rows_an_epoch()
+
     def in_order(self, documents: int) -> list[list[int]]:
         return self.order.in_order(documents)
 

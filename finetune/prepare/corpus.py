@@ -34,7 +34,7 @@ from finetune.data.rows import (
 from finetune.data.tables import Row, check_column, is_table, read_header, read_table, table_parts
 from finetune.errors import UserError
 
-READING = 2  # changes whenever the same files are read as other documents, or held out otherwise
+READING = 3  # changes whenever the same files are read as other documents, or held out otherwise
 CHUNK_BYTES = 16 << 20
 MAX_DOCUMENT_BYTES = 1 << 20  # a longer document is cut at a line end: tokenizers slow down on endless strings
 SUFFIXES = (*TEXT_SUFFIXES, *ROW_SUFFIXES)
@@ -75,6 +75,7 @@ class Chunk:
     stop: int
     first: int  # number of its first document (in a .jsonl: line) in the file
     before: int = 0  # documents (lines, rows) in the files before
+    goes_on: int = -1  # number in the file of an endless document that the chunk cuts at its end; -1: none
 
 
 @dataclass(frozen=True)
@@ -88,27 +89,27 @@ class Source:
     title: str = ""  # for messages: the name, and what was left out
 
 
-def text_files(path: Path) -> tuple[Path, ...]:
+def text_files(path: Path, flag: str = "--data") -> tuple[Path, ...]:
     """The file, or the files of text below the folder, sorted. Raises UserError."""
-    return named_files(path, silent)[0]
+    return named_files(path, silent, flag)[0]
 
 
-def named_files(path: Path, say: Say) -> tuple[tuple[Path, ...], str]:
+def named_files(path: Path, say: Say, flag: str = "--data") -> tuple[tuple[Path, ...], str]:
     """`text_files`, and a name for them that lists what else lies in the folder. Raises UserError."""
     if not path.exists():
-        raise UserError(f"--data {path}: no such file or folder")
+        raise UserError(f"{flag} {path}: no such file or folder")
     files, title = find_files(path, SUFFIXES, say, _is_data)
     if not files:
-        raise UserError(f"--data {path}: the folder holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
+        raise UserError(f"{flag} {path}: the folder holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
     for file in files:
         if file.suffix.lower() not in SUFFIXES:
             check_text(file)  # which has better words for some
             raise UserError(
-                f"--data {path}: expected a .txt, .md, .jsonl, .csv, .tsv or .parquet file, a .json array, a folder of "
+                f"{flag} {path}: expected a .txt, .md, .jsonl, .csv, .tsv or .parquet file, a .json array, a folder of "
                 "them, or a folder of token shards"
             )
         if not file.stat().st_size:
-            raise UserError(f"--data {file}: the file is empty")
+            raise UserError(f"{flag} {file}: the file is empty")
     return files, title
 
 
@@ -168,9 +169,10 @@ def chunks(path: Path, form: Format, before: int = 0) -> Generator[Chunk, None, 
     start, first = 0, 0
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         while start < len(data):
-            stop = _boundary(data, start + CHUNK_BYTES, mark)
-            yield Chunk(path, start, stop, first, before)
-            first += sum(1 for _ in mark.finditer(data, start, stop))
+            stop, is_cut = _boundary(data, start + CHUNK_BYTES, mark)
+            ended = sum(1 for _ in mark.finditer(data, start, stop))
+            yield Chunk(path, start, stop, first, before, first + ended if is_cut else -1)
+            first += ended
             start = stop
     return first + 1
 
@@ -179,16 +181,19 @@ def _has_rows(path: Path) -> bool:
     return path.suffix.lower() in ROW_SUFFIXES
 
 
-def _boundary(data: mmap.mmap, target: int, mark: re.Pattern[bytes]) -> int:
-    """The first place at or behind `target` that ends a document, or, where none ends soon, a line."""
+def _boundary(data: mmap.mmap, target: int, mark: re.Pattern[bytes]) -> tuple[int, bool]:
+    """The first place at or behind `target` that ends a document, or, where none ends soon, a line; and whether that
+    cuts a document.
+    """
     if target >= len(data):
-        return len(data)
+        return len(data), False
     for pattern in (mark, re.compile(LINE_END)):
         found = pattern.search(data, target, target + CHUNK_BYTES)
         if found:
             place = found.end()
-            return place + (data[place - 1 : place + 1] == b"\r\n")  # the range that was searched may end in one
-    return len(data)
+            # The range that was searched may end within a line end.
+            return place + (data[place - 1 : place + 1] == b"\r\n"), pattern is not mark
+    return len(data), False
 
 
 def documents(chunk: Chunk, form: Format, left_out: LeftOut | None = None) -> Iterator[tuple[int, str]]:
@@ -279,10 +284,11 @@ def split(
     left_out: as `documents` takes it.
     """
     for number, text in documents(chunk, form, left_out):
-        pieces: list[tuple[Split, str, bool]] = [(only or _side(chunk.before + number), text, True)]
+        is_whole = number != chunk.goes_on
+        pieces: list[tuple[Split, str, bool]] = [(only or _side(chunk.before + number), text, is_whole)]
         if small and only is None:
             at = _line_end(text, len(text) * 9 // 10)
-            pieces = [("train", text[:at], False), ("val", text[at:], True)]
+            pieces = [("train", text[:at], False), ("val", text[at:], is_whole)]
         for side, piece, ends in pieces:
             parts = list(_parts(piece))
             for i, part in enumerate(parts):

@@ -12,10 +12,11 @@ import safetensors.torch
 import torch
 
 from finetune.build import fresh_weights
+from finetune.closing import base_name
 from finetune.metrics import read_metrics
 from finetune.prepare.stories import stories
 from finetune.prepare.tokenizer import train_tokenizer
-from finetune.run import base_name, run_entry
+from finetune.run import run_entry
 from finetune.text import ENTRY
 from finetune.train import Loop
 from nanollama.__main__ import COMMANDS

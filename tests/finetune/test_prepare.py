@@ -128,6 +128,17 @@ def test_a_long_document_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest
     assert [ends for *_, ends in parts] == [False] * (len(parts) - 1) + [True]
 
 
+def test_a_document_that_a_block_cuts_ends_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", 100)
+    path = tmp_path / "endless.txt"
+    path.write_text("first" + "<|endoftext|>" + "some words in a line\n" * 30 + "<|endoftext|>" + "last")
+    chunks = list(corpus.chunks(path, Format()))
+    assert len(chunks) > 4
+    found = [(text, ends) for chunk in chunks for _, text, ends in corpus.split(chunk, Format(), "train", small=False)]
+    assert [text for text, ends in found if ends] == ["first", found[-2][0], "last"]
+    assert "\n".join(text for text, _ in found[1:-1]) == ("some words in a line\n" * 30).strip()
+
+
 def test_a_trained_tokenizer_repeats_splits_digits_and_spells_what_it_has_not_seen(tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert train_tokenizer([*STORIES, "Call 1234567 at 10:30"], 400, tmp_path / name) == 400
