@@ -38,7 +38,13 @@ SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 
 STEPS = 16
 SIZE = "--vocab_size 300 --seq_len 128 --batch_size 2 --save_every 2 --eval_every 4 --sample_every 6 --threads 1"
 LEFT_OUT = ("tokens_per_s", "peak_bytes")  # of metrics.jsonl: they differ from run to run
-PRELOADED = ("benchmarks.fault_child", "finetune.text", "nanollama.generation.llama", "fire", "sentencepiece")
+PRELOADED: tuple[str, ...] = (
+    "benchmarks.fault_child",
+    "finetune.text",
+    "nanollama.generation.llama",
+    "fire",
+    "sentencepiece",
+)
 PRELOADED += ("matplotlib.figure", "matplotlib.backends.backend_agg", "torch._dynamo")
 WAIT_S = 120  # for a run to end
 

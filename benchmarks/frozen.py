@@ -175,7 +175,18 @@ def run_of(out: Path) -> dict[str, Any]:
 def adapter(work: Work) -> dict[str, Any]:
     """A LoRA run on a seeded checkpoint with Llama 3's tokenizer."""
     ckpt = work.synth("--shape", "tiny", *MEMBER[:8], "--layers", 2)
-    size = ("--method", "lora", "--lora_dropout", 0.1, "--seq_len", 64, "--batch_size", 4, "--max_steps", STEPS)
+    size: tuple[object, ...] = (
+        "--method",
+        "lora",
+        "--lora_dropout",
+        0.1,
+        "--seq_len",
+        64,
+        "--batch_size",
+        4,
+        "--max_steps",
+        STEPS,
+    )
     size += ("--lr", 2e-5, "--keep", "last")  # as when the record was made
     start = ("--data", "sample", "--ckpt", ckpt, "--eval_tokens", 1000, "--threads", 1, "--workers", 1)
     work.command("finetune.tinystories", *start, *size, "--out", "lora")

@@ -165,6 +165,12 @@ class TaughtPacker:
     def __init__(self, packer: Packer, whole: Packer | None) -> None:
         self.documents, self.packer, self.whole = packer.documents, packer, whole
 
+    def holds(self, cursor: Cursor) -> bool:
+        return self.packer.holds(cursor)
+
+    def rows_an_epoch(self) -> int:
+        return self.packer.rows_an_epoch()
+
     def take(self, cursor: Cursor, count: int) -> tuple[list[list[int]], Cursor]:
         return self.packer.take(cursor, count)
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from finetune.errors import UserError
 from nanollama.generation.llama import Llama, Sampling
+from nanollama.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256  # of an answer, where the task does not say
 Pair = tuple[Any, list[int], list[int]]  # texts, ids of the context, ids of the continuation
@@ -72,11 +73,12 @@ def wrapped(llama: Llama, batch_size: int) -> Any:
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    tokenizer, longest = llama.tokenizer, llama.config.max_seq_len
-    if tokenizer is None:
+    longest = llama.config.max_seq_len
+    if llama.tokenizer is None:
         raise UserError("--tasks need a tokenizer: name one with --tokenizer")
+    tokenizer: Tokenizer = llama.tokenizer
 
-    class Wrapped(TemplateLM):  # type: ignore[misc]
+    class Wrapped(TemplateLM):
         tokenizer_name = "nanollama"
 
         @property

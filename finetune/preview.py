@@ -107,7 +107,7 @@ def _timed(model: Transformer, hidden: torch.Tensor, context: object, device: to
     block = model.layers[0]
     _finish(device)
     started = time.perf_counter()
-    type(block).forward(block, hidden, context)  # type: ignore[arg-type]
+    type(block).forward(block, hidden, context)
     _finish(device)
     return time.perf_counter() - started
 
