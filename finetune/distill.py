@@ -174,6 +174,9 @@ class TaughtPacker:
     def documents_in(self, rows: Sequence[Sequence[int]]) -> list[int]:
         return self.packer.documents_in(rows)
 
+    def holds(self, cursor: Cursor) -> bool:
+        return self.packer.holds(cursor)
+
     def batch(self, rows: Sequence[Sequence[int]]) -> TaughtBatch:
         batch = self.packer.batch(rows)
         labels = self.whole.batch(rows).labels if self.whole else batch.labels
