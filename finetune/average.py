@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-NAME = "ema"  # of the state
+AVERAGE = "ema"  # of the state
 
 
 @torch.no_grad()
@@ -17,9 +17,9 @@ def update_average_(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Pa
     """After a step: average = decay * average + (1 - decay) * weight, in fp32; it begins as the first step's."""
     for parameter in parameters:
         state = optimizer.state[parameter]
-        if NAME not in state:
-            state[NAME] = parameter.detach().float().clone()
-        state[NAME].lerp_(parameter.detach().float(), 1 - decay)
+        if AVERAGE not in state:
+            state[AVERAGE] = parameter.detach().float().clone()
+        state[AVERAGE].lerp_(parameter.detach().float(), 1 - decay)
 
 
 @contextmanager
@@ -39,5 +39,5 @@ def averaged(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter
 def use_average_(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
     """The parameters become their averages, where a step has been made."""
     for parameter in parameters:
-        if NAME in optimizer.state[parameter]:
-            parameter.copy_(optimizer.state[parameter][NAME])
+        if AVERAGE in optimizer.state[parameter]:
+            parameter.copy_(optimizer.state[parameter][AVERAGE])

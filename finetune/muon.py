@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune.config import TrainConfig
+
 EMBEDDINGS = ("tok_embeddings.weight", "output.weight")
+
+
+MOMENTUM = "momentum_buffer"  # torch's name of Muon's one moment
+
+
+def is_muons(name: str, parameter: nn.Parameter, config: TrainConfig) -> bool:
+    """Whether this run's parameter is updated by Muon."""
+    return config.optimizer == "muon" and is_orthogonalised(name, parameter)
 
 
 def is_orthogonalised(name: str, parameter: nn.Parameter) -> bool:

@@ -7,7 +7,7 @@ Types, ranges, shapes and dtypes are held against the model, the config and the 
 
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +16,11 @@ import safetensors
 import torch
 from torch import nn
 
+from finetune.average import AVERAGE
 from finetune.config import FREE, GOING_ON, TrainConfig
 from finetune.data.packing import Cursor, Packing
 from finetune.errors import UserError
+from finetune.muon import MOMENTUM, is_muons
 from finetune.optim import new_moments
 from finetune.shards import described
 from nanollama import gate
@@ -110,7 +112,7 @@ def check_checkpoint(folder: Path, config: TrainConfig, parameters: Mapping[str,
     else:
         _check_tensors(folder / "model.safetensors", asked)
         _check_tensors(folder / "optimizer.safetensors", moments)
-    _check_scalars(state, parameters, path)
+    _check_scalars(state, [n for n, p in parameters.items() if not is_muons(n, p, config)], path)
     return state
 
 
@@ -153,7 +155,9 @@ def _moments(
     eight_bit, found = config.optimizer == "adamw8bit", {}
     for name, parameter in parameters.items():
         bare = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-        for key, state in new_moments(bare, eight_bit).items():
+        kept = {MOMENTUM: bare} if is_muons(name, parameter, config) else new_moments(bare, eight_bit)
+        kept |= {AVERAGE: bare.float()} if config.ema else {}
+        for key, state in kept.items():
             found[f"{name}:{key}"] = (tuple(state.shape), state.dtype)
     return found
 
@@ -190,7 +194,8 @@ def _check_found(
             raise UserError(f"{path}: {what}: the file is of another run")
 
 
-def _check_scalars(state: State, parameters: Mapping[str, nn.Parameter], path: Path) -> None:
+def _check_scalars(state: State, parameters: Sequence[str], path: Path) -> None:
+    """Each parameter that AdamW updates has its number of steps."""
     asked = {f"{name}:step" for name in parameters} if state.step else set()
     if different := sorted(asked ^ state.scalars.keys()):
         what = "lacks" if different[0] in asked else "holds"
