@@ -90,8 +90,7 @@ class TrainConfig:
     beta2: float = 0.95  # AdamW
     eps: float = 1e-8  # AdamW
     grad_clip: float = 1.0  # largest norm of all gradients together; 0: no clipping
-    # adamw8bit: moments in bytes, 2 a parameter instead of 8; muon: for the blocks' matrices, AdamW for the rest
-    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"  # 8bit: moments in bytes; muon: of the blocks' matrices
     ema: float = 0.0  # decay of an average of the weights, such as 0.999, validated too and kept as final/; 0: none
     optimizer_in_backward: bool = False  # update each parameter when its gradient is there; --grad_clip 0 alone
     dropout: float = 0.0  # on the embedding and on what attention and feed-forward add to the residual

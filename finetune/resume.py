@@ -110,6 +110,10 @@ class RunFolder:
             write_tensors(stage, "optimizer.safetensors", tensors, whole)
         finish()
 
+    def micro_batches_of(self, world: World) -> int:
+        """In a step, on all ranks together."""
+        return self.micro_batches or self.config.accumulate * world.data_size
+
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step_{step:08d}"
 
@@ -153,9 +157,7 @@ class RunFolder:
             keep_only(self.path, None)
             return Progress()
         folder = found[-1]
-        if folder.name > f"step_{self.config.max_steps:08d}":
-            done = int(folder.name.removeprefix("step_"))
-            raise UserError(f"--max_steps {self.config.max_steps}: the run has done {done} steps already")
+        _refuse_shorter(self.config, folder)
         try:
             state = check_checkpoint(folder, self.config, trained(model))
         except UserError as error:
@@ -233,7 +235,7 @@ def resume(entry: str, given: TrainConfig, defaults: TrainConfig) -> RunFolder:
             f"--out {given.out}: holds no run to resume (config.json is missing): drop --resume to start one"
         )
     saved = read_file(path)
-    if not {"entry", "world_size"} & saved.keys():
+    if saved and not {"entry", "world_size"} & saved.keys():
         raise UserError(f"{path}: was not written by a run (a model has one of this name, too): name the run's folder")
     began = taken(saved, "entry", str, path)
     if began != entry:
@@ -251,7 +253,16 @@ def resume(entry: str, given: TrainConfig, defaults: TrainConfig) -> RunFolder:
     config = merge_resumed(given, from_json(saved, path), defaults)
     if ranks != world_size() or given.dp or given.fsdp or given.tp:  # the mesh that was is not the one that is
         config = replace(config, dp=given.dp, fsdp=given.fsdp, tp=given.tp)
+    for folder in checkpoints(path.parent)[-1:]:
+        _refuse_shorter(config, folder)
     return RunFolder(path.parent, replace(config, out=str(path.parent)), micro_batches)
+
+
+def _refuse_shorter(config: TrainConfig, checkpoint: Path) -> None:
+    """Raises UserError for a run that is to end before its newest checkpoint. 0 steps: the data will say how many."""
+    if config.max_steps and checkpoint.name > f"step_{config.max_steps:08d}":
+        done = int(checkpoint.name.removeprefix("step_"))
+        raise UserError(f"--max_steps {config.max_steps}: the run has done {done} steps already")
 
 
 def saved_config(folder: RunFolder) -> TrainConfig:

@@ -67,7 +67,7 @@ class Setup:
     @property
     def micro_batches(self) -> int:
         """In a step, on all ranks together."""
-        return self.folder.micro_batches or self.folder.config.accumulate * self.world.data_size
+        return self.folder.micro_batches_of(self.world)
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ class Loop:
         one rank sees in k times as many; where they do not come out even, some ranks end with empty rows.
         """
         size, world = self.config.batch_size, self.world
-        count = self.setup.micro_batches
+        count = self.setup.folder.micro_batches_of(world)
         rows, behind = self.packer.take(cursor, size * count)
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         parts += [[[]] * size] * (-count % world.data_size)

@@ -134,7 +134,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "cursor a text": (in_state(progress__cursor__window="0"), "window is '0'"),
     "epoch of 2^70": (in_state(progress__cursor__epoch=2**70), "64 bits"),
     "epoch of 2^60": (in_state(progress__cursor__epoch=2**60), "epoch is"),
-    "another learning rate": (in_state(config__lr=0.5), "was written with lr 0.5"),
+    "another dropout": (in_state(config__dropout=0.5), "was written with dropout 0.5"),
     "config of a text for a number": (in_state(config__lr="0.01"), "lr is '0.01'"),
     "optimizer step a text": (scalar("3"), "is '3'"),
     "optimizer step of 2.5": (scalar(2.5), "is 2.5"),
