@@ -62,6 +62,8 @@ def _draw_run(axes: Any, panel: Panel, lines: Lines, colour: str, name: str) -> 
     axes.plot(steps, values, linewidth=1, color=colour, label=name)
     if panel.logarithmic and all(value > 0 for value in values):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")  # its own writes TeX, which is not read here
+        axes.yaxis.set_minor_formatter(lambda value, place: "")
     checked, scores = _points(lines, panel.beside, panel.scale)
     if checked:
         axes.plot(checked, scores, "o--", markersize=4, linewidth=1, color=colour, label=f"{name}, validation")

@@ -59,6 +59,7 @@ def test_a_finished_run_shows_all_of_itself(home: Path) -> None:
         assert f"<h2>{title}</h2>" in shown
     for label in ("loss, nats per token", "learning rate", "gradient norm", "labels per second", "peak of memory"):
         assert label in shown
+    assert "mathdefault" not in shown  # TeX that nobody renders
     assert shown.count('class="sample">Once upon a time') == 2
     assert torch.__version__ in shown and 'class="first"' in shown
 

@@ -194,5 +194,5 @@ def test_texts_of_the_hub_that_are_out_of_reach_say_what_to_do(tmp_path: Path, m
     with pytest.raises(UserError, match=r"somebody/texts: no such file or folder, and .* name their folder"):
         find(TrainConfig(data="somebody/texts"), tmp_path, print)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'nanollama\[data\]'"):
+    with pytest.raises(UserError, match=r"pip install 'llama-parity\[data\]'"):
         find(TrainConfig(data="somebody/texts"), tmp_path, print)
