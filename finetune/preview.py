@@ -53,7 +53,8 @@ def _short(number: float) -> str:
 
 def _trained_share(model: Transformer) -> str:
     count, whole_model = sum(p.numel() for p in trained(model).values()), sum(p.numel() for p in model.parameters())
-    return f"trains {count:,} of {whole_model:,} parameters ({100 * count / whole_model:.2g}%)"
+    percent = 100 * count / whole_model
+    return f"trains {count:,} of {whole_model:,} parameters ({percent:.{0 if percent >= 10 else 2}f}%)"
 
 
 def warnings(train: Documents, held_out: HeldOut, epochs: float) -> list[str]:
