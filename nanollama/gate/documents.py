@@ -19,7 +19,6 @@ MAX_DEPTH = 24
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer.bin", "vocab.json", "merges.txt")
 
 WITHOUT_LIMIT = frozenset(("model_max_length",))  # transformers writes 1e30 as a whole number where there is none
-TOO_LONG = 10**41  # any number of more digits
 
 
 def limit_of(path: Path) -> int:
@@ -92,8 +91,7 @@ def _pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(items)
     for key, value in items:
         if type(value) is int and not -(2**63) <= value < 2**64 and key not in WITHOUT_LIMIT:
-            what = "" if abs(value) == TOO_LONG else f"{value}, "
-            raise ValueError(f"{key[:60]} is {what}a number of more than 64 bits")
+            raise ValueError(f"{key[:60]} is {gate.shown(value)}, a number of more than 64 bits")
     if len(found) < len(items):
         seen: set[str] = set()
         twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
@@ -106,8 +104,9 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _integer(digits: str) -> int:
-    """Python takes quadratic time for thousands of digits: TOO_LONG stands for those."""
-    return int(digits) if len(digits) <= 40 else TOO_LONG
+    if len(digits) > 4000:  # beyond which Python reads none
+        raise ValueError(f"the number {digits[:24]}... has more than 64 bits")
+    return int(digits)
 
 
 def _number(text: str) -> float:
