@@ -64,7 +64,7 @@ def hold_out(packer: Packing, tokenizer: Tokenizer, max_tokens: int) -> HeldOut:
     """The first documents, about `max_tokens` of them and at least one; of one that is far longer its beginning."""
     documents = packer.documents
     if isinstance(packer, Packer) and documents.lengths[0] > 2 * max_tokens and not _is_masked(documents):
-        documents = Beginning(documents, np.array([max_tokens]))
+        documents = Beginning(documents, np.array([max(max_tokens, 2)]))  # two tokens, one to predict
         packer = Packer(documents, packer.seq_len, doc_mask=packer.doc_mask)
     count = first_documents(documents, max_tokens)
     special = np.array(sorted(tokenizer.special_ids.values()), dtype=np.int64)

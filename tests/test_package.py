@@ -39,7 +39,7 @@ def test_every_command_of_a_script_is_there(package: str) -> None:
     for name in commands:
         places = [REPOSITORY / package / f"{name}.py", REPOSITORY / package / name / "__main__.py"]
         assert any(place.exists() for place in places), name
-    runnable = {p.stem for p in (REPOSITORY / package).glob("*.py") if '__name__ == "__main__"' in p.read_text()}
+    runnable = {p.stem for p in (REPOSITORY / package).glob("*.py") if '\nif __name__ == "__main__":' in p.read_text()}
     runnable |= {p.parent.name for p in (REPOSITORY / package).glob("*/__main__.py")}
     assert runnable - {"__main__", "candidates", "serve"} <= set(commands)
 

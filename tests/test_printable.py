@@ -13,7 +13,7 @@ import pytest
 from tqdm import tqdm
 
 import tiny
-from finetune.data import dialogs
+from finetune.data.left_out import LeftOut
 from nanollama import cli, describe, options
 from nanollama.checkpoint import open_checkpoint
 from nanollama.printable import Printed, error_line, printable, printable_all, printed, show_traceback
@@ -120,7 +120,10 @@ def test_notes_beside_the_answer_are_lines(name: str, capsys: pytest.CaptureFixt
 @NAMES
 def test_rows_of_data_are_named_in_lines(name: str) -> None:
     said: list[str] = []
-    dialogs._report([f"row 1: {name}", f"row 2: {name}"], 3, "skip", said.append)
+    left_out = LeftOut(seen=1)
+    for number in (1, 2):
+        left_out.add(f"row {number}: {name}")
+    left_out.report("dialogues", "skip", said.append)
     assert len(said) == 3 and all(line.isprintable() and len(line) < 600 for line in said)
 
 

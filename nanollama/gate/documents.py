@@ -18,6 +18,8 @@ LIMITS = {"tokenizer": 1 << 27, "index": 1 << 24, "config": 1 << 20, "text": 1 <
 MAX_DEPTH = 24
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer.bin", "vocab.json", "merges.txt")
 
+WITHOUT_LIMIT = frozenset(("model_max_length",))  # transformers writes 1e30 as a whole number where there is none
+
 
 def limit_of(path: Path) -> int:
     """Bytes that a file of this name may have."""
@@ -88,8 +90,8 @@ def _is_cut(error: ValueError) -> bool:
 def _pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(items)
     for key, value in items:
-        if type(value) is int and not -(2**63) <= value < 2**64:
-            raise ValueError(f"{key[:60]} is {value}, a number of more than 64 bits")
+        if type(value) is int and not -(2**63) <= value < 2**64 and key not in WITHOUT_LIMIT:
+            raise ValueError(f"{key[:60]} is {gate.shown(value)}, a number of more than 64 bits")
     if len(found) < len(items):
         seen: set[str] = set()
         twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
@@ -102,7 +104,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > 40:
+    if len(digits) > 4000:  # beyond which Python reads none
         raise ValueError(f"the number {digits[:24]}... has more than 64 bits")
     return int(digits)
 

@@ -19,7 +19,7 @@ from nanollama.gate import reason, shown
 from reference.files import open_folder
 from reference.files.weights import Unusable
 
-LIMIT_S = 20  # a bound on hanging, and none on speed
+LIMIT_S = 20  # of CPU: a bound on hanging, and none on speed
 
 
 def make(folder: Path, kind: str) -> Path:
@@ -36,14 +36,14 @@ def check_line(said: str, part: str) -> None:
 
 @pytest.mark.parametrize("kind", FILES)
 def test_a_hostile_file_is_refused_on_both_ways(kind: str, tmp_path: Path) -> None:
-    folder, case, started = make(tmp_path, kind), FILES[kind], time.monotonic()
+    folder, case, started = make(tmp_path, kind), FILES[kind], time.process_time()
     with pytest.raises(CheckpointError) as ours:
         open_checkpoint(folder)
     check_line(str(ours.value), case.part)
     with pytest.raises(Unusable) as theirs:
         open_folder(folder)
     check_line(str(theirs.value), case.other or case.part)
-    assert time.monotonic() - started < LIMIT_S
+    assert time.process_time() - started < LIMIT_S
 
 
 # One of each effect that the files had: hanging, filling the memory, ending the interpreter, many lines.
@@ -58,12 +58,16 @@ IN_PROCESSES = (
 @pytest.mark.parametrize("module", ["nanollama", "reference.hf"])
 @pytest.mark.parametrize("kind", IN_PROCESSES)
 def test_a_hostile_file_ends_a_process_with_one_line(kind: str, module: str, tmp_path: Path) -> None:
-    """60 s, 4 GiB."""
+    """60 s of CPU, 4 GiB."""
     folder = make(tmp_path, kind)
     line = ["inspect", str(folder)] if module == "nanollama" else ["--ckpt", str(folder), "--prompt", "x"]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+        resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+
     done = subprocess.run(
-        [sys.executable, "-m", module, *line], capture_output=True, text=True, timeout=60, preexec_fn=limit
+        [sys.executable, "-m", module, *line], capture_output=True, text=True, timeout=600, preexec_fn=limit
     )
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     said = done.stderr.splitlines()  # libraries may talk while they are imported; the line is the last
