@@ -89,6 +89,7 @@ def set_back(seed: int) -> None:
 
 
 def install(fault: Fault, out: Path) -> None:
+    import finetune.objective
     import finetune.run
     import finetune.train
 
@@ -99,7 +100,7 @@ def install(fault: Fault, out: Path) -> None:
     elif fault.kind == "step":
         die_within(finetune.train.Loop, "step", fault.after, fault.at)
     elif fault.kind == "evaluate":
-        die_within(finetune.train, "evaluate", fault.after, fault.at)
+        die_within(finetune.objective, "evaluate", fault.after, fault.at)
     elif fault.kind == "sample":
         die_within(finetune.run, "sample", fault.after, fault.at)
     elif fault.kind == "any":
