@@ -3,9 +3,10 @@
     with held(out, world):
         train()
 
-The lock is the system's (flock) on the run's config.json: it goes with the process that holds it, however that ends.
+The lock is the system's (flock) on the folder, since its files may be replaced: it goes with the process that holds it, however that ends.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +24,11 @@ def held(out: Path, world: World) -> Iterator[None]:
     except ImportError:  # no flock on Windows
         fcntl = None  # type: ignore[assignment]
     if fcntl is not None and world.is_main:
-        file = (out / "config.json").open("rb")
+        file = os.open(out, os.O_RDONLY)  # the folder: every file in it may be replaced by a newer one
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.close()
+            os.close(file)
             raise UserError(
                 f"--out {out}: another process trains in it: wait for it, or choose another folder"
             ) from None
@@ -37,4 +38,4 @@ def held(out: Path, world: World) -> Iterator[None]:
         yield
     finally:
         if file is not None:
-            file.close()
+            os.close(file)

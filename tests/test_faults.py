@@ -45,8 +45,11 @@ def test_a_file_cut_while_it_is_mapped_is_one_line(tmp_path: Path) -> None:
 def test_a_folder_is_one_processs_until_it_ends(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     world = World(torch.device("cpu"))
-    with held(tmp_path, world), pytest.raises(UserError, match="another process trains in it"), held(tmp_path, world):
-        pytest.fail("two hold it")
+    with held(tmp_path, world):
+        (tmp_path / "new").write_text("{}")
+        os.replace(tmp_path / "new", tmp_path / "config.json")  # as a run does that goes on
+        with pytest.raises(UserError, match="another process trains in it"), held(tmp_path, world):
+            pytest.fail("two hold it")
     with held(tmp_path, world):  # it was given back
         assert os.listdir(tmp_path) == ["config.json"]
 
