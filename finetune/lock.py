@@ -3,7 +3,8 @@
     with held(out, world):
         train()
 
-The lock is the system's (flock) on the folder, since its files may be replaced: it goes with the process that holds it, however that ends.
+The lock is the system's (flock) on the folder, since its files may be replaced: it goes with the process that holds it,
+however that ends.
 """
 
 import os
