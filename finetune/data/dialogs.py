@@ -9,10 +9,10 @@ the chat in the terminal sends.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from finetune.errors import UserError
 from nanollama.chat import encode_chat, template_source
 from nanollama.printable import printable
 from nanollama.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -68,30 +70,53 @@ def read_dialogs(
     that the assistant says, an empty answer, more than `seq_len` tokens. Raises UserError for those unless they are to
     be skipped; then `out`, a folder, gets a list of all of them.
     """
-    encoded: list[tuple[Ints, Bools]] = []
-    left_out = LeftOut()
-    unread: Counter[str] = Counter()
-    for row in named_rows(path, say):
-        try:
-            if row.trouble:
-                raise UserError(row.trouble)
-            dialogue = as_dialogue(row.value)
-            unread.update(dialogue.unread)
-            encoded.append(encode_dialogue(dialogue, tokenizer, seq_len))
-            left_out.seen += 1
-        except ValueError as error:  # ChatError is one
-            left_out.add(f"{row.where}: {error}")
-    listed_in = left_out.write(out) if out and left_out.count and on_bad == "skip" else None
-    left_out.report("dialogues", on_bad, say, listed_in)
-    if unread:
-        counted = [f"{key} ({count:,})" for key, count in unread.most_common()]
-        say(f"data: keys beside the dialogues that are left unread: {printable(', '.join(counted))}")
+
+    def take(row: Any) -> tuple[tuple[Ints, Bools], list[str]]:
+        dialogue = as_dialogue(row)
+        return encode_dialogue(dialogue, tokenizer, seq_len), dialogue.unread
+
+    encoded = read_usable(path, take, "dialogues", on_bad=on_bad, say=say, out=out)
     if not encoded:
         raise UserError(f"--data {path}: holds no dialogue: one JSON object with messages a line")
     train = [dialogue for i, dialogue in enumerate(encoded) if not (hold_out and is_held_out(i))]
     val = [dialogue for i, dialogue in enumerate(encoded) if hold_out and is_held_out(i)] or encoded
     bos_id = tokenizer.bos_id if tokenizer.add_bos else None
     return joined(train, bos_id), joined(val, bos_id)
+
+
+def read_usable(
+    path: Path,
+    take: Callable[[Any], tuple[T, list[str]]],
+    kind: str,
+    *,
+    on_bad: OnBad,
+    say: Say,
+    out: Path | None = None,
+) -> list[T]:
+    """What `take` makes of each row, which returns it with the keys that it left unread; kind: "dialogues".
+
+    Says which keys those were and which rows cannot be used. Raises UserError for those unless they are to be skipped;
+    then `out`, a folder, gets a list of all of them.
+    """
+    found: list[T] = []
+    left_out = LeftOut()
+    unread: Counter[str] = Counter()
+    for row in named_rows(path, say):
+        try:
+            if row.trouble:
+                raise UserError(row.trouble)
+            made, keys = take(row.value)
+            found.append(made)
+            unread.update(keys)
+            left_out.seen += 1
+        except ValueError as error:  # ChatError is one
+            left_out.add(f"{row.where}: {error}")
+    listed_in = left_out.write(out) if out and left_out.count and on_bad == "skip" else None
+    left_out.report(kind, on_bad, say, listed_in)
+    if unread:
+        counted = [f"{key} ({count:,})" for key, count in unread.most_common()]
+        say(f"data: keys beside the {kind} that are left unread: {printable(', '.join(counted))}")
+    return found
 
 
 def named_rows(path: Path, say: Say) -> Iterator[Row]:

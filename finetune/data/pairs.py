@@ -13,7 +13,6 @@ Of either dialogue what the assistant says behind the part that both share is ju
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.data.dialogs import Dialogs, encode_dialogue, joined, named_rows
+from finetune.data.dialogs import Dialogs, encode_dialogue, joined, read_usable
 from finetune.data.documents import Bools, Documents, Ints, is_held_out
 from finetune.data.files import Say, silent
-from finetune.data.left_out import LeftOut
 from finetune.data.packing import Batch, Cursor, Packer
 from finetune.data.shapes import as_dialogue
 from finetune.errors import UserError
@@ -83,22 +81,12 @@ def read_pairs(
 
     Raises UserError for pairs that cannot be used, unless they are to be skipped, and for data without any.
     """
-    encoded: list[list[tuple[Ints, Bools]]] = []
-    left_out = LeftOut()
-    unread: Counter[str] = Counter()
-    for row in named_rows(path, say):
-        try:
-            if row.trouble:
-                raise UserError(row.trouble)
-            sides, keys = as_pair(row.value)
-            encoded.append(_encode(sides, tokenizer, seq_len))
-            unread.update(keys)
-            left_out.seen += 1
-        except ValueError as error:  # ChatError is one
-            left_out.add(f"{row.where}: {error}")
-    left_out.report("pairs", on_bad, say)
-    if unread:
-        say(f"data: keys beside the pairs that are left unread: {', '.join(f'{k} ({n:,})' for k, n in unread.items())}")
+
+    def take(row: Any) -> tuple[list[tuple[Ints, Bools]], list[str]]:
+        sides, keys = as_pair(row)
+        return _encode(sides, tokenizer, seq_len), keys
+
+    encoded = read_usable(path, take, "pairs", on_bad=on_bad, say=say)
     if not encoded:
         raise UserError(f"--data {path}: holds no pair: {EXPECTED}")
     bos_id = tokenizer.bos_id if tokenizer.add_bos else None

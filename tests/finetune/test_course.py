@@ -1,9 +1,7 @@
 """How a run goes, in its own words: the plan, validation from step 0 on, the verdict, the best step, what is odd."""
 
 import json
-import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import safetensors.torch
 import torch
 
 from finetune.best import Best, load_best_
-from finetune.build import Copies, fresh_weights
+from finetune.build import Copies
 from finetune.config import RATES, TrainConfig, resolve
 from finetune.data.dialogs import Dialogs
 from finetune.data.packing import Packer
@@ -20,15 +18,14 @@ from finetune.metrics import Lines, StepMetrics, in_words, read_metrics
 from finetune.prepare.stories import stories
 from finetune.prepare.tokenizer import train_tokenizer
 from finetune.recipe import settle
-from finetune.run import run_entry
 from finetune.text import ENTRY
 from finetune.train import Loop
 from finetune.verdict import Yardsticks, doubt, judge
 from finetune.watch import LOST_STEPS, Watch
-from nanollama.checkpoint import open_checkpoint, write_meta
+from nanollama.checkpoint import open_checkpoint
 from nanollama.checkpoint.weights import as_weights
-from nanollama.model import ModelConfig
 from nanollama.tokenizer import open_tokenizer
+from small_runs import base, exit_code, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +33,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stories, and a base with a context of 96 tokens that was trained on them a little."""
     folder, texts = tmp_path_factory.mktemp("course"), stories(60)
     (folder / "stories.txt").write_text("<|endoftext|>".join(texts))
-    train_tokenizer(texts, 300, folder / "t.model")
-    words = open_tokenizer(folder / "t.model").vocab_size
-    config = ModelConfig(
-        dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=words, hidden_dim=48, max_seq_len=96, tied=True
-    )
-    weights = fresh_weights(config, torch.Generator().manual_seed(0))
-    write_meta(folder / "fresh", config, weights, tokenizer=folder / "t.model")
-    start = ("--ckpt", str(folder / "fresh"), "--lr", "0.01", "--max_steps", "60", "--eval_every", "0")
+    fresh = base(folder / "fresh", tokenizer(folder, texts), 96)
+    start = ("--ckpt", str(fresh), "--lr", "0.01", "--max_steps", "60", "--eval_every", "0")
     assert run(folder, folder / "base", *start) == 0
     return folder
 
@@ -53,9 +44,7 @@ def run(home: Path, out: Path, *flags: str) -> int | str | None:
     data = [] if "--data" in flags else ["--data", str(home / "stories.txt")]
     ckpt = [] if "--ckpt" in flags else ["--ckpt", str(home / "base" / "final")]
     more = ["--cache", str(home / "cache"), "--batch_size", "2", "--threads", "1", "--out", str(out)]
-    with patch.object(sys, "argv", ["text", *data, *ckpt, *more, *flags]), pytest.raises(SystemExit) as caught:
-        run_entry(ENTRY)
-    return caught.value.code
+    return exit_code(ENTRY, *data, *ckpt, *more, *flags)
 
 
 def checks(out: Path) -> list[tuple[int, float]]:

@@ -1,12 +1,8 @@
 """Distillation: loss and gradients against float64 and plain torch, packing, chunks, whole runs, refusals."""
 
 import json
-import os
 import signal
-import sys
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,7 +12,6 @@ from torch import Tensor
 
 import tiny
 from finetune import loss as loss_module
-from finetune.build import fresh_weights
 from finetune.data.dialogs import joined
 from finetune.data.documents import IGNORE
 from finetune.distill import Distilled, DistillLoss, DistillModel, Recipe
@@ -24,12 +19,10 @@ from finetune.metrics import read_metrics
 from finetune.parallelize import World
 from finetune.prepare.stories import stories
 from finetune.prepare.tokenizer import train_tokenizer
-from finetune.run import run_entry
 from finetune.text import ENTRY
-from finetune.train import Loop, accumulate_
-from nanollama.checkpoint import open_checkpoint, write_meta
-from nanollama.model import ModelConfig
-from nanollama.tokenizer import open_tokenizer
+from finetune.train import accumulate_
+from nanollama.checkpoint import open_checkpoint
+from small_runs import base, exit_code, stopped_at
 
 CPU, FP32 = World(torch.device("cpu")), torch.autocast("cpu", enabled=False)
 RECIPES = [Recipe(1.0, 1.0), Recipe(2.0, 0.7), Recipe(1.0, 0.3)]
@@ -155,12 +148,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "stories.txt").write_text("<|endoftext|>".join(texts))
     for name, words in (("t", 300), ("other", 310)):
         train_tokenizer(texts, words, folder / f"{name}.model")
-        config = ModelConfig(
-            dim=48, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=open_tokenizer(folder / f"{name}.model").vocab_size,
-            hidden_dim=64, max_seq_len=128, tied=True,
-        )  # fmt: skip
-        weights = fresh_weights(config, torch.Generator().manual_seed(0))
-        write_meta(folder / f"teacher-{name}", config, weights, tokenizer=folder / f"{name}.model")
+        base(folder / f"teacher-{name}", folder / f"{name}.model", 128, dim=48, hidden_dim=64)
     shape = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 48}
     (folder / "shape.json").write_text(json.dumps(shape))
     return folder
@@ -170,10 +158,8 @@ def run(home: Path, out: Path, *flags: str) -> int | str | None:
     """The exit code of a run of 8 steps from scratch, in this process."""
     line = ["--data", str(home / "stories.txt"), "--init", str(home / "shape.json"), "--cache", str(home / "cache")]
     small = "--seq_len 64 --batch_size 2 --max_steps 8 --eval_every 4 --lr 0.01 --threads 1 --dropout 0.1"
-    argv = ["text", *line, "--tokenizer", str(home / "t.model"), *small.split(), "--out", str(out), *flags]
-    with patch.object(sys, "argv", argv), pytest.raises(SystemExit) as caught:
-        run_entry(ENTRY)
-    return caught.value.code
+    argv = [*line, "--tokenizer", str(home / "t.model"), *small.split(), "--out", str(out), *flags]
+    return exit_code(ENTRY, *argv)
 
 
 WAYS = {
@@ -190,16 +176,7 @@ def test_an_interrupted_run_resumes_bit_by_bit(
 ) -> None:
     flags = [flag.replace("HOME", str(home)) for flag in WAYS[way]]
     assert run(home, tmp_path / "straight", *flags) == 0
-    step = Loop.step
-
-    def interrupted(loop: Loop, stop: int) -> Any:
-        if loop.progress.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-            stop = signal.SIGTERM
-        return step(loop, stop)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Loop, "step", interrupted)
+    with stopped_at(3):
         assert run(home, tmp_path / "stopped", *flags) == 128 + signal.SIGTERM
     assert run(home, tmp_path / "stopped", *flags, "--resume") == 0
     drop = {"tokens_per_s", "peak_bytes"}

@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,10 +13,10 @@ from finetune.data.appended import Extent
 from finetune.data.dialogs import Dialogs
 from finetune.metrics import read_metrics
 from finetune.prepare.stories import stories
-from finetune.run import run_entry
 from finetune.text import ENTRY
 from finetune.train import Loop
 from nanollama.checkpoint import open_checkpoint
+from small_runs import exit_code
 
 SHAPE = '{"dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 48}'
 
@@ -36,10 +34,8 @@ def run(home: Path, out: Path, *flags: str, data: str = "stories.txt") -> int | 
     line = ["--data", str(home / data), "--init", str(home / "shape.json"), "--cache", str(home / "cache")]
     small = "--vocab_size 300 --seq_len 64 --batch_size 2 --lr 0.01 --eval_every 3 --save_every 3 --threads 1"
     steps = [] if "--max_steps" in flags or "--epochs" in flags else ["--max_steps", "6"]
-    argv = ["text", *line, *small.split(), *steps, "--out", str(out), *flags]
-    with patch.object(sys, "argv", argv), pytest.raises(SystemExit) as caught:
-        run_entry(ENTRY)
-    return caught.value.code
+    argv = [*line, *small.split(), *steps, "--out", str(out), *flags]
+    return exit_code(ENTRY, *argv)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,8 @@
 """Runs with lean states: bf16 weights resume bit by bit; updates in the backward pass are the usual ones."""
 
 import itertools
-import os
 import signal
-import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import safetensors.torch
@@ -13,10 +10,9 @@ import torch
 
 from finetune.metrics import read_metrics
 from finetune.prepare.stories import stories
-from finetune.run import run_entry
 from finetune.text import ENTRY
-from finetune.train import Loop
 from nanollama.checkpoint import open_checkpoint
+from small_runs import exit_code, stopped_at
 
 SHAPE = '{"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 48}'
 
@@ -33,10 +29,8 @@ def run(home: Path, out: Path, *flags: str) -> int | str | None:
     """The exit code of a run of 6 steps in this process."""
     line = ["--data", str(home / "stories.txt"), "--init", str(home / "shape.json"), "--cache", str(home / "cache")]
     small = "--vocab_size 300 --seq_len 64 --batch_size 2 --max_steps 6 --lr 0.01 --grad_clip 0 --threads 1"
-    argv = ["text", *line, *small.split(), "--out", str(out), *flags]
-    with patch.object(sys, "argv", argv), pytest.raises(SystemExit) as caught:
-        run_entry(ENTRY)
-    return caught.value.code
+    argv = [*line, *small.split(), "--out", str(out), *flags]
+    return exit_code(ENTRY, *argv)
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -69,16 +63,7 @@ def test_lean_states_resume_bit_by_bit(
     flags: tuple[str, ...], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(home, tmp_path / "straight", *flags) == 0
-    step = Loop.step
-
-    def interrupted(loop: Loop, stop: int) -> tuple[dict[str, float], int]:
-        if loop.progress.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-            stop = signal.SIGTERM
-        return step(loop, stop)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Loop, "step", interrupted)
+    with stopped_at(2):
         assert run(home, tmp_path / "stopped", *flags) == 128 + signal.SIGTERM
     assert run(home, tmp_path / "stopped", "--resume") == 0
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")

@@ -1,30 +1,22 @@
 """Whole LoRA runs through the command line: resumed bit by bit, an adapter picked up again, refusals in one line."""
 
 import json
-import os
 import signal
-import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import safetensors.torch
 import torch
 
-from finetune.build import fresh_weights
 from finetune.closing import base_name
 from finetune.metrics import read_metrics
 from finetune.prepare.stories import stories
-from finetune.prepare.tokenizer import train_tokenizer
-from finetune.run import run_entry
 from finetune.text import ENTRY
-from finetune.train import Loop
 from nanollama.__main__ import COMMANDS
-from nanollama.checkpoint import open_checkpoint, write_meta
+from nanollama.checkpoint import open_checkpoint
 from nanollama.checkpoint.adapter import CONFIG, TENSORS
 from nanollama.cli import run as run_command
-from nanollama.model import ModelConfig
-from nanollama.tokenizer import open_tokenizer
+from small_runs import base, exit_code, stopped_at, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +24,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stories, and a base with its tokenizer."""
     folder, texts = tmp_path_factory.mktemp("lora"), stories(40)
     (folder / "stories.txt").write_text("<|endoftext|>".join(texts))
-    train_tokenizer(texts, 300, folder / "t.model")
-    words = open_tokenizer(folder / "t.model").vocab_size
-    config = ModelConfig(
-        dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=words, hidden_dim=48, max_seq_len=128, tied=True
-    )
-    weights = fresh_weights(config, torch.Generator().manual_seed(0))
-    write_meta(folder / "base", config, weights, tokenizer=folder / "t.model")
+    base(folder / "base", tokenizer(folder, texts), 128)
     return folder
 
 
@@ -46,10 +32,8 @@ def run(home: Path, out: Path, *flags: str) -> int | str | None:
     """The exit code of a run of 8 steps with dropout, in this process."""
     line = ["--data", str(home / "stories.txt"), "--ckpt", str(home / "base"), "--cache", str(home / "cache")]
     small = "--method lora --seq_len 64 --batch_size 2 --max_steps 8 --lr 0.01 --lora_dropout 0.1 --threads 1"
-    argv = ["text", *line, *small.split(), "--out", str(out), *flags]
-    with patch.object(sys, "argv", argv), pytest.raises(SystemExit) as caught:
-        run_entry(ENTRY)
-    return caught.value.code
+    argv = [*line, *small.split(), "--out", str(out), *flags]
+    return exit_code(ENTRY, *argv)
 
 
 @pytest.fixture(scope="module")
@@ -61,17 +45,8 @@ def straight(home: Path) -> Path:
 def test_an_interrupted_run_resumes_bit_by_bit(
     home: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = Loop.step
-
-    def interrupted(loop: Loop, stop: int) -> tuple[dict[str, float], int]:
-        if loop.progress.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-            stop = signal.SIGTERM
-        return step(loop, stop)
-
     out = tmp_path / "stopped"
-    with monkeypatch.context() as patched:
-        patched.setattr(Loop, "step", interrupted)
+    with stopped_at(3):
         assert run(home, out) == 128 + signal.SIGTERM
     [saved] = (out / "checkpoints").iterdir()
     names = set(safetensors.torch.load_file(saved / "model.safetensors"))

@@ -1,12 +1,9 @@
 """finetune.preference: reading pairs, every loss against float64 and trl, packing, the cached reference, whole runs."""
 
 import json
-import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ from torch import Tensor
 
 import tiny
 from finetune import reference as reference_module
-from finetune.build import add_dropout_, fresh_weights
+from finetune.build import add_dropout_
 from finetune.config import TrainConfig
 from finetune.data.dialogs import joined
 from finetune.data.pairs import PairPacker, Pairs, as_pair, read_pairs
@@ -26,13 +23,12 @@ from finetune.pairwise import LOSSES, PairLossModel, pair_loss, sequence_log_pro
 from finetune.parallelize import World
 from finetune.preference import ENTRY
 from finetune.prepare.stories import stories
-from finetune.prepare.tokenizer import train_tokenizer
 from finetune.reference import make_reference, model_digest, score_pairs, summed_divergence
-from finetune.run import run_entry
-from finetune.train import Loop, accumulate_
-from nanollama.checkpoint import open_checkpoint, write_meta
-from nanollama.model import ModelConfig, Transformer
+from finetune.train import accumulate_
+from nanollama.checkpoint import open_checkpoint
+from nanollama.model import Transformer
 from nanollama.tokenizer import open_tokenizer
+from small_runs import base, exit_code, stopped_at, tokenizer
 
 CPU = World(torch.device("cpu"))
 FP32 = torch.autocast("cpu", enabled=False)
@@ -277,13 +273,7 @@ def test_what_is_no_pair_is_refused_by_name(row: dict[str, Any], message: str) -
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty pairs, and a base with its tokenizer."""
     folder, texts = tmp_path_factory.mktemp("preference"), stories(40)
-    train_tokenizer(texts, 300, folder / "t.model")
-    words = open_tokenizer(folder / "t.model").vocab_size
-    config = ModelConfig(
-        dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=words, hidden_dim=48, max_seq_len=160, tied=True
-    )
-    weights = fresh_weights(config, torch.Generator().manual_seed(0))
-    write_meta(folder / "base", config, weights, tokenizer=folder / "t.model")
+    base(folder / "base", tokenizer(folder, texts), 160)
     rows = ({"prompt": f"say {i}", "chosen": f"yes {i} sir", "rejected": f"no way {i}"} for i in range(40))
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -293,10 +283,8 @@ def run(home: Path, out: Path, *flags: str) -> int | str | None:
     """The exit code of a run of 8 steps with dropout, in this process."""
     data = ["--data", str(home / "pairs.jsonl"), "--ckpt", str(home / "base"), "--cache", str(home / "cache")]
     small = "--seq_len 160 --batch_size 2 --max_steps 8 --eval_every 4 --lr 0.002 --dropout 0.1 --threads 1"
-    argv = ["preference", *data, *small.split(), "--out", str(out), *flags]
-    with patch.object(sys, "argv", argv), pytest.raises(SystemExit) as caught:
-        run_entry(ENTRY)
-    return caught.value.code
+    argv = [*data, *small.split(), "--out", str(out), *flags]
+    return exit_code(ENTRY, *argv)
 
 
 METHODS = {"full": [], "lora": ["--method", "lora", "--lora_dropout", "0.1", "--lr", "0.02"]}
@@ -312,16 +300,7 @@ def test_a_run_prefers_what_it_was_shown_and_resumes_bit_by_bit(
     checks = [line for line in lines if "val_loss" in line and line["step"] > 0]
     assert 0 < checks[0]["val_margin"] < checks[-1]["val_margin"]
     assert checks[-1]["val_accuracy"] == 1 and 0 < checks[0]["val_kl"] < checks[-1]["val_kl"]
-    step = Loop.step
-
-    def interrupted(loop: Loop, stop: int) -> Any:
-        if loop.progress.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-            stop = signal.SIGTERM
-        return step(loop, stop)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Loop, "step", interrupted)
+    with stopped_at(3):
         assert run(home, tmp_path / "stopped", *METHODS[method]) == 128 + signal.SIGTERM
     assert "from the cache" in capsys.readouterr().out
     monkeypatch.setattr(reference_module, "make_reference", None)  # no second pass of the reference

@@ -1,10 +1,8 @@
 """Models with other numbers of rows than of tokens: a run ends only where the text needs a row that is not there."""
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,11 +10,12 @@ import torch
 from finetune.build import chat_rows, fresh_weights, ordinary_tokens, reset_rows_
 from finetune.prepare.stories import stories
 from finetune.prepare.tokenizer import train_tokenizer
-from finetune.run import run_entry, sample
+from finetune.run import sample
 from finetune.text import ENTRY
 from nanollama.checkpoint import write_hf, write_meta
 from nanollama.model import ModelConfig, Transformer
 from nanollama.tokenizer import open_tokenizer
+from small_runs import exit_code
 
 SHAPE = {"dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 48, "max_seq_len": 128}
 
@@ -44,12 +43,10 @@ def base(home: Path, rows: int, says: int | None = None) -> Path:
 
 
 def run(home: Path, ckpt: Path, out: Path, *flags: str) -> int | str | None:
-    argv = ["text", "--data", str(home / "stories.txt"), "--cache", str(home / "cache"), "--ckpt", str(ckpt)]
+    argv = ["--data", str(home / "stories.txt"), "--cache", str(home / "cache"), "--ckpt", str(ckpt)]
     small = "--seq_len 64 --batch_size 1 --max_steps 2 --lr 1e-9 --sample_every 1 --threads 1"
     argv += ["--tokenizer", str(home / "t.model"), *small.split(), "--out", str(out), *flags]
-    with patch.object(sys, "argv", argv), pytest.raises(SystemExit) as caught:
-        run_entry(ENTRY)
-    return caught.value.code
+    return exit_code(ENTRY, *argv)
 
 
 def test_a_sample_that_draws_a_row_without_a_token_does_not_end_the_run(

@@ -11,34 +11,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.build import fresh_weights
 from finetune.data.packing import Packer
 from finetune.evaluate import hold_out
 from finetune.prepare.stories import stories
-from finetune.prepare.tokenizer import train_tokenizer
 from finetune.scoring import evaluate_checkpoints, score_text, spans
-from nanollama.checkpoint import write_meta
+from nanollama.checkpoint import open_checkpoint
 from nanollama.checkpoint.hf import write_hf
 from nanollama.cli import execute
 from nanollama.generation.llama import Llama
-from nanollama.model import ModelConfig
 from nanollama.tokenizer import open_tokenizer
+from small_runs import base, tokenizer
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three untrained checkpoints with a tokenizer, and a text that none has seen."""
     folder, texts = tmp_path_factory.mktemp("scoring"), stories(30)
-    train_tokenizer(texts, 300, folder / "t.model")
-    words = open_tokenizer(folder / "t.model").vocab_size
-    config = ModelConfig(
-        dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=words, hidden_dim=48, max_seq_len=96, tied=True
-    )
+    words = tokenizer(folder, texts)
     for seed in range(3):
-        weights = fresh_weights(config, torch.Generator().manual_seed(seed))
-        weights["tok_embeddings.weight"] *= 3
-        write_meta(folder / f"m{seed}", config, weights, tokenizer=folder / "t.model")
-        write_hf(folder / f"hf{seed}", config, weights, tokenizer=folder / "t.model")
+        opened = open_checkpoint(base(folder / f"m{seed}", words, 96, seed=seed, embedding=3))
+        write_hf(folder / f"hf{seed}", opened.config, opened.weights, tokenizer=words)
     (folder / "text.txt").write_text("<|endoftext|>".join(texts[:3]))
     return folder
 

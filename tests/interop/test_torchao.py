@@ -3,11 +3,8 @@
 python -m pytest tests/interop/test_torchao.py
 """
 
-import os
 import signal
-import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,13 +15,12 @@ from finetune.lora import NF4Linear, add_lora_, lora_parameters, merged_model, q
 from finetune.metrics import read_metrics
 from finetune.prepare.stories import stories
 from finetune.prepare.tokenizer import train_tokenizer
-from finetune.run import run_entry
 from finetune.text import ENTRY
-from finetune.train import Loop
 from nanollama.checkpoint import open_checkpoint, write_meta
 from nanollama.checkpoint.adapter import LINEARS
 from nanollama.model import ModelConfig, Transformer
 from nanollama.tokenizer import open_tokenizer
+from small_runs import exit_code, stopped_at
 
 pytest.importorskip("torchao", reason="torchao is in the extra interop: pip install 'llama-parity[interop]'")
 # torchao registers an Enum in a way that torch is about to drop.
@@ -98,10 +94,8 @@ def run(home: Path, out: Path, *flags: str) -> int | str | None:
     """The exit code of a run of 6 steps, in this process."""
     line = ["--data", str(home / "stories.txt"), "--ckpt", str(home / "base"), "--cache", str(home / "cache")]
     small = "--method qlora --seq_len 64 --batch_size 2 --max_steps 6 --lr 0.01 --threads 1"
-    argv = ["text", *line, *small.split(), "--out", str(out), *flags]
-    with patch.object(sys, "argv", argv), pytest.raises(SystemExit) as caught:
-        run_entry(ENTRY)
-    return caught.value.code
+    argv = [*line, *small.split(), "--out", str(out), *flags]
+    return exit_code(ENTRY, *argv)
 
 
 def losses(out: Path) -> list[float]:
@@ -110,16 +104,7 @@ def losses(out: Path) -> list[float]:
 
 def test_a_run_learns_and_resumes_bit_by_bit(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(home, tmp_path / "straight") == 0
-    step = Loop.step
-
-    def interrupted(loop: Loop, stop: int) -> tuple[dict[str, float], int]:
-        if loop.progress.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-            stop = signal.SIGTERM
-        return step(loop, stop)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Loop, "step", interrupted)
+    with stopped_at(3):
         assert run(home, tmp_path / "stopped") == 128 + signal.SIGTERM
     assert run(home, tmp_path / "stopped", "--resume") == 0
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight") and len(losses(tmp_path / "straight")) == 6
