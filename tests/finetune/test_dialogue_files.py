@@ -1,0 +1,79 @@
+"""Dialogues as other tools write them: the same ids as a list of messages, or a word about what the row is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.data.dialogs import Dialogs, read_dialogs
+from finetune.data.shapes import as_dialogue
+from finetune.errors import UserError
+from nanollama.tokenizer import Tokenizer, open_tokenizer
+
+USER, BOT = {"role": "user", "content": "What colour is the sky?"}, {"role": "assistant", "content": "Blue."}
+ROW: dict[str, Any] = {"messages": [USER, BOT]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(llama3_tokenizer_path: Path) -> Tokenizer:
+    return open_tokenizer(llama3_tokenizer_path)
+
+
+def read(folder: Path, tokenizer: Tokenizer, data: str) -> Dialogs:
+    (folder / "d.jsonl").write_text(data)
+    return read_dialogs(folder / "d.jsonl", tokenizer, 96)[0]
+
+
+def lines(*rows: Any) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def said(by: str, text: str) -> dict[str, str]:
+    return {"from": by, "value": text}
+
+
+SAME = {
+    "a list of messages, in a list": json.dumps([ROW["messages"], ROW["messages"]]),
+    "a list of messages a line": lines(ROW["messages"], ROW["messages"]),
+    "roles in capitals": lines({"conversations": [said("USER", USER["content"]), said("Assistant", "Blue.")]}),
+    "a bot": lines({"conversations": [said("Human", USER["content"]), said("bot", "Blue.")]}),
+    "turns of two": lines({"conversation": [{"human": USER["content"], "assistant": "Blue."}]}),
+    "turns of input and output": lines({"conversation": [{"input": USER["content"], "output": "Blue."}]}),
+    "query and response": lines({"query": USER["content"], "response": "Blue."}),
+    "input and output": lines({"input": USER["content"], "output": "Blue."}),
+    "messages as JSON in a text": lines({"messages": json.dumps(ROW["messages"])}),
+    "an object that holds the rows": json.dumps({"data": [ROW]}),
+    "an object that holds the rows, indented": json.dumps({"train": [ROW]}, indent=1),
+    "LMFlow's": json.dumps({"type": "conversation", "instances": [ROW]}),
+    "objects over several lines": '{"messages": [\n' + json.dumps(USER) + ",\n" + json.dumps(BOT) + "]}\n",
+}
+
+
+@pytest.mark.parametrize("what", SAME)
+def test_other_ways_to_write_the_same_dialogue(tmp_path: Path, tokenizer: Tokenizer, what: str) -> None:
+    expected = read(tmp_path, tokenizer, lines(ROW))
+    found = read(tmp_path, tokenizer, SAME[what])
+    n = len(expected.ids)
+    assert found.ids[:n].tolist() == expected.ids.tolist()
+    assert found.said[:n].tolist() == expected.said.tolist()
+
+
+def test_a_system_message_within_a_turn_of_two_comes_first() -> None:
+    found = as_dialogue({"conversation": [{"system": "Be brief.", "input": "Hi", "output": "Hello"}]})
+    assert [message["role"] for message in found.messages] == ["system", "user", "assistant"]
+
+
+NO_DIALOGUE = {
+    "one message": (USER, "put the messages of a dialogue into one list"),
+    "a plain text": ({"text": "Once upon a time"}, "python -m finetune.text"),
+    "a preference": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "python -m finetune.preference"),
+    "turns of other keys": ({"messages": [{"speaker": "A", "says": "Hi"}]}, "'says', 'speaker'"),
+}
+
+
+@pytest.mark.parametrize("what", NO_DIALOGUE)
+def test_a_row_that_is_no_dialogue_says_what_it_is(what: str) -> None:
+    row, words = NO_DIALOGUE[what]
+    with pytest.raises(UserError, match=words):
+        as_dialogue(row)
