@@ -15,7 +15,7 @@ from finetune.data.files import check_text
 from finetune.data.tables import TABLE_SUFFIXES, Row, check_column, is_table, read_table
 from finetune.errors import UserError
 
-ROW_SUFFIXES = (".jsonl", ".json", *TABLE_SUFFIXES, ".parquet")
+ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", *TABLE_SUFFIXES, ".parquet")
 TEXT_SUFFIXES = (".txt", ".md", ".markdown")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SPACE = re.compile(r"\s*")
@@ -45,7 +45,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     if is_table(path):
         yield from read_table(path)
         return
-    if _is_one_value(path):
+    if is_one_value(path):
         for number, value in enumerate(_values(path), start=1):
             yield Row(f"--data {path} item {number}", value)
         return
@@ -55,7 +55,7 @@ def read_rows(path: Path) -> Iterator[Row]:
                 yield parse_line(f"--data {path} line {number}", line)
 
 
-def _is_one_value(path: Path) -> bool:
+def is_one_value(path: Path) -> bool:
     """Whether the file is one array, or objects over several lines, and not an object a line."""
     lines = _lines(path)
     first, second = next(lines, "").strip(), next(lines, "").strip()

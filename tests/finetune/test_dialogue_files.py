@@ -1,4 +1,4 @@
-"""Dialogues as other tools write them: the same ids as a list of messages, or a word about what the row is."""
+"""Data as other tools write them: the same ids as a list of messages, or a word about what a row or a file is."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,8 @@ import pytest
 from finetune.data.dialogs import Dialogs, read_dialogs
 from finetune.data.shapes import as_dialogue
 from finetune.errors import UserError
+from finetune.prepare import corpus
+from finetune.prepare.corpus import Chunk, Format, chunks, documents, text_files
 from nanollama.tokenizer import Tokenizer, open_tokenizer
 
 USER, BOT = {"role": "user", "content": "What colour is the sky?"}, {"role": "assistant", "content": "Blue."}
@@ -77,3 +79,44 @@ def test_a_row_that_is_no_dialogue_says_what_it_is(what: str) -> None:
     row, words = NO_DIALOGUE[what]
     with pytest.raises(UserError, match=words):
         as_dialogue(row)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("a.docx", "save it as .txt"), ("a.pdf", "save it as .txt"), ("a.xlsx", "CSV UTF-8"), ("a.log", "call it .txt")],
+)
+def test_a_file_that_is_no_plain_text_says_how_to_save_it(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / name).write_bytes(b"PK\x03\x04" if name.endswith("x") else b"something")
+    with pytest.raises(UserError, match=words):
+        text_files(tmp_path / name)
+
+
+def test_a_text_under_another_key_names_the_keys(tmp_path: Path) -> None:
+    (tmp_path / "a.ndjson").write_text(lines({"TEXT": "Once", "id": 3}))
+    (path,) = text_files(tmp_path / "a.ndjson")
+    with pytest.raises(UserError, match=r"under \"text\", it has 'TEXT', 'id' \(--field names another\)"):
+        list(documents(Chunk(path, 0, path.stat().st_size, 0), Format()))
+
+
+def test_a_data_set_on_disk_says_how_to_write_a_file_of_it(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    made = datasets.Dataset.from_list([{"text": "Once"}])
+    made.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": made}).save_to_disk(tmp_path / "several")
+    for name, folder in (("one", "one"), ("several", "several/train")):
+        with pytest.raises(UserError, match=rf"data set on disk: python -c .*{folder}'\)\.to_parquet"):
+            text_files(tmp_path / name)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_texts_in_one_object_are_read(tmp_path: Path, indent: int | None) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"text": "Once"}, {"text": "Twice"}]}, indent=indent))
+    (chunk,) = chunks(tmp_path / "a.json", Format())
+    assert [text for _, text in documents(chunk, Format())] == ["Once", "Twice"]
+
+
+def test_the_last_document_of_a_file_is_not_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", 12)
+    (tmp_path / "a.txt").write_text("one###two\nlines\nof it")
+    found = [text for chunk in chunks(tmp_path / "a.txt", Format("###")) for _, text in documents(chunk, Format("###"))]
+    assert found == ["one", "two\nlines\nof it"]
