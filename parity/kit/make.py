@@ -65,9 +65,7 @@ def run(flags: Flags) -> int:
         return write_kit(flags, flags.out)
     if flags.check is None or flags.out is not None:
         raise UsageError("give either --out DIR, to write a kit, or --check DIR --port DIR, to judge a port by one")
-    if (flags.port is None) == (flags.candidate is None):
-        raise UsageError("--check: give either --port DIR, files that a port wrote, or --candidate file.py:load")
-    return check_port(flags, flags.check)
+    return check_port(flags)
 
 
 def refuse(flags: Flags, names: tuple[str, ...], mode: str) -> None:
@@ -197,8 +195,22 @@ def describe_kit(table: dict[str, Any], out: Path) -> list[str]:
 # --- Judging ---------------------------------------------------------------------------------------------------------
 
 
-def check_port(flags: Flags, folder: Path) -> int:
+def check_port(flags: Flags) -> int:
+    found = judge(flags)
+    from parity.checks.verdict import EXIT_CODES
+    from parity.report import terminal
+
+    print(terminal.render(found))
+    if flags.json is not None:
+        flags.json.write_text(json.dumps(found.as_json(), indent=1) + "\n")
+    return EXIT_CODES[found.verdict]
+
+
+def judge(flags: Flags) -> "Report":
+    """The report of --check: of files that a port wrote, or of a candidate. Raises UsageError."""
     refuse(flags, ("ckpt", "tokenizer", "prompts"), "--check")
+    if flags.check is None or (flags.port is None) == (flags.candidate is None):
+        raise UsageError("--check: give either --port DIR, files that a port wrote, or --candidate file.py:load")
     dtypes = split_dtypes(flags.dtype or "fp32")
     if len(dtypes) > 1:
         raise UsageError(f"--dtype {flags.dtype}: with --check one, that in which the port computed")
@@ -206,21 +218,14 @@ def check_port(flags: Flags, folder: Path) -> int:
         raise UsageError(f"--port {flags.port}: give the folder that holds the port's NAME.f32 files")
     if flags.json is not None and not os.access(flags.json.resolve().parent, os.W_OK):
         raise UsageError(f"--json {flags.json}: its folder does not exist or cannot be written")
-    from parity.checks.verdict import EXIT_CODES
     from parity.kit.arrays import Kit
     from parity.kit.check import report
-    from parity.report import terminal
 
-    kit = Kit(folder)
+    kit = Kit(flags.check)
     if flags.port is not None:
-        found = report(kit, flags.port, dtypes[0])
-    else:
-        assert flags.candidate is not None
-        found = check_candidate(kit, flags.candidate, dtypes[0])
-    print(terminal.render(found))
-    if flags.json is not None:
-        flags.json.write_text(json.dumps(found.as_json(), indent=1) + "\n")
-    return EXIT_CODES[found.verdict]
+        return report(kit, flags.port, dtypes[0])
+    assert flags.candidate is not None
+    return check_candidate(kit, flags.candidate, dtypes[0])
 
 
 def check_candidate(kit: "Kit", name: str, dtype: str) -> "Report":
