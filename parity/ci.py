@@ -94,12 +94,17 @@ def judge(flags: Flags) -> "Report":
         asked = read(check.Flags, [*given, *more])
         if asked.checks == "list":
             raise UsageError("--flags '--checks list': python -m parity.check --checks list prints them")
-        return check.check(check.request_of(asked))
+        report = check.check(check.request_of(asked))
+        check.write_reports(asked, report)  # those that --flags ask for, beside ours
+        return report
+    if (flags.port is None) == (flags.candidate is None):
+        raise UsageError("--kit: give either --port DIR, files that a port wrote, or --candidate file.py:load")
+    if flags.ckpt is not None:
+        raise UsageError(f"--ckpt {flags.ckpt}: a kit has weights of its own")
     from parity.kit import make
 
-    parts = {"--check": flags.kit, "--port": flags.port, "--candidate": flags.candidate, "--ckpt": flags.ckpt}
-    line = [word for flag, value in parts.items() if value is not None for word in (flag, str(value))]
-    return make.judge(read(make.Flags, [*line, *more]))
+    given = ["--port", str(flags.port)] if flags.port else ["--candidate", str(flags.candidate)]
+    return make.judge(read(make.Flags, [*given, *more]), flags.kit)
 
 
 # --- What is told ----------------------------------------------------------------------------------------------------

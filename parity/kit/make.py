@@ -65,7 +65,9 @@ def run(flags: Flags) -> int:
         return write_kit(flags, flags.out)
     if flags.check is None or flags.out is not None:
         raise UsageError("give either --out DIR, to write a kit, or --check DIR --port DIR, to judge a port by one")
-    return check_port(flags)
+    if (flags.port is None) == (flags.candidate is None):
+        raise UsageError("--check: give either --port DIR, files that a port wrote, or --candidate file.py:load")
+    return check_port(flags, flags.check)
 
 
 def refuse(flags: Flags, names: tuple[str, ...], mode: str) -> None:
@@ -195,22 +197,18 @@ def describe_kit(table: dict[str, Any], out: Path) -> list[str]:
 # --- Judging ---------------------------------------------------------------------------------------------------------
 
 
-def check_port(flags: Flags) -> int:
-    found = judge(flags)
+def check_port(flags: Flags, folder: Path) -> int:
     from parity.checks.verdict import EXIT_CODES
     from parity.report import terminal
 
+    found = judge(flags, folder)
     print(terminal.render(found))
-    if flags.json is not None:
-        flags.json.write_text(json.dumps(found.as_json(), indent=1) + "\n")
     return EXIT_CODES[found.verdict]
 
 
-def judge(flags: Flags) -> "Report":
-    """The report of --check: of files that a port wrote, or of a candidate. Raises UsageError."""
+def judge(flags: Flags, folder: Path) -> "Report":
+    """The report of --check, of files that a port wrote or of a candidate; --json is written. Raises UsageError."""
     refuse(flags, ("ckpt", "tokenizer", "prompts"), "--check")
-    if flags.check is None or (flags.port is None) == (flags.candidate is None):
-        raise UsageError("--check: give either --port DIR, files that a port wrote, or --candidate file.py:load")
     dtypes = split_dtypes(flags.dtype or "fp32")
     if len(dtypes) > 1:
         raise UsageError(f"--dtype {flags.dtype}: with --check one, that in which the port computed")
@@ -221,11 +219,15 @@ def judge(flags: Flags) -> "Report":
     from parity.kit.arrays import Kit
     from parity.kit.check import report
 
-    kit = Kit(flags.check)
+    kit = Kit(folder)
     if flags.port is not None:
-        return report(kit, flags.port, dtypes[0])
-    assert flags.candidate is not None
-    return check_candidate(kit, flags.candidate, dtypes[0])
+        found = report(kit, flags.port, dtypes[0])
+    else:
+        assert flags.candidate is not None
+        found = check_candidate(kit, flags.candidate, dtypes[0])
+    if flags.json is not None:
+        flags.json.write_text(json.dumps(found.as_json(), indent=1) + "\n")
+    return found
 
 
 def check_candidate(kit: "Kit", name: str, dtype: str) -> "Report":

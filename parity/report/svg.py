@@ -26,9 +26,9 @@ def render(report: Report) -> str:
     """The whole file; it needs no font, script or network."""
     report = printable_all(report)
     env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(default=True))
-    rows = list(rows_of(report))
-    shown = sorted(rows, key=lambda row: row[6] == "ok")[:ROWS]  # sorted keeps the order of the checks
-    dtype = plotted_dtype(report)
+    rows, dtype = list(rows_of(report)), plotted_dtype(report)
+    # What fails, of the dtype that is drawn, first; sorted keeps the order of the checks.
+    shown = sorted(rows, key=lambda row: (row[6] == "ok", row[3] != dtype))[:ROWS]
     curves = html.curves_of(report, dtype) if dtype else {}
     return env.get_template("picture.jinja").render(
         r=report,

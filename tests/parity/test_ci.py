@@ -57,7 +57,7 @@ def test_the_action_fails_a_wrong_port_at_its_line_and_passes_a_right_one(port: 
     assert told.startswith(
         f"::error file=my_port.py,line={line},title=parity%3A fail::first departs at layers.0.q_rope"
     )
-    assert "base is 10,000" in told and "config says 500,000" in told
+    assert "RoPE base looks like 10,000, the config says 500,000" in told
     assert runner.outputs["judge"]["verdict"] == "fail"
     out = Path(runner.outputs["judge"]["report"])
     assert sorted(p.name for p in out.iterdir()) == [
