@@ -22,6 +22,7 @@ SPECS = [
     ("reference.oracle.__main__", "answer"),
     ("reference.mistakes.explain", "explain_case"),
     ("parity.check", "Flags"),
+    ("parity.ci", "Flags"),
     ("parity.kit.make", "Flags"),
     ("parity.mutants.evaluate", "run"),
     ("parity.peers.__main__", "judge_peers"),
