@@ -17,7 +17,7 @@ from parity.kit.seeded import seeded_tokens, write_checkpoint
 from parity.machine import workspace
 from parity.run.request import Request, require_installed, split_dtypes
 from parity.synth.checkpoint import sha256
-from parity.synth.shapes import Shape
+from parity.synth.shapes import Shape, resized
 
 SCHEMA = "nanollama.kits/1"
 LICENCE = "MIT"  # of the repository; the weights are numbers of a generator, nobody's model
@@ -45,12 +45,12 @@ RECIPES: dict[str, Recipe] = {
     "llama3.2": Recipe("Llama 3.2: RoPE scaled by 32, the head tied", replace(SHAPE, rope_factor=32.0, tied=True)),
     "70b": Recipe(
         "Llama 3 70B: 8 query heads a kv head, a head is dim / 16 wide; no training",
-        replace(SHAPE, dim=128, n_heads=16, n_kv_heads=2),
+        resized(SHAPE, dim=128, n_heads=16, n_kv_heads=2, hidden_dim=192),
         trained=False,
     ),
     "packed": Recipe(
         "packed documents and training: nine documents, of one token and up, three layers",
-        replace(SHAPE, n_layers=3, dim=48, n_heads=6, n_kv_heads=2, hidden_dim=128, vocab_size=384),
+        resized(SHAPE, n_layers=3, dim=48, n_heads=6, n_kv_heads=2, hidden_dim=128, vocab_size=384),
         (1, 31, 2, 64, 5, 259, 1, 9, 17),
     ),
 }
