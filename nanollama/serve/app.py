@@ -277,9 +277,12 @@ class Server(uvicorn.Server):
             "ws": "none",
             "loop": "asyncio",
             "log_config": None,
+            "access_log": False,
+            "server_header": False,
+            "limit_concurrency": CONNECTIONS,
+            "timeout_graceful_shutdown": int(END_S),
         }
-        limits = {"limit_concurrency": CONNECTIONS, "timeout_graceful_shutdown": int(END_S)}
-        config = uvicorn.Config(make_app(service), access_log=False, server_header=False, **settings, **limits)
+        config = uvicorn.Config(make_app(service), **settings)
         super().__init__(config)
         self.engine = service.engine
 
