@@ -117,7 +117,7 @@ def tell(flags: Flags, out: Path, report: "Report") -> None:
 
     source = flags.source or (source_of(report.candidate) if flags.candidate else None)
     place = place_of(report, source) if source else fallback()
-    files = {name: out / f"report.{name}" for name in ("json", "html", "svg")}
+    files: dict[str, Any] = {name: out / f"report.{name}" for name in ("json", "html", "svg")}
     check.write_reports(check.Flags(junit=out / "junit.xml", **files), report)
     dtypes = list(report.tokens.decided_fraction_by_dtype)
     write(out, annotations.markdown(report), annotations.badge(report.verdict, dtypes),

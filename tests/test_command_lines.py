@@ -17,6 +17,7 @@ SPECS = [
     ("nanollama.__main__", "chat"),
     ("nanollama.__main__", "inspect"),
     ("nanollama.__main__", "convert"),
+    ("nanollama.serve.command", "serve"),
     ("reference.command", "Flags"),
     ("reference.oracle.__main__", "answer"),
     ("reference.mistakes.explain", "explain_case"),

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from nanollama import cli
 from parity.report.place import source_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PAGES = [REPOSITORY / name for name in ("README.md", "docs/quickstart.md") if (REPOSITORY / name).exists()]
+PAGES = [REPOSITORY / name for name in ("README.md", "docs/quickstart.md") if "```" in (REPOSITORY / name).read_text()]
 TARGET = re.compile(r"^([\w-]+)(?::| \?=)", re.MULTILINE)
 # Flags that name what a command reads or writes; of the first, words that name no file.
 READ = ("ckpt", "src", "data", "prompts", "tokenizer", "kit", "port", "source", "tokens", "a", "b", "teacher", "model")
@@ -125,9 +126,9 @@ def check_other(item: Typed, here: str) -> None:
 
 def test_only_what_nobody_has_is_excused() -> None:
     needs = [item.needs for page in PAGES for item in read_page(page) if isinstance(item, Typed) and item.needs]
-    assert all(what in ("weights", "a server") and len(why) > 10 for what, why in needs)
+    assert all(what == "weights" and len(why) > 10 for what, why in needs)
     readme = [item.needs[0] for item in read_page(PAGES[0]) if isinstance(item, Typed) and item.needs]
-    assert readme == ["a server", "weights"]
+    assert readme == ["weights"]
 
 
 def test_every_line_of_the_readmes_blocks_is_a_command() -> None:
@@ -197,16 +198,18 @@ def test_the_picture_is_what_its_command_makes(parsed: list[dict[str, Any]], mon
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_runs_as_printed(page: Path, tmp_path: Path) -> None:
-    """In an empty folder, on seeded weights; training is cut to its first steps."""
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    """In an empty folder, on seeded weights; training is cut to its first steps. What ends in & runs to the end."""
     place = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
-    for item in read_page(page):
-        if isinstance(item, Shown):
-            (tmp_path / item.name).write_text(item.text, encoding="utf-8")
-        elif item.needs is None and module_of(item.words):
-            text = item.text.partition(" #")[0] + (" --max_steps 20" if "finetune." in item.text else "")
-            done = subprocess.run(
-                text, shell=True, cwd=tmp_path, env=os.environ | place, capture_output=True, text=True
-            )
-            # A run cut to its first steps may end worse than it began, and says so by its exit code.
-            assert done.returncode == 0 or ("--max_steps" in text and done.returncode == 1), f"{text}\n{done.stderr}"
+    with ExitStack() as stack:
+        for item in read_page(page):
+            if isinstance(item, Shown):
+                (tmp_path / item.name).write_text(item.text, encoding="utf-8")
+            elif item.needs is None and module_of(item.words):
+                short = ["--max_steps", "20"] if "finetune." in item.text else []
+                process = subprocess.Popen([*item.words, *short], cwd=tmp_path, env=os.environ | place)
+                if item.stays:
+                    stack.callback(process.wait)
+                    stack.callback(process.terminate)
+                    continue
+                # A run cut to its first steps may end worse than it began, and says so by its exit code.
+                assert process.wait() == 0 or (short and process.returncode == 1), item.text

@@ -25,8 +25,14 @@ class Typed:
     needs: tuple[str, str] | None = None
 
     @property
+    def stays(self) -> bool:
+        """Whether it runs on beside what is typed next."""
+        return shlex.split(self.text, comments=True)[-1] == "&"
+
+    @property
     def words(self) -> list[str]:
-        return shlex.split(self.text, comments=True)
+        words = shlex.split(self.text, comments=True)
+        return words[:-1] if self.stays else words
 
 
 @dataclass(frozen=True)
