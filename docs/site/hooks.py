@@ -1,4 +1,4 @@
-"""What MkDocs leaves open: pages that live at the repository's root, links out of docs/, drawings that follow the colours.
+"""What MkDocs leaves open: pages at the repository's root, links out of docs/, drawings that follow the colours.
 
     make docs        # builds site/ by mkdocs.yml, which names this file
 
