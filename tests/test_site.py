@@ -1,4 +1,4 @@
-"""The site of the docs builds without a warning, and its pages show: no network, no error, none wider than its window."""
+"""The site of the docs builds without a warning; its pages show without network or error, none wider than the window."""
 
 import functools
 import json
