@@ -231,7 +231,7 @@ def test_several_templates_without_a_default_are_refused_by_name(chatml: Path, t
 @pytest.mark.parametrize("files", [True, False])
 def test_an_export_keeps_all_templates(chatml: Path, tmp_path: Path, format: str, files: bool) -> None:
     source, target = tmp_path / "x", tmp_path / ("y.gguf" if format == "gguf" else "y")
-    convert(open_checkpoint(named_templates(chatml, source, NAMED, files=files)), target, format=format)
+    convert(named_templates(chatml, source, NAMED, files=files), target, format)
     path = open_checkpoint(target).tokenizer
     assert path is not None
     vocabulary = open_tokenizer(path).vocabulary
@@ -246,7 +246,7 @@ def test_tokens_that_the_folder_names_reach_the_template(chatml: Path, tmp_path:
     settings |= {"extra_special_tokens": {"boi_token": "<|im_start|>"}, "sep_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(CHAT[:1], return_dict=False)
-    convert(open_checkpoint(folder), tmp_path / "y.gguf", format="gguf")
+    convert(folder, tmp_path / "y.gguf", "gguf")
     for path in (folder / "tokenizer.json", tmp_path / "y.gguf"):
         assert encode_chat(CHAT[:1], open_tokenizer(path), add_generation_prompt=False).ids == list(theirs), path
 
