@@ -47,7 +47,7 @@ ROPE = Divergence("layers.0.q_rope", "meta", "fp32", "the RoPE base is 10,000", 
 # --- The action, run as a runner runs it -----------------------------------------------------------------------------
 
 
-def test_the_action_fails_a_wrong_port_at_its_line_and_passes_a_right_one(port: Path, tmp_path: Path) -> None:
+def test_the_action_fails_a_wrong_port_at_its_line(port: Path, tmp_path: Path) -> None:
     kit = str(kit_cases.made()[1])
     runner = Runner(port, tmp_path, {"candidate": "my_port.py:wrong_base", "kit": kit})
     done = runner.judge()
@@ -65,10 +65,18 @@ def test_the_action_fails_a_wrong_port_at_its_line_and_passes_a_right_one(port: 
     ]  # fmt: skip
     assert (tmp_path / "github_step_summary").read_text() == (out / "summary.md").read_text()
 
-    right = Runner(port, tmp_path, {"candidate": "my_port.py:load", "kit": kit})
-    done = right.judge()
-    assert done.returncode == 0, done.stderr
-    assert "::error" not in done.stdout and right.outputs["judge"]["verdict"] == "pass"
+
+def test_a_right_port_passes_by_a_kit(
+    port: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.chdir(port)
+    code = ci.main(
+        ["--kit", str(kit_cases.made()[1]), "--candidate", "my_port.py:load", "--out", str(tmp_path / "out")]
+    )
+    assert code == 0 and "::error" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "badge.json").read_text())["message"].startswith("pass")
+    assert json.loads((tmp_path / "out" / "parity.sarif").read_text())["runs"][0]["results"] == []
 
 
 def test_an_input_is_never_run(port: Path, tmp_path: Path) -> None:
