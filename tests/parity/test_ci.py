@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import kit_cases
 from parity import ci
@@ -97,6 +98,16 @@ def test_every_step_is_one_that_a_runner_takes() -> None:
     declared = set(action()["inputs"])
     used = set(re.findall(r"inputs\.([\w-]+)", (REPOSITORY / "action.yml").read_text()))
     assert used == declared
+
+
+def test_a_port_needs_ten_lines_of_yaml() -> None:
+    page = (REPOSITORY / "docs" / "ci.md").read_text(encoding="utf-8")
+    text = page.split("```yaml\n")[1].split("```")[0]
+    assert len(text.splitlines()) <= 10
+    [_, judged] = yaml.safe_load(text)["jobs"]["parity"]["steps"]
+    assert set(judged["with"]) <= set(action()["inputs"])
+    rows = re.findall(r"^\| `([\w-]+)` \|.*\|.*\|$", page.split("Outputs:")[0], re.MULTILINE)
+    assert rows == list(action()["inputs"])
 
 
 @pytest.mark.slow
