@@ -1,4 +1,4 @@
-"""What MkDocs leaves open: pages that live at the repository's root, links out of docs/, drawings that follow the colours.
+"""What MkDocs leaves open: pages at the repository's root, links out of docs/, drawings that follow the colours.
 
     make docs        # builds site/ by mkdocs.yml, which names this file
 
@@ -16,7 +16,7 @@ from mkdocs.structure.pages import Page
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROOT_PAGES = {"README.md": "index.md", "SECURITY.md": "SECURITY.md", "CHANGELOG.md": "CHANGELOG.md"}
-AWAITED = ("port.md", "spec/llama-conformance-1.md")  # in the navigation once they are there
+AWAITED = ("port.md",)  # in the navigation once they are there
 LINK = re.compile(r"(?<=\]\()(?P<path>[^\s()#:]+)(?P<anchor>#[^\s()]*)?(?=\))")
 DRAWING = re.compile(r'<img (?=[^>]*src="(?P<src>[^"]+\.svg)")[^>]*?alt="(?P<alt>[^"]*)"[^>]*>')
 
