@@ -176,6 +176,16 @@ def describe_kit(table: dict[str, Any], out: Path) -> list[str]:
 
 
 def check_port(flags: Flags, folder: Path) -> int:
+    from parity.checks.verdict import EXIT_CODES
+    from parity.report import terminal
+
+    found = judge(flags, folder)
+    print(terminal.render(found))
+    return EXIT_CODES[found.verdict]
+
+
+def judge(flags: Flags, folder: Path) -> "Report":
+    """The report of --check, of files that a port wrote or of a candidate; --json is written. Raises UsageError."""
     refuse(flags, ("ckpt", "tokenizer", "prompts"), "--check")
     dtypes = split_dtypes(flags.dtype or "fp32")
     if len(dtypes) > 1:
@@ -184,10 +194,8 @@ def check_port(flags: Flags, folder: Path) -> int:
         raise UsageError(f"--port {flags.port}: give the folder that holds the port's NAME.f32 files")
     if flags.json is not None and not os.access(flags.json.resolve().parent, os.W_OK):
         raise UsageError(f"--json {flags.json}: its folder does not exist or cannot be written")
-    from parity.checks.verdict import EXIT_CODES
     from parity.kit.arrays import Kit
     from parity.kit.check import report
-    from parity.report import terminal
 
     kit = Kit(folder)
     if flags.port is not None:
@@ -195,10 +203,9 @@ def check_port(flags: Flags, folder: Path) -> int:
     else:
         assert flags.candidate is not None
         found = check_candidate(kit, flags.candidate, dtypes[0])
-    print(terminal.render(found))
     if flags.json is not None:
         flags.json.write_text(json.dumps(found.as_json(), indent=1) + "\n")
-    return EXIT_CODES[found.verdict]
+    return found
 
 
 def check_candidate(kit: "Kit", name: str, dtype: str) -> "Report":
