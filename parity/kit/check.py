@@ -15,6 +15,7 @@ from parity.contract import Result, Status, UsageError, judge
 from parity.explain.causes import View, probable_cause
 from parity.explain.localise import ABOUT
 from parity.kit.arrays import Gate, Kit, read
+from parity.kit.causes import cause
 from parity.kit.gates import KL
 from parity.kit.misread import layout
 from parity.machine import Clock, own_anonymous_bytes
@@ -261,8 +262,9 @@ def describe(port: Port, tap: str, gate: Gate, mine: Tensor, exact: Tensor) -> D
     beyond = (~((error.error[0] / error.width).sqrt() <= gate.bound)).nonzero()
     row = int(beyond[0]) if len(beyond) else error.place.index[0]
     sequence, position = locate(port.kit, gate.first + row)
-    why = port.layout(gate.array) or odd_numbers(mine) or probable_cause(view(port, sequence), tap)
-    why = why or ABOUT[tap.split(".")[-1]]
+    odd, about = odd_numbers(mine), ABOUT[tap.split(".")[-1]]
+    why = port.layout(gate.array) or (f"{odd}; {about}" if odd else probable_cause(view(port, sequence), tap))
+    why = why or cause(port, tap, sequence) or about
     rho, place = ratio(error.rms(), gate.noise), error.place
     return Divergence(tap, THE_KIT, port.dtype, why, None, sequence, position, rho, place.value, place.expected)
 
