@@ -64,6 +64,7 @@ class Flags:
     json: Path | None = None  # write the whole report as JSON
     junit: Path | None = None  # write the results as JUnit XML
     html: Path | None = None  # write the report as one HTML file
+    svg: Path | None = None  # write verdict, cause, table and curve as one picture
 
 
 def request_of(flags: Flags) -> Request:
@@ -98,7 +99,7 @@ def request_of(flags: Flags) -> Request:
     if request.max_new_tokens < 0:
         raise UsageError(f"--max_new_tokens {request.max_new_tokens}: expected 0 or more")
     require_files(request)
-    for flag in ("json", "junit", "html"):
+    for flag in ("json", "junit", "html", "svg"):
         require_writable(flag, getattr(flags, flag))
     require_installed(request.references)
     require_device(request.device)
@@ -170,6 +171,10 @@ def write_reports(flags: Flags, report: "Report") -> None:
         from parity.report import html
 
         flags.html.write_text(html.render(report), encoding="utf-8")
+    if flags.svg is not None:
+        from parity.report import svg
+
+        flags.svg.write_text(svg.render(report), encoding="utf-8")
 
 
 def check(request: Request) -> "Report":

@@ -121,9 +121,9 @@ def _settings(meta: dict[str, Any]) -> Iterator[str]:
 class Kit:
     """A kit that was written before. Raises UsageError when there is none, or its files are not what they were."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, flag: str = "--check") -> None:
         self.folder = folder
-        _verify(folder)
+        _verify(folder, flag)
         self.table = read_table(folder, SCHEMA, METRICS)
         rows = [{k: v for k, v in row.items() if k not in ("kind", "bound")} for row in self.table["arrays"]]
         self.arrays = {row["name"]: replace(Array(**row), shape=tuple(row["shape"])) for row in rows}
@@ -148,11 +148,11 @@ def read(path: Path, kind: str, shape: tuple[int, ...], offset: int = 0) -> Tens
     return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
 
-def _verify(folder: Path) -> None:
+def _verify(folder: Path, flag: str) -> None:
     """Every file against SHA256SUMS: a kit is copied about, and a changed byte would be a wrong verdict."""
     manifest = folder / "SHA256SUMS"
     if not manifest.is_file() or not (folder / "kit.json").is_file():
-        raise UsageError(f"--check {folder}: is no kit; make one with python -m parity.kit --out {folder}")
+        raise UsageError(f"{flag} {folder}: is no kit; make one with python -m parity.kit --out {folder}")
     try:
         listed = [line.partition("  ")[::2] for line in read_text(manifest).splitlines()]
         names = [name for _, name in listed]
@@ -169,4 +169,4 @@ def _verify(folder: Path) -> None:
     except CheckpointError as error:
         raise UsageError(str(error)) from None
     except OSError as error:
-        raise UsageError(f"--check {folder}: cannot be read ({error.strerror}); copy the kit again") from None
+        raise UsageError(f"{flag} {folder}: cannot be read ({error.strerror}); copy the kit again") from None

@@ -87,7 +87,7 @@ class TraceCache:
             return None
         what = {"module": module, "arguments": [_plain(a, run) for a in arguments], "files": content}
         what |= {"case": {k: _plain(v, run) if isinstance(v, str) else v for k, v in case.items()}}
-        what |= {"code": self._code(), "machine": machine() | _accelerator(case["device"])}
+        what |= {"code": hash_code(self.code), "machine": machine() | _accelerator(case["device"])}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     def has(self, key: str | None) -> bool:
@@ -182,9 +182,6 @@ class TraceCache:
             made.replace(self.folder / "hashes.json")
             self.news = False
 
-    def _code(self) -> dict[str, str]:
-        return {str(path.relative_to(self.code)): _sha256(path) for path in sorted(self.code.rglob("*.py"))}
-
 
 def trace_cache(folder: Path) -> TraceCache | None:
     """The one in the user's cache folder: at most $NANOLLAMA_TRACE_BYTES, of which 0 keeps none. Raises UsageError."""
@@ -215,6 +212,11 @@ def kept_in(folder: Path) -> TraceCache:
 
 def _accelerator(device: str) -> dict[str, str]:
     return {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
+
+
+def hash_code(folder: Path) -> dict[str, str]:
+    """The hash of each module of a folder."""
+    return {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*.py"))}
 
 
 def machine() -> dict[str, Any]:

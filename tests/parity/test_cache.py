@@ -13,6 +13,7 @@ from parity import machine
 from parity.candidates import probe
 from parity.check import main
 from parity.contract import UsageError
+from parity.measure import evidence
 from parity.run import cache as cache_module
 from parity.run import execute
 from parity.run.cache import CODE, TraceCache, kept_in, trace_cache
@@ -217,12 +218,15 @@ def test_a_second_try_runs_no_reference_and_judges_alike(
 ) -> None:
     monkeypatch.setenv("NANOLLAMA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NANOLLAMA_TRACE_BYTES", "100000000")
-    checkpoint, started = tmp_path / "meta", list[str]()
+    checkpoint, started, measured = tmp_path / "meta", list[str](), list[str]()
     tiny.checkpoint(checkpoint, n_layers=4)
     note_processes(monkeypatch, started)
+    real = evidence.measure
+    monkeypatch.setattr(evidence, "measure", lambda t, *rest: measured.append(t.folder.name) or real(t, *rest))  # type: ignore[func-returns-value]
 
     def run(attribute: str, *flags: str) -> dict:
         started.clear()
+        measured.clear()
         out, name = tmp_path / "report.json", f"{plain_port.__file__}:{attribute}"
         common = ("--references", "meta", "--dtype", "fp32", "--max_new_tokens", "2", "--checks", "taps,logits")
         main(["--ckpt", str(checkpoint), "--candidate", name, "--json", str(out), *common, *flags])
@@ -230,10 +234,16 @@ def test_a_second_try_runs_no_reference_and_judges_alike(
 
     first = run("load")
     assert first["cached"] == [] and {"reference.meta", "reference.oracle"} <= set(started)
+    assert sorted(measured) == ["candidate", "meta"]
     second = run("load")
     assert second["cached"] == ["meta", "oracle"]
     assert started == ["parity.candidates.probe"]  # which stays to be run: torch is imported once, by it
+    assert measured == ["candidate"]
     assert second["results"] == first["results"] and second["verdict"] == first["verdict"] == "pass"
+    floors = [f for f in (tmp_path / "cache" / "traces").rglob("measured.safetensors") if f.stat().st_size > 20_000]
+    for floor in floors:
+        flip(floor, floor.stat().st_size // 2)
+    assert floors and run("load")["results"] == first["results"] and measured[0] == "meta"
     assert "from the cache, not run again: meta, oracle" in capsys.readouterr().out
     assert run("load", "--cache", "off")["cached"] == [] and "reference.meta" in started
     weights = checkpoint / "consolidated.00.pth"
