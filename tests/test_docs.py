@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from nanollama import cli
+from parity.checks import CHECKS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = REPOSITORY / "docs"
@@ -86,6 +87,11 @@ def test_a_broken_link_is_found(text: str, broken: list[str], tmp_path: Path) ->
     page = tmp_path / "page.md"
     page.write_text(text + "\n")
     assert broken_links(page) == broken
+
+
+def test_the_page_of_gates_has_every_check_in_the_order_of_diagnosis() -> None:
+    page = (DOCS / "gates.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(CHECKS)
 
 
 # --- Commands --------------------------------------------------------------------------------------------------------
