@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from markdown_commands import commands_of
 from nanollama import cli
 from parity.checks import CHECKS
 
@@ -100,9 +101,8 @@ def test_the_page_of_gates_has_every_check_in_the_order_of_diagnosis() -> None:
 def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
     """(module, its words) of every line of a block that runs one of ours, whatever starts it."""
     for block in FENCE.finditer(page.read_text(encoding="utf-8")):
-        for line in block["body"].replace("\\\n", " ").splitlines():
-            words = split(line.removeprefix("$ "))
-            if found := module_of(words):
+        for line in commands_of(block["body"]):
+            if found := module_of(split(line)):
                 yield found
 
 
@@ -118,7 +118,8 @@ def split(line: str) -> list[str]:
 
 def module_of(words: list[str]) -> tuple[str, list[str]] | None:
     """The module that `python -m`, torchrun or a console script runs, and its words."""
-    if "-m" in words[1:] and re.search(r"(^|/)(python[\d.]*|torchrun|srun)$", words[0].partition("=")[0]):
+    words = words[next((i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)), len(words)) :]
+    if "-m" in words[1:] and re.search(r"(^|/)(python[\d.]*|torchrun|srun)$", words[0]):
         at = words.index("-m") + 1
         return (words[at], words[at + 1 :]) if at < len(words) and OURS.match(words[at]) else None
     if words[:1] == ["nanollama"] and len(words) > 1:

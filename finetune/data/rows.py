@@ -15,10 +15,13 @@ from finetune.data.files import check_text
 from finetune.data.tables import TABLE_SUFFIXES, Row, check_column, is_table, read_table
 from finetune.errors import UserError
 
-ROW_SUFFIXES = (".jsonl", ".json", *TABLE_SUFFIXES, ".parquet")
+ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", *TABLE_SUFFIXES, ".parquet")
 TEXT_SUFFIXES = (".txt", ".md", ".markdown")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SPACE = re.compile(r"\s*")
+# An object that only holds the rows, all on its first line.
+HOLDS_ROWS = re.compile(r'\{\s*(?:"type"\s*:\s*"\w*"\s*,\s*)?"(?:data|train|examples|instances)"\s*:\s*\[')
+HOLDERS = ("data", "train", "examples", "instances")
 
 
 def is_parquet(path: Path) -> bool:
@@ -42,8 +45,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     if is_table(path):
         yield from read_table(path)
         return
-    first = next(_lines(path), "").strip()
-    if first.startswith("[") or first == "{":
+    if is_one_value(path):
         for number, value in enumerate(_values(path), start=1):
             yield Row(f"--data {path} item {number}", value)
         return
@@ -51,6 +53,22 @@ def read_rows(path: Path) -> Iterator[Row]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield parse_line(f"--data {path} line {number}", line)
+
+
+def is_one_value(path: Path) -> bool:
+    """Whether the file is one array, or objects over several lines, and not an object a line."""
+    lines = _lines(path)
+    first, second = next(lines, "").strip(), next(lines, "").strip()
+    if first.startswith("["):
+        return not (first.endswith("]") and second.startswith("["))  # a line may be a list of messages
+    whole = first == "{" or HOLDS_ROWS.match(first) is not None
+    return whole or (first.startswith("{") and first.endswith(("[", "{", ",", ":")) and not second.endswith("}"))
+
+
+def _held(value: Any) -> list[Any]:
+    """The rows in an object that does nothing but hold them; another value by itself."""
+    lists = [key for key in HOLDERS if isinstance(value, dict) and isinstance(value.get(key), list)]
+    return value[lists[0]] if len(lists) == 1 else [value]
 
 
 def parse_line(where: str, line: str) -> Row:
@@ -82,7 +100,7 @@ def _values(path: Path) -> Iterator[Any]:
         at = 0
         while (at := SPACE.match(text, at).end()) < len(text):  # type: ignore[union-attr]  # it matches nothing, too
             value, at = json.JSONDecoder().raw_decode(text, at)
-            yield value
+            yield from _held(value)
     except json.JSONDecodeError as error:
         what = "a JSON array" if text.lstrip().startswith("[") else "JSON objects over several lines"
         raise UserError(f"--data {path} line {error.lineno}: not JSON: begins as {what}, then: {error.msg}") from None

@@ -116,9 +116,9 @@ def _settings(meta: dict[str, Any]) -> Iterator[str]:
 class Kit:
     """A kit that was written before. Raises UsageError when there is none, or its files are not what they were."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, flag: str = "--check") -> None:
         self.folder = folder
-        _verify(folder)
+        _verify(folder, flag)
         self.table: dict[str, Any] = json.loads((folder / "kit.json").read_text(encoding="utf-8"))
         if self.table.get("schema") != SCHEMA:
             raise UsageError(f"{folder / 'kit.json'} has schema {self.table.get('schema')!r}, expected {SCHEMA!r}")
@@ -145,11 +145,11 @@ def read(path: Path, kind: str, shape: tuple[int, ...], offset: int = 0) -> Tens
     return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
 
-def _verify(folder: Path) -> None:
+def _verify(folder: Path, flag: str) -> None:
     """Every file against SHA256SUMS: a kit is copied about, and a changed byte would be a wrong verdict."""
     manifest = folder / "SHA256SUMS"
     if not manifest.is_file() or not (folder / "kit.json").is_file():
-        raise UsageError(f"--check {folder}: is no kit; make one with python -m parity.kit --out {folder}")
+        raise UsageError(f"{flag} {folder}: is no kit; make one with python -m parity.kit --out {folder}")
     listed = [line.split("  ", 1) for line in manifest.read_text(encoding="utf-8").splitlines()]
     if "kit.json" not in (name for _, name in listed):
         raise UsageError(f"{manifest}: does not list kit.json; copy the kit again")

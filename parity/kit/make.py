@@ -6,6 +6,7 @@ Meta's code and transformers against a float64 oracle. See docs/kit.md, and test
     python -m parity.kit --out kit                  # prints: kit          kit: 10.6 MB ...
     python -m parity.kit --out kit --ckpt DIR --prompts prompts.jsonl
     python -m parity.kit --set kits                 # six of them: Llama 2, 3, 3.1, 3.2, 70B's heads, packed documents
+    python -m parity.kit --unpack kit --out FOLDER  # its weights for transformers, Meta's code and llama2.c
     python -m parity.kit --check kit --port OUT     # OUT/logits.f32, OUT/layers.0.q.f32, ...; ends: verdict      PASS
     python -m parity.kit --check kit --candidate my_port.py:load        # the same, of a candidate of parity.check
 
@@ -38,6 +39,7 @@ class Flags:
 
     out: Path | None = None  # folder to write the kit to
     set: Path | None = None  # in place of --out: folder to write six kits to, one of each Llama
+    unpack: Path | None = None  # a kit to write as checkpoints and states that programs open, into --out
     ckpt: str | None = None  # Meta or HF folder, .gguf, .bin, hub id (default: a small seeded one)
     tokenizer: str | None = None  # a tokenizer file, where the checkpoint has none
     prompts: Path | None = None  # one prompt a line (\n escapes), or .jsonl of token lists; default: built-in ones
@@ -53,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(flags: Flags) -> int:
+    if flags.unpack is not None:
+        return unpack_kit(flags, flags.unpack)
     if (flags.out, flags.set, flags.check).count(None) != 2:
         raise UsageError(
             "give either --out DIR, to write a kit, or --set DIR, for six, or --check DIR --port DIR, to judge a port"
@@ -99,6 +103,20 @@ def write_set(flags: Flags) -> int:
         for line in write_kits(work):
             print(printable(line), flush=True)
     print(f"manifest     {printable(str(out / 'manifest.json'))}")
+    return 0
+
+
+def unpack_kit(flags: Flags, folder: Path) -> int:
+    refuse(flags, ("set", "ckpt", "tokenizer", "prompts", "dtype", "check", "port", "candidate", "json"), "--unpack")
+    if flags.out is None:
+        raise UsageError(f"--unpack {folder}: give --out DIR, the folder to write to")
+    from parity.kit.arrays import Kit
+    from parity.kit.unpack import unpack
+
+    kit = Kit(folder, "--unpack")
+    with writing("--out", flags.out) as work:
+        for line in unpack(kit, work):
+            print(printable(line))
     return 0
 
 

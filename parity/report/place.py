@@ -18,7 +18,7 @@ from parity.contract import Result, Status
 from parity.report.model import Report
 
 SOURCE_BYTES = 1 << 22  # a larger file is no source
-OWN_LINE = re.compile(r"\(([^\s():/\\]+\.\w+):(\d+)\)")  # as parity.outside tells an exception's line
+OWN_LINE = re.compile(r"([\w./-]+\.\w+):(\d+)")  # my_port.py:17, src/main.rs:12:5, as languages tell where they stopped
 # A line that defines something, in the languages of ports: def f, class F, fn f, func f, function f, void f(, float *f(
 DEFINED = re.compile(
     r"^\s*(?:(?:export|pub|public|private|static|inline|const|async|template<[^>]*>|unsafe)\s+)*"
@@ -101,12 +101,14 @@ def place_of(report: Report, file: Path) -> Place:
 
 
 def own_line(r: Result, file: Path) -> Place | None:
-    """The line that an exception of the candidate's names, in its file or in a neighbour that it imports."""
-    found = OWN_LINE.search(r.reason or "")
-    if found is None:
-        return None
-    named = file.with_name(found[1])
-    return Place(named, int(found[2]), f"{found[1]}:{found[2]}") if named.is_file() else None
+    """The line where the candidate stopped, as its error says: in its file or a neighbour, or one by its path."""
+    for found in OWN_LINE.finditer(r.reason or ""):
+        said = Path(found[1])
+        for path in (file.with_name(said.name), said):
+            theirs = path is said and not path.resolve().is_relative_to(Path.cwd())  # a library's
+            if path.is_file() and not theirs:
+                return Place(path, max(1, int(found[2][:9])), found[0])
+    return None
 
 
 def definitions(file: Path) -> Iterator[tuple[int, str]]:

@@ -25,7 +25,8 @@ ROWS = 9  # of the table: those that fail first
 def render(report: Report) -> str:
     """The whole file; it needs no font, script or network."""
     report = printable_all(report)
-    env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(default=True))
+    folder = FileSystemLoader(Path(__file__).parent)
+    env = Environment(loader=folder, autoescape=select_autoescape(default=True), trim_blocks=True)
     rows, dtype = list(rows_of(report)), plotted_dtype(report)
     # What fails, of the dtype that is drawn, first; sorted keeps the order of the checks.
     shown = sorted(rows, key=lambda row: (row[6] == "ok", row[3] != dtype))[:ROWS]

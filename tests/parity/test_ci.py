@@ -127,7 +127,10 @@ def test_a_method_and_a_crash_are_shown_at_their_own_lines(tmp_path: Path) -> No
     assert place_of(report_of(cached), file) == Place(file, 2, "decode")
     crash = Result("logits", "G3", Status.ERROR, reason="model(tokens): ValueError: no kernel (my_port.py:3)")
     assert place_of(report_of(cached, crash), file).line == 3
-    elsewhere = replace(crash, reason="ValueError: no kernel (other.py:3)")
+    (tmp_path / "main.rs").touch()
+    panicked = replace(crash, reason=f"the program ended: panicked at {tmp_path}/main.rs:12:5: no kernel")
+    assert place_of(report_of(panicked), file) == Place(tmp_path / "main.rs", 12, f"{tmp_path}/main.rs:12")
+    elsewhere = replace(crash, reason="http://127.0.0.1:8000 ValueError: no kernel (other.py:3)")
     assert place_of(report_of(elsewhere), file) == Place(file)
 
 
