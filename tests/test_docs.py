@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / name for name in ("README.md", "SECURITY.md", "CHANGELOG.md")] + sorted(DOCS.rglob("*.md"))
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-OURS = re.compile(r"^(?:nanollama|parity|finetune|reference|benchmarks)\b")
+OURS = re.compile(r"(?:nanollama|parity|finetune|reference|benchmarks)(?:\.[a-z_]+)*$")  # finetune.NAME is none
 # LOG.md tells what was typed once, by the flags that there were; CHANGELOG.md the same of the past.
 OF_TODAY = [page for page in PAGES if page.name not in ("LOG.md", "CHANGELOG.md")]
 
@@ -99,11 +99,12 @@ def test_the_page_of_gates_has_every_check_in_the_order_of_diagnosis() -> None:
 
 
 def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
-    """(module, its words) of every line of a block that runs one of ours, whatever starts it."""
-    for block in FENCE.finditer(page.read_text(encoding="utf-8")):
-        for line in commands_of(block["body"]):
-            if found := module_of(split(line)):
-                yield found
+    """(module, its words) of every line of a block, and of all code in prose with a flag, that runs one of ours."""
+    text = page.read_text(encoding="utf-8")
+    typed = [line for block in FENCE.finditer(text) for line in commands_of(block["body"])]
+    prose_code = re.findall(r"`([^`\n]+ --[^`\n]+)`", FENCE.sub("", text))
+    typed += [re.sub(r" N\b", " 1", code) for code in prose_code]
+    yield from filter(None, (module_of(split(line)) for line in typed))
 
 
 def split(line: str) -> list[str]:
@@ -112,7 +113,7 @@ def split(line: str) -> list[str]:
         words = shlex.split(line, comments=True)
     except ValueError:  # an apostrophe of prose
         return []
-    ends = [i for i, word in enumerate(words) if word in ("|", "||", "&&", ">", "2>", "<")]
+    ends = [i for i, word in enumerate(words) if word in ("|", "||", "&", "&&", ">", "2>", "<")]
     return [word for word in words[: min(ends, default=None)] if word != "..."]
 
 
