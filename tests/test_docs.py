@@ -106,7 +106,7 @@ def split(line: str) -> list[str]:
         words = shlex.split(line, comments=True)
     except ValueError:  # an apostrophe of prose
         return []
-    ends = [i for i, word in enumerate(words) if word in ("|", "||", "&&", ">", "2>", "<")]
+    ends = [i for i, word in enumerate(words) if word in ("|", "||", "&&", "&", ">", "2>", "<")]
     return [word for word in words[: min(ends, default=None)] if word != "..."]
 
 
