@@ -23,13 +23,14 @@ from finetune.curves import PANELS, draw
 from finetune.data.files import Say, write_atomically
 from finetune.doctor import examine
 from finetune.doctor.page import STYLE, section
-from finetune.doctor.patient import Finding
-from finetune.doctor.picture import Piece
 from finetune.errors import TrainingStopped, UserError
 from finetune.metrics import SAMPLES, read_metrics
 from finetune.parallelize import World
+from finetune.restore import check_config_types, read_file
 from nanollama import __version__
 from nanollama.cli import run
+from nanollama.gate import CheckpointError, shown
+from nanollama.gate.documents import read_bytes
 
 NAME = "report.html"
 ENVIRONMENT = "environment.json"
@@ -106,20 +107,30 @@ def report(out: Path) -> str:
 def read_config(out: Path) -> dict[str, Any]:
     """config.json of a run. Raises UserError."""
     path = out / "config.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{out}: holds no run (config.json is missing): name the folder that --out named") from None
-    except ValueError:
-        raise UserError(f"{path}: not JSON") from None
-    if not isinstance(found, dict) or "max_steps" not in found:
+    if not path.exists():
+        raise UserError(f"{out}: holds no run (config.json is missing): name the folder that --out named")
+    found = read_file(path)
+    if "max_steps" not in found:
         raise UserError(f"{path}: not a run's config")
+    check_config_types(found, path)
     return found
 
 
 def read_summary(out: Path) -> dict[str, Any]:
+    """summary.json, in which a run that diverged has numbers that strict JSON does not know. Raises UserError."""
     path = out / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(read_bytes(path))
+    except CheckpointError as error:
+        raise UserError(str(error)) from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not JSON: it is not as a run wrote it") from None
+    scores = [found.get(key) for key in ("val_loss", "val_bpb")] if isinstance(found, dict) else [found]
+    if not all(score is None or type(score) is float for score in scores):
+        raise UserError(f"{path}: is not as a run wrote it: {shown(found)}")
+    return found
 
 
 def defaults(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,7 +138,7 @@ def defaults(saved: Mapping[str, Any]) -> dict[str, Any]:
     chosen = {name: saved[name] for name in ("ckpt", "init", "tokenizer", "method") if name in saved}
     try:
         return asdict(resolve(TrainConfig(**chosen), saved["device"], saved["threads"]))
-    except ValueError:
+    except (ValueError, TypeError, KeyError):  # a config that no run wrote is shown beside the plain defaults
         return asdict(TrainConfig())
 
 
@@ -155,20 +166,21 @@ def _summary(out: Path) -> str:
 
 def _validation(lines: Sequence[Mapping[str, Any]]) -> str:
     scores = [
-        (line["step"], f"{line['val_loss']:.4f}", f"{line['val_bpb']:.4f}") for line in lines if "val_loss" in line
+        (line["step"], f"{line['val_loss']:.4f}", f"{line['val_bpb']:.4f}")
+        for line in lines
+        if line.get("val_loss") is not None and line.get("val_bpb") is not None
     ]
     return table(scores, ("step", "nats per token", "bits per byte")) if scores else "<p>none yet</p>"
 
 
 def _samples(lines: Sequence[Mapping[str, Any]]) -> str:
-    found = {line["step"]: line["sample"] for line in lines}
+    found = {line["step"]: line["sample"] for line in lines if "sample" in line}
     made = table(list(found.items()), ("step", "sample")).replace("<td>", '<td class="sample">')
     return made if found else "<p>none yet (--sample_every)</p>"
 
 
 def _doctor(doctor: Mapping[str, Any]) -> str:
-    findings = [Finding(**found) for found in doctor["findings"]]
-    return section(findings, doctor["facts"], [Piece(**piece) for piece in doctor["first"]])
+    return section(doctor["findings"], doctor["facts"], doctor["first"])
 
 
 def _config(saved: Mapping[str, Any]) -> str:
@@ -180,7 +192,7 @@ def _config(saved: Mapping[str, Any]) -> str:
 
 def _machine(out: Path) -> str:
     path = out / ENVIRONMENT
-    return table(list(json.loads(path.read_text(encoding="utf-8")).items())) if path.exists() else "<p>not known</p>"
+    return table(list(read_file(path).items())) if path.exists() else "<p>not known</p>"
 
 
 def main(

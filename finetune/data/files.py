@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from finetune.errors import UserError
+from nanollama.gate import require_file
 
 Say = Callable[[str], None]
 
@@ -47,6 +48,7 @@ def find_files(
     is data.
     """
     if not path.is_dir():
+        require_file(path)  # a pipe would be read twice
         return (path,), path.stem
     _refuse_saved(path)
     below = [p for p in sorted(path.rglob("*")) if p.is_file() and not _is_hidden(p.relative_to(path))]

@@ -44,9 +44,11 @@ class Runner:
         cache: TraceCache | None = None,
         waiting: Mapping[str, Process] = {},
     ) -> None:
-        """cache: of the references' and the oracle's traces; not used for large checkpoints. waiting: see Executor."""
+        """cache: of the references' and the oracle's traces; for large checkpoints one that the user has named alone.
+        waiting: see Executor."""
         self.plan, self.folder = plan, folder
-        self.executor = Executor(folder, plan.case.threads, progress, None if plan.large else cache, waiting)
+        cache = cache if cache is None or cache.named or not plan.large else None
+        self.executor = Executor(folder, plan.case.threads, progress, cache, waiting)
         self.log.notices += plan.notices
 
     @property
