@@ -222,8 +222,8 @@ def main(
                     row = {"model": judge.name, "port": name, **judge.wrong(module.loader(kind), tap, words)}
                     rows.append(row)
                     print(line(row), flush=True)
-    report: dict[str, Any] = {"schema": "nanollama.held_out/1", "shares": shares(rows, alarms), "right": alarms, "wrong": rows}
-    report |= {"seconds": round(clock(), 1), "environment": environment(1, "cpu")}
+    report: dict[str, Any] = {"schema": "nanollama.held_out/1", "shares": shares(rows, alarms)}
+    report |= {"right": alarms, "wrong": rows, "seconds": round(clock(), 1), "environment": environment(1, "cpu")}
     for name, value in report["shares"].items():
         print(f"{name:45} {value}")
     if json is not None:
