@@ -45,7 +45,7 @@ from reference.mistakes.table import Mistake
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 PORTS = ("held_out", "held_out_right", "held_out_wrong")
-SMALL = {"vocab_size": 512, "n_layers": 2}
+SMALL: dict[str, Any] = {"vocab_size": 512, "n_layers": 2}
 SHAPED: dict[str, Shape] = {
     "3.1": replace(SHAPES["tiny"], **SMALL),
     "llama2": replace(SHAPES["tiny-llama2"], **SMALL),
@@ -222,8 +222,8 @@ def main(
                     row = {"model": judge.name, "port": name, **judge.wrong(module.loader(kind), tap, words)}
                     rows.append(row)
                     print(line(row), flush=True)
-    report = {"schema": "nanollama.held_out/1", "shares": shares(rows, alarms), "right": alarms, "wrong": rows}
-    report |= {"seconds": round(clock(), 1), "environment": environment(1, "cpu")}
+    report: dict[str, Any] = {"schema": "nanollama.held_out/1", "shares": shares(rows, alarms)}
+    report |= {"right": alarms, "wrong": rows, "seconds": round(clock(), 1), "environment": environment(1, "cpu")}
     for name, value in report["shares"].items():
         print(f"{name:45} {value}")
     if json is not None:

@@ -17,8 +17,10 @@ from parity.report.model import Divergence, Report
 SCHEMA = "nanollama.result/1"
 DISTRIBUTION = "llama-parity"
 WORDS = re.compile(r"[A-Za-z0-9 _.,:;+()<>=%-]{0,400}")  # no slash, no quote, no line end, nothing beyond ASCII
-OF_MACHINE = ("system", "machine", "cpu_capability", "threads", "device", "python", "torch", "transformers")
-OF_MACHINE += ("llama_models", "fairscale", "safetensors", "tokenizers", "tiktoken")
+OF_MACHINE = (
+    *("system", "machine", "cpu_capability", "threads", "device", "python", "torch", "transformers"),
+    *("llama_models", "fairscale", "safetensors", "tokenizers", "tiktoken"),
+)
 KINDS = {
     r"nanollama|parity\.candidates\..*": "nanollama",
     r"(.* )?cmd:.*": "a program",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,16 @@ def angles(config: Config, tokens: int) -> Iterator[tuple[str, Angles]]:
     yield "RoPE's exponents are i / head_dim, not 2i / head_dim", _by(_unscaled(config, 0.5))
     yield "RoPE's exponents are 2i / dim, not 2i / head_dim", _by(_unscaled(config, config["head_dim"] / config["dim"]))
     for length in (n for n in LENGTHS if n < tokens):
-        yield f"positions start again after {length} tokens", lambda at, f, n=length: (at % n) * f
-        yield f"positions stop at {length}", lambda at, f, n=length: at.clamp(max=n) * f
+        yield f"positions start again after {length} tokens", partial(_starting_again, length)
+        yield f"positions stop at {length}", partial(_stopping, length)
+
+
+def _starting_again(length: int, at: Tensor, right: Tensor) -> Tensor:
+    return (at % length) * right
+
+
+def _stopping(length: int, at: Tensor, right: Tensor) -> Tensor:
+    return at.clamp(max=length) * right
 
 
 def _by(frequencies: Tensor) -> Angles:

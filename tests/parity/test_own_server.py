@@ -66,7 +66,8 @@ def test_the_command_passes_in_the_servers_dtype(dtype: str, tmp_path: Path) -> 
     checkpoint = small_checkpoint(tmp_path / "meta")
     out = tmp_path / "report.json"
     prompts = short_prompts(tmp_path / "prompts.jsonl")
-    flags = ("--references", "meta", "--max_new_tokens", "4", "--prompts", prompts, "--json", str(out))
+    flags = ["--references", "meta", "--max_new_tokens", "4", "--prompts", prompts, "--json", str(out)]
+    flags += ["--checks", "logits,argmax,greedy"]
     with running(service_of(Llama.load(checkpoint, dtype=dtype, compile="off"))) as url:
         code = main(["--ckpt", str(checkpoint), "--candidate", url, "--dtype", dtype, *flags])
     results: list[dict[str, Any]] = json.loads(out.read_text())["results"]
