@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from mutant_evidence import base, judge
+from mutant_evidence import judge
 from parity.candidates.nano.checkpoint import fingerprint
 from parity.check import main
 from parity.contract import Result, Status
@@ -99,4 +99,4 @@ def test_a_candidate_is_told_by_its_kind(candidate: str, kind: str) -> None:
 def test_a_fingerprint_is_that_of_the_weights_in_any_format(tmp_path: Path) -> None:
     prints = [fingerprint(str(tiny.checkpoint(tmp_path / format, format))) for format in ("meta", "hf")]
     assert prints[0] == prints[1]
-    assert fingerprint(base("gqa").case.checkpoint) != prints[0]
+    assert fingerprint(str(tiny.checkpoint(tmp_path / "deeper", n_layers=3))) != prints[0]
