@@ -101,12 +101,13 @@ def of_checkpoint(
     progress: bool = False,
     seeded_prompts: bool = False,
     dtypes: tuple[str, ...] = ("fp32", "bf16"),
+    sequences: int = 1,
 ) -> Evidence:
-    """A checkpoint of yours in a member's place: on text where it has a tokenizer."""
+    """A checkpoint of yours in a member's place: on text where it has a tokenizer, else on so many seeded sequences."""
     described = describe(str(path), None)
     if seeded_prompts:
         described = replace(described, tokenizer=None)
-    tokens = (seeded(described.config["vocab_size"]).tokens or [])[-1:]
+    tokens = (seeded(described.config["vocab_size"]).tokens or [])[-sequences:]
     prompts = Prompts([LONG], None, []) if described.tokenizer else Prompts(None, tokens, [])
     request = Request(dtypes=dtypes, checks=("ops", "weights"), max_new_tokens=NEW_TOKENS, texts=False)
     made = plan(request, described, folder, prompts=prompts, large=False)

@@ -21,7 +21,7 @@ HI = [{"role": "user", "content": "Hi"}]
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Service:
     folder = small_checkpoint(tmp_path_factory.mktemp("ckpt") / "meta")
-    return service_of(Llama.load(folder, dtype="fp32", compile="off"), key="sk-right", hosts=None)
+    return service_of(Llama.load(folder, dtype="fp32", compile="off"), key="sk-right", hosts=None, context=512)
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +50,12 @@ def test_it_chats(client: "openai.OpenAI") -> None:
     assert last.usage == whole.usage and parts[-1].choices[0].finish_reason == whole.choices[0].finish_reason
 
 
-def test_refusals_are_the_clients_own_errors(client: "openai.OpenAI") -> None:
+def test_refusals_are_the_clients_own_errors(client: "openai.OpenAI", service: Service) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="tiny", messages=HI, n=3)
     assert caught.value.param == "n" and "this server takes 1 alone" in str(caught.value)
     with pytest.raises(openai.BadRequestError) as caught:
-        client.completions.create(model="tiny", prompt="a" * 9000, max_tokens=1)
+        client.completions.create(model="tiny", prompt=[5] * (service.reader.context_tokens + 1), max_tokens=1)
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.NotFoundError, match="this server has tiny"):
         client.completions.create(model="gpt-9", prompt="a")
