@@ -181,7 +181,7 @@ def judges(names: list[str], folder: Path, dtypes: tuple[str, ...]) -> Iterator[
             if name == "twin":
                 path = write_twin(describe(str(path), None), place / "checkpoint")
         described = describe(str(path), None)
-        made = family.of_checkpoint(path, place, sys.stderr.isatty(), name == "twin", dtypes)
+        made = family.of_checkpoint(path, place, sys.stderr.isatty(), name == "twin", dtypes, sequences=3)
         measure_references(made)
         config = open_checkpoint(str(path)).config
         yield Judge(name, made, config, described.parameters, place)
