@@ -145,6 +145,8 @@ def template_source(tokenizer: Tokenizer) -> str:
 
 # A template that tells texts from lists of parts is given the parts, as transformers does.
 READS_PARTS = re.compile(r"content['\"\])]*\s+is\s+(?:not\s+)?(?:string|iterable|sequence|mapping)")
+# One that asks whether there is a content, as DeepSeek's do before tool calls, is told that there is none.
+READS_NONE = re.compile(r"content['\"\])]*\s+is\s+(?:not\s+)?none", re.IGNORECASE)
 MARK = "\ufdd0"  # no character: put inside names of special tokens in contents, so that they stay text
 
 
@@ -166,16 +168,20 @@ def _encode_template(
     values |= {f"{role}_token": _text_of(tokenizer, token_id) for role, token_id in _roles(tokenizer).items()}
     values |= {"date_string": date} if date is not None else {}
 
-    def encode(part: Sequence[Mapping[str, Any]], prompt: bool) -> list[int]:
+    def rendered(part: Sequence[Mapping[str, Any]], prompt: bool) -> str:
         try:
-            text = render(template, part, add_generation_prompt=prompt, **values)
+            return render(template, part, add_generation_prompt=prompt, **values)
         except TemplateProblem as error:
             raise ChatError(f"the checkpoint's chat template cannot render these messages: {error}") from None
-        return _encode_marked(text, tokenizer)
 
-    ids = encode(given, add_generation_prompt)
+    def encode(part: Sequence[Mapping[str, Any]], prompt: bool) -> list[int]:
+        return _encode_marked(rendered(part, prompt), tokenizer)
+
+    text = rendered(given, add_generation_prompt)
+    ids = _encode_marked(text, tokenizer)
     # Before an answer nothing is trained on, and templates may show what was said otherwise later (no old reasoning).
     mask = [False] * len(ids) if add_generation_prompt else _said(given, ids, encode, tokenizer.stop_ids)
+    _refuse_lost(given, text, with_answers=not add_generation_prompt)
     return ChatTokens(ids, mask)
 
 
@@ -221,6 +227,21 @@ def _said(
     return mask
 
 
+def _refuse_lost(messages: list[dict[str, Any]], text: str, *, with_answers: bool) -> None:
+    """Raises ChatError for a tool call that is not in the text, and for lines of an answer that are not."""
+    for i, message in enumerate(messages):
+        parts = [str(call["function"]["name"]) for call in message.get("tool_calls", [])]
+        if with_answers and message["role"] == "assistant":
+            content = message["content"] or ""
+            texts = [content] if isinstance(content, str) else [part["text"] for part in content]
+            lines = [line.strip() for said in texts for line in said.splitlines()]
+            parts += [line for line in lines if not {'"', "\\"} & set(line)]  # a template may write JSON
+        lost = next((part for part in parts if part not in text), None)
+        if lost is not None:
+            what = f"message {i}: the checkpoint's chat template leaves out {lost.replace(MARK, '')!r:.60}"
+            raise ChatError(f"{what}: take it out of the data, or change chat_template.jinja")
+
+
 def _for_template(message: Any, index: int, template: str, names: str) -> dict[str, Any]:
     """A message as templates expect it, special tokens in its texts marked. Raises ChatError."""
     where = f"message {index}"
@@ -230,15 +251,17 @@ def _for_template(message: Any, index: int, template: str, names: str) -> dict[s
     for key in found.keys() - {"role", "content", "tool_calls"} - UNRENDERED_KEYS:
         if key not in template:
             raise ChatError(f"{where}: unknown key {key!r:.40}, which the checkpoint's chat template does not read")
-    calls = [check_tool_call(call, f"{where}, tool call {i}") for i, call in enumerate(found.pop("tool_calls", []))]
+    made = found.pop("tool_calls", [])
+    calls = [check_tool_call(call, f"{where}, tool call {i}") for i, call in enumerate(made)]
     if calls and "tool_calls" not in template:
         raise ChatError(f"{where}: tool_calls, which the checkpoint's chat template does not show")
     texts = texts_of(message.get("content"), where, optional=bool(calls))
     if not READS_PARTS.search(template) or not isinstance(message.get("content"), (list, tuple)):
-        found["content"] = "".join(texts)
+        found["content"] = None if not texts and READS_NONE.search(template) else "".join(texts)
     functions = [{"name": name, "arguments": arguments} for name, arguments in calls]
-    found |= {"tool_calls": [{"type": "function", "function": f} for f in functions]} if calls else {}
-    return _marked(found, names)
+    ids = [{"id": call["id"]} if isinstance(call.get("id"), str) else {} for call in made]
+    called = [{**own, "type": "function", "function": f} for own, f in zip(ids, functions, strict=True)]
+    return _marked(found | ({"tool_calls": called} if calls else {}), names)
 
 
 def _marked(value: Any, names: str) -> Any:

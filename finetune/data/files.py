@@ -31,6 +31,9 @@ NO_TEXT = {
     b"\x1f\x8b": "compressed: unpack it",
     b"PK\x03\x04": "a zip archive: unpack it",
     b"\x28\xb5\x2f\xfd": "compressed: unpack it",
+    b"BZh": "compressed: unpack it",
+    b"\xfd7zXZ\x00": "compressed: unpack it",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it",
     LFS_POINTER: "a git-lfs pointer and not the file: run git lfs pull in its folder",
 }
 

@@ -36,6 +36,7 @@ SIDES = ("chosen", "rejected")
 KEPT = ("system", "system_prompt", "tools", "functions")  # beside a pair, read as beside a dialogue
 TURN = re.compile(r"\n\n(Human|Assistant): ?")  # as the texts of Anthropic's hh-rlhf are divided
 RESPONSES = ("chosen_response", "rejected_response")  # as Argilla and axolotl name them
+OUTPUTS = ("preferred_output", "non_preferred_output")  # of OpenAI, whose `input` holds messages and tools
 EXPECTED = 'expected an object with "chosen" and "rejected", and a "prompt" unless both begin with it'
 
 
@@ -105,9 +106,11 @@ def as_pair(row: Any) -> tuple[list[dict[str, Any]], list[str]]:
     if not isinstance(row, Mapping):
         raise UserError(EXPECTED)
     rest = {key: value for key, value in row.items() if value is not None}
-    names = next((found for found in (SIDES, RESPONSES) if all(name in rest for name in found)), None)
+    names = next((found for found in (SIDES, RESPONSES, OUTPUTS) if all(name in rest for name in found)), None)
     if names is None:
         raise UserError(EXPECTED)
+    if names is OUTPUTS and isinstance(rest.get("input"), Mapping):
+        rest |= rest.pop("input")
     chosen, rejected = ([side] if isinstance(side, Mapping) else side for side in map(rest.pop, names))
     refuse_meant({key: value for key, value in rest.items() if key != "label"})
     if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):

@@ -65,6 +65,8 @@ def is_one_value(path: Path) -> bool:
     first, second = next(lines, "").strip(), next(lines, "").strip()
     if first.startswith("["):
         return not (first.endswith("]") and second.startswith("["))  # a line may be a list of messages
+    if _without_comma(first) is not None:
+        return False
     whole = first == "{" or HOLDS_ROWS.match(first) is not None
     return whole or (first.startswith("{") and first.endswith(("[", "{", ",", ":")) and not second.endswith("}"))
 
@@ -82,7 +84,16 @@ def parse_line(where: str, line: str) -> Row:
     except UnicodeEncodeError:
         return Row(where, None, "not UTF-8: save the file as UTF-8")
     except (ValueError, RecursionError) as error:
-        return Row(where, None, f"not JSON: {error}")
+        value = _without_comma(line)
+        return Row(where, value, "" if value is not None else f"not JSON: {error}")
+
+
+def _without_comma(line: str) -> dict[str, Any] | None:
+    """The object before a comma that ends the line: an array's items without its brackets."""
+    try:
+        return dict(json.loads(line.strip()[:-1])) if line.strip().endswith("},") else None
+    except (ValueError, TypeError, RecursionError):
+        return None
 
 
 def _lines(path: Path) -> Iterator[str]:

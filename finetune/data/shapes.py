@@ -7,6 +7,7 @@
 | a list        | of messages in either of these forms, or of turns {"human": ..., "assistant": ...}     |
 | alpaca        | instruction, input, output; history: pairs that came before                            |
 | pairs         | prompt and completion, question and answer, query and response, input and output ...   |
+| Gemini        | contents (or messages): role, parts; texts in turn (LIMA); Bedrock's parts             |
 
     as_dialogue({"instruction": "Translate.", "input": "Hallo", "output": "Hello"}).messages[0]["content"]
     # 'Translate.\n\nHallo'
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 from finetune.errors import UserError
 
 LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue")
+OTHERS = ("contents", "chat", "turns", "items")  # lists of messages, where nothing else is
 PAIRS = (
     ("instruction", "output"),
     ("instruction", "response"),
@@ -34,9 +36,15 @@ PAIRS = (
     ("problem", "solution"),
     ("inputs", "targets"),
     ("input", "output"),
+    ("instruction", "target"),
+    ("input", "target"),
+    ("input_text", "output_text"),
 )
-TURNS = (("human", "assistant"), ("user", "assistant"), ("human", "gpt"), ("input", "output"))  # both in one
-INPUTS = ("input", "context")  # of an instruction
+TURNS = (("human", "assistant"), ("user", "assistant"), ("human", "gpt"), ("input", "output"), ("question", "answer"))
+INPUTS = ("input", "context")  # of an instruction; a question has a context
+SYSTEMS = ("system", "system_prompt", "systemInstruction", "system_instruction")
+TEXTS = ("text", "parts")  # Gemini's and others' names of a content
+SPOKEN = ("text", "input_text", "output_text")  # types of parts that are text
 ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -53,7 +61,14 @@ ROLES = {
     "tool_response": "tool",
     "ipython": "tool",
 }
-LEARNED = ("weight", "train", "training")  # of a message: 0 or false, and it is read but not learned
+LEARNED = (
+    "weight",
+    "train",
+    "training",
+    "loss",
+    "loss_mask",
+    "trainable",
+)  # of a message: 0 or false, and it is read but not learned
 # Of messages; no chat format shows them.
 NOTES = frozenset(
     ("id", "uuid", "message_id", "parent_id", "turn", "turn_identifier", "timestamp", "create_time", "created", "date")
@@ -70,6 +85,7 @@ MEANT = {  # beside a dialogue: what training on it would have to know
     "chat_template_kwargs": "settings of a template are not read",
     "chosen": PREFERENCES,
     "rejected": PREFERENCES,
+    "loss_mask": "a list for a whole dialogue is not read: give each message its own loss_mask, or weight",
 }
 EXPECTED = (
     'expected an object with a list of "messages" (or conversations, instruction and output, prompt and completion)'
@@ -91,10 +107,12 @@ def as_dialogue(row: Any) -> Dialogue:
         row = {"messages": row}
     if not isinstance(row, Mapping):
         raise UserError(f"{EXPECTED}, got a {'list' if isinstance(row, list) else type(row).__name__}, not an object")
-    rest = {key: value for key, value in row.items() if value is not None}
+    rest = {key: value for key, value in row.items() if value is not None and value == value}  # pandas writes NaN
     tools = _tools(rest)
     refuse_meant(rest)
-    system = rest.pop("system" if "system" in rest else "system_prompt", "")
+    system: Any = next((rest.pop(key) for key in SYSTEMS if key in rest), "")
+    system = system.get("parts", system) if isinstance(system, Mapping) else system
+    system = "".join(_text_part(part)["text"] for part in system) if _are_texts(system) else system
     turns = _turns(rest)
     read = [_message(turn, index) for index, turn in enumerate(turns)]
     messages, learned = [message for message, _ in read], [is_learned for _, is_learned in read]
@@ -113,14 +131,23 @@ def _turns(rest: dict[str, Any]) -> list[Any]:
             turns = _from_json(turns, f'"{name}"') if isinstance(turns, str) else turns  # of a cell of a table
             if not isinstance(turns, list) or not turns:
                 raise UserError(f"{EXPECTED}; {name!r} is {'empty' if turns == [] else 'no list'}")
-            return [message for turn in turns for message in _messages_of(turn)]
+            return _all_messages(turns)
     for asked, answered in PAIRS:
         if asked in rest and answered in rest:
             return _pair(rest, asked, answered)
+    for name in OTHERS:
+        if isinstance(rest.get(name), list) and rest[name]:
+            return _all_messages(rest.pop(name))
     if rest.keys() >= {"role", "content"} or rest.keys() >= {"from", "value"}:
         raise UserError("is one message and no dialogue: put the messages of a dialogue into one list")
     hint = ': python -m finetune.text trains on plain "text"' if "text" in rest else ""
     raise UserError(f"{EXPECTED}, got {', '.join(map(repr, sorted(map(str, rest)))) or 'none'}"[:300] + hint)
+
+
+def _all_messages(turns: list[Any]) -> list[Any]:
+    if all(isinstance(turn, str) for turn in turns):  # of LIMA: the two take turns
+        return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    return [message for turn in turns for message in _messages_of(turn)]
 
 
 def _messages_of(turn: Any) -> list[Any]:
@@ -138,11 +165,14 @@ def _messages_of(turn: Any) -> list[Any]:
 def _pair(rest: dict[str, Any], asked: str, answered: str) -> list[Any]:
     """One question and its answer; what came before them stands in alpaca's `history`."""
     question, answer = rest.pop(asked), rest.pop(answered)
-    if isinstance(question, list) and isinstance(
-        answer, list
-    ):  # trl's: lists of messages, of which the second is learned
+    if _are_messages(question) and isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    if _are_messages(question) and _are_messages(answer):  # trl's, of which the second list is learned
         return [_with_weight(turn, 0) for turn in question] + answer
-    name = next((name for name in INPUTS if name in rest), "") if asked == "instruction" else ""
+    inputs = INPUTS if asked == "instruction" else INPUTS[1:] if asked == "question" else ()
+    name = next((name for name in inputs if name in rest), "")
+    if asked == "question" and not isinstance(rest.get(name), str):
+        name = ""  # passages in a list, of which the question needs some: left unread, and said
     parts = [question, rest.pop(name)] if name else [question]
     for key, text in zip((asked, name), parts, strict=False):
         _expect_text(key, text)
@@ -157,6 +187,22 @@ def _pair(rest: dict[str, Any], asked: str, answered: str) -> list[Any]:
     if not content:
         raise UserError(f'"{asked}" is empty')
     return [*turns, {"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(turn, Mapping) for turn in value)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(_text_part(part) is not part for part in value)
+
+
+def _text_part(part: Any) -> Any:
+    """A part of a content that is text, in whatever form, in OpenAI's; another as it is."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    is_text = isinstance(part, Mapping) and isinstance(part.get("text"), str) and part.keys() <= {"type", "text"}
+    return {"type": "text", "text": part["text"]} if is_text and part.get("type", "text") in SPOKEN else part
 
 
 def _with_weight(turn: Any, weight: int) -> Any:
@@ -209,8 +255,11 @@ def refuse_meant(rest: Mapping[str, Any]) -> None:
             raise UserError(f'"{key}": {why}')
     if rest.get("weight", 1) != 1:
         raise UserError('"weight": a whole dialogue cannot be weighted: give weight 0 or 1 to its messages')
-    if isinstance(rest.get("label"), bool):
-        raise UserError('"label": answers that are right or wrong are not what this trains on: keep the right ones')
+    for key in ("label", "kto_tag"):
+        if isinstance(rest.get(key), bool):
+            raise UserError(
+                f'"{key}": answers that are right or wrong are not what this trains on: keep the right ones'
+            )
 
 
 def _message(turn: Any, index: int) -> tuple[Any, bool]:
@@ -222,6 +271,11 @@ def _message(turn: Any, index: int) -> tuple[Any, bool]:
     for old, new in (("from", "role"), ("value", "content")):
         if old in message and new not in message:
             message[new] = message.pop(old)
+    for name in TEXTS:
+        if name in message and "content" not in message:
+            message["content"] = message.pop(name)
+    if isinstance(message.get("content"), list):
+        message["content"] = [_text_part(part) for part in message["content"]]
     if message.get("role") in ("function_call", "tool_call"):  # ShareGPT's
         call = message.pop("content", "")
         call = _from_json(call, f"{where}: function_call") if isinstance(call, str) else call

@@ -64,6 +64,9 @@ def open_gguf(path: Path) -> Checkpoint:
     keys = next(iter(parts.values())).keys
     _refuse_other_models(path, keys)
     types, stored = _stored_tensors(parts)
+    if not stored:
+        what = "holds a vocabulary and no weights: give the .gguf of the model itself (and this one as --tokenizer)"
+        raise CheckpointError(path, what)
     factors, notices = stored.pop(ROPE_FREQS, None), list[str]()
     config = _read_config(path, keys, stored, factors, notices)
     entries = _one_dtype(check_weights(path, config, stored, "its header", gguf_name))

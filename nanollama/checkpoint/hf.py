@@ -51,18 +51,22 @@ HARMLESS = frozenset(
 # What transformers' LlamaConfig and modeling_llama read: the values that are computed here, and what they mean.
 COMPUTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "model_type": (("llama",), "only Llama models are computed"),
-    "architectures": ((["LlamaForCausalLM"], ["LLaMAForCausalLM"], None), "only LlamaForCausalLM is computed"),
     "hidden_act": (("silu", "swish", None), "silu is the only activation that is computed"),
     "attention_bias": ((False, None), "linear layers have no bias here"),
     "mlp_bias": ((False, None), "linear layers have no bias here"),
     "partial_rotary_factor": ((1.0, 1, None), "whole heads are rotated here"),
 }
+# Names of Llamas with a head of their own: FSDP puts its name before it, trl saves one with the model inside.
+ARCHITECTURES = re.compile(r"(?:FSDP)?L(?:lama|LaMA)(?:ForCausalLM|Model)|AutoModelForCausalLMWithValueHead")
 # Of keys that no Llama reads, those whose names speak of the computation are refused: the model may be another one.
 SUSPECT = re.compile(
     r"scal|multipl|factor|window|soft_?cap|norm(?!al)|bias|expert|moe|rope|rotary|(^|_)act(_|$|iv)|attn|attention|logit"
     r"|qkv|clip|mup|quant|per_layer|original_max_position|router|sparse|mamba|ssm|pruned"
 )
-TECHNICAL = re.compile(r"^_|dropout|pdrop|implementation|flash|experimental")
+TECHNICAL = re.compile(r"^_|dropout|pdrop|implementation|flash|experimental|logits_to_keep")
+WINDOW = ("sliding_window", "max_window_layers")  # which use_sliding_window switches
+# Buffers of old exports, and what trl trains beside a model: no part of one.
+SPARE = re.compile(r"\.rotary_emb\.(?:original_)?(?:inv_freq|cos_cached|sin_cached)$|^v_head\.")
 
 
 def open_hf(folder: Path) -> Checkpoint:
@@ -70,9 +74,9 @@ def open_hf(folder: Path) -> Checkpoint:
     notices: list[str] = []
     config = read_config(folder / "config.json", notices)
     stored = {}
-    for name, entry in _by_plain_name(folder, _stored_tensors(folder), notices).items():
+    for name, entry in _by_plain_name(folder, _stored_tensors(folder, config.tied), notices).items():
         meta = meta_from_hf(name)
-        if meta is None and not name.endswith(".rotary_emb.inv_freq"):  # old exports keep that buffer
+        if meta is None and not SPARE.search(name):
             raise CheckpointError(folder, unknown(name))
         if meta is not None:
             stored[meta] = _reordered(entry, config.head_dim, to_meta_rows) if is_rotary(meta) else entry
@@ -92,6 +96,8 @@ def _by_plain_name(folder: Path, stored: dict[str, Lazy], notices: list[str]) ->
         if plain(name) in found:
             raise CheckpointError(folder, f"weight {plain(name)} is there twice, also as {name}: save the model again")
         found[plain(name)] = entry
+    if any(name.startswith("v_head.") for name in found):
+        notices.append("the value head (v_head, of trl) is left out: no Llama has one")
     if renamed := sorted(stored.keys() - found.keys()):
         notices.append(f"weights have names such as {renamed[0]}, read as {plain(renamed[0])}")
     return found
@@ -122,6 +128,9 @@ def _refuse_other_models(fields: Fields) -> None:
         value = fields.take(key, None)
         if not any(value is a or (value == a and type(value) is type(a)) for a in allowed):
             raise fields.error(key, f"is {gate.shown(value)}: {why}")
+    names = fields.take("architectures", None) or []
+    if not isinstance(names, list) or not all(ARCHITECTURES.fullmatch(str(name)) for name in names):
+        raise fields.error("architectures", f"is {gate.shown(names)}: only LlamaForCausalLM is computed")
     if quantized := fields.take("quantization_config", None):
         found = quantized if isinstance(quantized, dict) else {}
         named = {"quant_method": "an unnamed method", **found}
@@ -148,6 +157,7 @@ def _unread(fields: Fields, scaling: RopeScaling | None) -> list[str]:
             off = scaling is None or value == scaling.original_context
         else:
             off = not value if not isinstance(value, (int, float)) else _is_neutral(key, value)
+            off = off or (key in WINDOW and fields.raw("use_sliding_window") is False)
         if not known and not off and SUSPECT.search(key) and not TECHNICAL.search(key):
             raise fields.error(
                 key, f"is {gate.shown(value)}, which this implementation does not know: it may change the model"
@@ -194,11 +204,12 @@ def _read_rope_section(part: Fields, context: Any) -> tuple[float | None, RopeSc
     return theta, scaling
 
 
-def _stored_tensors(folder: Path) -> dict[str, Lazy]:
-    """Every tensor of the folder's safetensors files by its own name."""
+def _stored_tensors(folder: Path, tied: bool) -> dict[str, Lazy]:
+    """Every tensor of the folder's safetensors files by its own name.
+
+    An index may name what no model needs: buffers, or a head that safetensors did not keep beside the embedding.
+    """
     index, single = folder / INDEX, folder / SINGLE
-    if index.exists() and single.exists():
-        raise CheckpointError(folder, f"holds both {SINGLE} and {INDEX}: remove the one that is not the model")
     others = sorted(
         path.name for path in folder.glob("*.safetensors") if not path.name.startswith((".", "adapter_model"))
     )
@@ -208,20 +219,31 @@ def _stored_tensors(folder: Path) -> dict[str, Lazy]:
         raise gate.missing(index if of_several else single, f"is missing beside {others[0]}: {mend}")
     if not index.exists():
         return _open_safetensors(single)
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(index, "has no weight_map of tensor names to file names: get the index of this model")
+    weight_map = _weight_map(index)
+    if single.exists() and set(weight_map.values()) != {SINGLE}:  # mlx writes an index for one file, too
+        raise CheckpointError(folder, f"holds both {SINGLE} and {INDEX}: remove the one that is not the model")
     stored: dict[str, Lazy] = {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file or file in ("", ".", ".."):
-            raise CheckpointError(index, f"weight_map names {gate.shown(file)}, outside of the folder: refused")
         tensors = _open_safetensors(folder / file)
         promised = {name for name, where in weight_map.items() if where == file}
         for name in sorted(promised ^ tensors.keys()):
+            if name in promised and (SPARE.search(name) or (tied and plain(name) == hf_name(HEAD))):
+                continue
             what = "lacks" if name in promised else "holds, unknown to the index,"
             raise CheckpointError(folder / file, f"{what} tensor {name}; download the folder again")
         stored |= tensors
     return stored
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file of the folder. Raises CheckpointError."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(index, "has no weight_map of tensor names to file names: get the index of this model")
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise CheckpointError(index, f"weight_map names {gate.shown(file)}, outside of the folder: refused")
+    return weight_map
 
 
 def _open_safetensors(path: Path) -> dict[str, Lazy]:

@@ -27,15 +27,15 @@ class Declared:
     def of_vocabulary(self, ids: Mapping[str, int], listed: set[str]) -> list[dict[str, Any]]:
         """The entries that a vocabulary (text -> id) lacks in its list of added tokens, by id.
 
-        New ones follow the last id without a gap.
+        New ones follow the last id without a gap, as the `tokenizers` library numbers them.
         """
         found = {ids[name]: {"content": name, **FLAGS, "special": True} for name in self.special if name in ids}
         texts, n = {i: text for text, i in ids.items()}, len(ids)
         for i, entry in sorted(self.by_id.items()):
             if texts.get(i) == entry["content"]:
                 found[i] = entry
-            elif i == n and entry["content"] not in ids:
-                found[i], n = entry, n + 1
+            elif i >= n and entry["content"] not in ids:
+                found[n], n = entry, n + 1
         return [{"id": i, **entry} for i, entry in sorted(found.items()) if entry["content"] not in listed]
 
 

@@ -3,7 +3,7 @@
     tokenizer_config.json, special_tokens_map.json    bos_token, eos_token, pad_token; add_bos_token; chat_template
     tokenizer_config.json, added_tokens.json          tokens that the tokenizer does not list itself (`added`)
     config.json, generation_config.json               bos_token_id, eos_token_id (one or a list), pad_token_id
-    chat_template.jinja, chat_template.json           the template
+    chat_template.jinja, chat_template.json           the template; the second is a processor's, and goes last
     additional_chat_templates/NAME.jinja              others, such as tool_use
 
 A file that is missing or broken says nothing here: who opens the model says what is wrong with it.
@@ -96,13 +96,13 @@ def _name(value: Any) -> str | None:
 
 
 def _templates(files: dict[str, bytes]) -> dict[str, str]:
-    """Name -> template; "default" is the one for any chat. Files of their own go before the tokenizer's settings."""
+    """Name -> template; "default" is the one for any chat. In transformers' order: .jinja, settings, a processor's."""
     own = {"default": files.get(TEMPLATES[0], b"")} | {
         name.partition("/")[2].removesuffix(".jinja"): data for name, data in files.items() if "/" in name
     }
     if any(own.values()):
         return {name: data.decode("utf-8", "replace") for name, data in own.items() if data}
-    for content in (json_object(files.get(name)) for name in (TEMPLATES[1], NAMED[0])):
+    for content in (json_object(files.get(name)) for name in (NAMED[0], TEMPLATES[1])):
         found = content.get("chat_template")
         if isinstance(found, list):
             found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}

@@ -76,11 +76,30 @@ def _load(data: bytes) -> dict[str, Any]:
     added = content.get("added_tokens") or []
     if not isinstance(added, list) or not all(_is_added_token(token) for token in added):
         raise TokenizerError("its added_tokens are no list of tokens with id, content and special")
+    content["added_tokens"] = _numbered(added, model.get("vocab"))
     for name in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
         for part in _parts(content.get(name), name, DEEPEST):
             if part.get("type") == "Precompiled":
                 _check_precompiled(part)
     return content
+
+
+def _numbered(added: list[dict[str, Any]], vocab: Any) -> list[dict[str, Any]]:
+    """The added tokens with the ids that the `tokenizers` library gives them, whatever the file says: the model's own,
+    else the next one behind the model's and those before.
+    """
+    pieces = [piece[0] for piece in vocab if isinstance(piece, list) and piece] if isinstance(vocab, list) else []
+    own = dict(vocab) if isinstance(vocab, dict) else {piece: i for i, piece in enumerate(map(str, pieces))}
+    ids = [*own.values(), *(token["id"] for token in added)]
+    clash = len({token["id"] for token in added}) < len(added)
+    if not own or clash or not all(type(i) is int and 0 <= i < MAX_TOKENS for i in ids):
+        return added  # refused when its texts are read
+    given: dict[str, int] = {}
+    following = len(own)
+    for name in (token["content"] for token in added):
+        given.setdefault(name, own.get(name, following))
+        following = max(following, given[name] + 1)
+    return [{**token, "id": given[token["content"]]} for token in added]
 
 
 def _is_added_token(token: Any) -> bool:
@@ -187,6 +206,8 @@ def _begins_with(content: dict[str, Any], ids: dict[str, int]) -> int | None:
     for part in _parts(content.get("post_processor"), "post_processor", DEEPEST):
         single = part.get("single")
         first = single[0] if isinstance(single, list) and single else None
+        if part.get("type") in ("BertProcessing", "RobertaProcessing") and isinstance(part.get("cls"), list):
+            return ids.get(str(part["cls"][:1][0])) if part["cls"] else None
         if part.get("type") == "TemplateProcessing" and isinstance(first, dict) and "SpecialToken" in first:
             return ids.get(str(first["SpecialToken"].get("id"))) if isinstance(first["SpecialToken"], dict) else None
     return None

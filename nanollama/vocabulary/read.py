@@ -283,6 +283,8 @@ def from_gguf(keys: dict[str, Any]) -> Vocabulary:
         types = [_type_by_name(text, kind) for text in texts]
     check_count(len(texts))
     rows = len(texts)
+    types = [type_ if text else TokenType.UNUSED for text, type_ in zip(texts, types, strict=True)]
+    texts = [text or f"[UNUSED{i}]" for i, text in enumerate(texts)]  # llama.cpp names empty ones, too
     texts = texts[: without_padding([text.encode() for text in texts])]
     types = types[: len(texts)]
     ids = {name: part.get(f"{name}_token_id") for name in ("bos", "eos", "padding", "eot", "eom")}

@@ -65,7 +65,6 @@ SILENT |= {"tokenizer_class"}
 # What changes the forward pass of transformers' Llama, with the values at which it is the dense text Llama.
 FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama",),
-    "architectures": (["LlamaForCausalLM"], ["LLaMAForCausalLM"]),
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -74,20 +73,23 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "chunk_size_feed_forward": (0,),
     "use_sliding_window": (False,),
 }
+# The model, bare, in FSDP, or inside trl's value head: with the same weights.
+LLAMAS = {"LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel", "LLaMAModel"}
+LLAMAS |= {f"FSDP{name}" for name in LLAMAS} | {"AutoModelForCausalLMWithValueHead"}
 SPECIAL = ("layer_types", "per_layer_config", "auto_map", "original_max_position_embeddings")
 # In the names of other keys: words of the forward pass.
 WORDS = {"act", "activation", "attention", "attn", "bias", "clip", "expert", "experts", "factor", "layernorm", "mamba"}
 WORDS |= {"logit", "logits", "moe", "multiplier", "norm", "pruned", "qk", "qkv", "quantization", "residual", "rmsnorm"}
 WORDS |= {"rope", "rotary", "router", "scale", "scaled", "scaling", "softcap", "softcapping", "sparse", "ssm", "window"}
-HARMLESS_WORDS = {"dropout", "pdrop", "implementation", "flash"}
+HARMLESS_WORDS = {"dropout", "pdrop", "implementation", "flash", "keep"}
 
 
 def open_hf(folder: Path) -> Checkpoint:
     config_path = folder / "config.json"
     raw = read_json(config_path)
     notices = _check_keys(raw, config_path)
-    tensors = _open_tensors(folder)
     config = _config(raw, config_path)
+    tensors = _open_tensors(folder, config["tied"])
     weights = Weights(_sources(tensors, config, folder), layout="hf", head_dim=config["head_dim"])
     check_weights(weights, config, folder)
     return Checkpoint(folder, "hf", config, weights, notices)
@@ -104,10 +106,10 @@ def hf_name(name: str) -> str:
 
 
 def meta_name(name: str) -> str | None:
-    """Hugging Face name -> Meta name; None for buffers that old exports carry."""
+    """Hugging Face name -> Meta name; None for buffers that old exports carry, and for trl's value head."""
     if name in TOP_NAMES:
         return TOP_NAMES[name]
-    if name.endswith(".rotary_emb.inv_freq"):
+    if ".rotary_emb." in name or name.startswith("v_head."):
         return None
     pieces = name.removeprefix("model.layers.").split(".", 1)
     known = name.startswith("model.layers.") and len(pieces) == 2 and pieces[0].isdigit() and name.endswith(".weight")
@@ -131,7 +133,10 @@ def _check_keys(raw: dict[str, Any], path: Path) -> tuple[str, ...]:
         if key in USED | SILENT or key.startswith("_") or value in (None, False, "", [], {}):
             continue
         shown = gate.shown(value)
-        if key in FIXED:
+        if key == "architectures":
+            if not isinstance(value, list) or not LLAMAS.issuperset(map(str, value)):
+                raise Unusable(f"{path}: architectures is {shown}; only LlamaForCausalLM is a dense text Llama")
+        elif key in FIXED:
             if value not in FIXED[key]:
                 raise Unusable(f"{path}: {key} is {shown}; only {FIXED[key][0]!r} is a dense text Llama")
         elif key == "quantization_config":
@@ -158,6 +163,8 @@ def is_neutral(key: str, value: Any, raw: dict[str, Any]) -> bool:
     if key == "original_max_position_embeddings":  # transformers reads this one before the scaling's own
         scaled = [s for s in (raw.get("rope_scaling"), raw.get("rope_parameters")) if isinstance(s, dict)]
         return all(s.get(key, value) == value for s in scaled)
+    if key in ("sliding_window", "max_window_layers") and raw.get("use_sliding_window") is False:
+        return True
     is_factor = re.search("multiplier|scal|factor", key)
     return type(value) in (int, float) and value == (1 if is_factor else 0)
 
@@ -214,8 +221,8 @@ def _rope_scaling(rope: dict[str, Any], raw: dict[str, Any], path: Path) -> dict
     }
 
 
-def _open_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the folder by its own name: views of the mapped files."""
+def _open_tensors(folder: Path, tied: bool) -> dict[str, Tensor]:
+    """Every tensor of the folder by its own name: views of the mapped files. tied: the head may be left out."""
     index_path = folder / "model.safetensors.index.json"
     if not index_path.exists():
         return _open_file(folder / "model.safetensors")
@@ -228,7 +235,8 @@ def _open_tensors(folder: Path) -> dict[str, Tensor]:
             raise Unusable(f"{index_path}: file name {gate.shown(file_name)} leads out of the folder")
         tensors |= _open_file(folder / file_name)
     for name, file_name in weight_map.items():
-        if name not in tensors:
+        spare = meta_name(name) is None or (tied and unwrapped(name) == "lm_head.weight")
+        if name not in tensors and not spare:
             raise Unusable(f"{folder / file_name}: tensor {name} is missing, though the index names it")
     return tensors
 

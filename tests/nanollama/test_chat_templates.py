@@ -266,3 +266,36 @@ def test_the_format_filter_works_within_the_limits() -> None:
     assert render("{{ '%s-%d' | format('a', 2) }}{{ '%(x)s' | format(x='y') }}", []) == "a-2y"
     with pytest.raises(TemplateProblem, match="huge width"):
         render("{{ '%0999999999d' | format(1) }}", [])
+
+
+SPOKEN = (  # as DeepSeek's: calls only where there is no content, of an answer what follows the reasoning
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% elif m['content'] is none %}"
+    "{% for c in m['tool_calls'] %}{{ c['id'] ~ ' ' ~ c['function']['name'] }}{% endfor %}"
+    "{% else %}{{ m['content'].split('</think>')[-1] }}{% endif %}{% endfor %}"
+)
+CALLED = {"role": "assistant", "tool_calls": [{"id": "c7", "function": {"name": "look_up", "arguments": "{}"}}]}
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}])
+def test_a_template_that_asks_for_no_content_shows_the_tool_calls_and_their_ids(
+    tokenizer: Tokenizer, content: dict[str, None]
+) -> None:
+    tokens = encode_chat([CHAT[0], CALLED | content], with_template(tokenizer, SPOKEN), add_generation_prompt=True)
+    assert tokenizer.decode(tokens.ids) == "Hello!c7 look_up"
+
+
+def test_what_a_template_leaves_out_is_not_lost_without_a_word(tokenizer: Tokenizer) -> None:
+    spoken = with_template(tokenizer, SPOKEN)
+    with pytest.raises(ChatError, match="message 1: the checkpoint's chat template leaves out 'look_up'"):
+        encode_chat([CHAT[0], CALLED | {"content": ""}], spoken, add_generation_prompt=True)
+    reasoned = {"role": "assistant", "content": "<think>\nHm.\n</think>\nHi."}
+    with pytest.raises(ChatError, match="message 1: the checkpoint's chat template leaves out '<think>'"):
+        encode_chat([CHAT[0], reasoned], spoken, add_generation_prompt=False)
+    assert encode_chat([CHAT[0], reasoned], spoken, add_generation_prompt=True).ids  # before an answer, as it wants
+
+
+def test_a_processors_template_goes_behind_the_tokenizers_own(chatml: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((chatml / "tokenizer.json").read_bytes())
+    for name in ("chat_template", "tokenizer_config"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"chat_template": name}))
+    assert open_tokenizer(tmp_path / "tokenizer.json").chat_template == "tokenizer_config"

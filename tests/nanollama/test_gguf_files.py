@@ -67,6 +67,13 @@ def test_tensors_that_no_llama_has_are_refused_by_name(tmp_path: Path, name: str
         open_checkpoint(tmp_path / "x.gguf")
 
 
+def test_a_vocabulary_alone_is_called_one(tmp_path: Path) -> None:
+    writer = new_writer(tmp_path / "x.gguf", WIDE)
+    finish(writer)
+    with pytest.raises(CheckpointError, match="a vocabulary and no weights"):
+        open_checkpoint(tmp_path / "x.gguf")
+
+
 def make_plain(path: Path, keys: dict[str, Any], extra: str | None = None) -> None:
     """A file of ones, in F32."""
     writer = new_writer(path, WIDE, keys)

@@ -10,6 +10,7 @@ from nanollama.tokenizer import Tokenizer, open_tokenizer
 from nanollama.vocabulary import TokenizerError, read
 from nanollama.vocabulary.write import gguf_keys
 
+EMPTY: dict[str, list[Any]] = {"tokens": ["", "", "<|im_end|>"], "token_type": [1, 5, 3], "scores": [0.0] * 3}
 TEXT = "Once upon a time,\n  Lily saw 3 balls. é 漢"
 
 
@@ -75,3 +76,12 @@ def test_names_of_llama3s_pattern_differ_in_whole_words(
     ids = found.encode("ab 123", bos=False)
     spelled = [found.vocabulary.tokens[i] for i in ids]
     assert spelled == ([b"ab"] if whole else [b"a", b"b"]) + [b" "] + ([b"123"] if whole else [b"1", b"2", b"3"])
+
+
+def test_tokens_without_a_text_are_unused(opened: Callable[..., Tokenizer], test_data: Callable[[str], Path]) -> None:
+    """As llama.cpp reads them, which names them itself."""
+    expected = open_tokenizer(test_data("tok512.bin"))
+    keys = gguf_keys(expected.vocabulary, 512)
+    longer = {name: [*keys[f"tokenizer.ggml.{name}"], *more] for name, more in EMPTY.items()}
+    found = opened(**{f"ggml.{name}": value for name, value in longer.items()})
+    assert found.encode(TEXT, bos=True) == expected.encode(TEXT, bos=True)
