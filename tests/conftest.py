@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 import zygote
 
@@ -20,6 +21,9 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["NANOLLAMA_TRACE_BYTES"] = "0"  # what a test sees is run for it
+
+settings.register_profile("no clock", deadline=None)  # no test may depend on how fast or busy a machine is
+settings.load_profile("no clock")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

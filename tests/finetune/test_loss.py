@@ -26,7 +26,7 @@ def run(fn, hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     return value.detach(), hidden.grad, head.grad
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(n=st.integers(1, 300), vocab=st.integers(2, 400), seed=st.integers(0, 99))
 def test_float64_equals_the_plain_loss(n: int, vocab: int, seed: int) -> None:
     hidden, head, labels = drawn(n, vocab, 6, torch.float64, seed)

@@ -73,7 +73,7 @@ def assert_same(a: tuple[float, dict[str, Tensor]], b: tuple[float, dict[str, Te
 LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=8).filter(lambda lengths: max(lengths) > 2)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(LENGTHS, st.integers(0, 100))
 def test_packed_rows_equal_their_documents_one_by_one(lengths: list[int], seed: int) -> None:
     model, packer = make_model(), Packer(Random(lengths, seed), 30)

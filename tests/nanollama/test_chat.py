@@ -93,7 +93,7 @@ def tool_calls(draw: st.DrawFn) -> Message:
     return {"call_id": "1", "tool_name": name, "arguments": arguments if name != "get_weather" else draw(ARGUMENTS)}
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(chat=st.lists(messages(content=st.one_of(CONTENT, PARTS)), max_size=5))
 def test_ids_equal_metas_chat_format(llama3: Tokenizer, meta: ChatFormat, chat: list[Message]) -> None:
     expected = meta.encode_dialog_prompt([RawMessage(**message) for message in chat]).tokens
@@ -102,7 +102,7 @@ def test_ids_equal_metas_chat_format(llama3: Tokenizer, meta: ChatFormat, chat: 
     assert encode_chat(chat, llama3, add_generation_prompt=False).ids + header == expected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(chat=st.lists(messages(tools=False), min_size=1, max_size=5), generate=st.booleans())
 def test_text_equals_a_template(theirs: PreTrainedTokenizerFast, chat: list[Message], generate: bool) -> None:
     expected = theirs.apply_chat_template(
@@ -111,7 +111,7 @@ def test_text_equals_a_template(theirs: PreTrainedTokenizerFast, chat: list[Mess
     assert render_chat(chat, add_generation_prompt=generate) == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(chat=st.lists(messages(tools=False), min_size=1, max_size=4))
 def test_date_lines_equal_the_template(theirs: PreTrainedTokenizerFast, chat: list[Message]) -> None:
     expected = theirs.apply_chat_template(
@@ -121,14 +121,14 @@ def test_date_lines_equal_the_template(theirs: PreTrainedTokenizerFast, chat: li
     assert "Today Date: 26 Jul 2024" not in render_chat(chat)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(chat=st.lists(messages(), max_size=4), date=st.sampled_from([None, "26 Jul 2024"]))
 def test_decoded_ids_are_the_text(llama3: Tokenizer, chat: list[Message], date: str | None) -> None:
     ids = encode_chat(chat, llama3, add_generation_prompt=True, date=date).ids
     assert llama3.decode(ids) == render_chat(chat, add_generation_prompt=True, date=date)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(chat=st.lists(messages(), max_size=5), generate=st.booleans())
 def test_mask_is_what_the_assistant_says(llama3: Tokenizer, chat: list[Message], generate: bool) -> None:
     tokens = encode_chat(chat, llama3, add_generation_prompt=generate)
@@ -243,7 +243,7 @@ def metas_llama2_ids(chat: list[Message], tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(chat=llama2_chats())
 def test_llama2_ids_mask_and_text(llama2: Tokenizer, theirs: PreTrainedTokenizerFast, chat: list[Message]) -> None:
     tokens = encode_chat(chat, llama2, add_generation_prompt=chat[-1]["role"] == "user")

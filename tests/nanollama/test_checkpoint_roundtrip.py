@@ -71,7 +71,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     )
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=configs(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_any_shape_survives_a_tour_of_the_formats(
     tmp_path_factory: pytest.TempPathFactory, config: ModelConfig, dtype: torch.dtype

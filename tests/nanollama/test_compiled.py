@@ -111,7 +111,7 @@ def test_a_step_that_is_a_little_wrong_is_not_as_exact() -> None:
     assert off > INT8_RATIO * right
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=2), st.sampled_from([0.0, 1.0]), st.integers(0, 3))
 def test_compiled_answers_are_the_eager_ones(pair: Llama, lengths: list[int], temperature: float, seed: int) -> None:
     prompts = [prompt_ids(length, 10 * seed + i) for i, length in enumerate(lengths)]
@@ -186,7 +186,7 @@ def test_a_position_beyond_the_cache_is_refused(pair: Llama) -> None:
     st.sampled_from([16, 48, 50]),
     st.sampled_from(["fp32", "bf16", "int8", "int4"]),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_matvec_is_the_product_with_the_dequantised_weights(words: bool, B: int, N: int, K: int, form: str) -> None:
     rng = torch.Generator().manual_seed(B * N + K)
     x, weight = torch.randn(B, K, generator=rng), torch.randn(N, K, generator=rng)

@@ -44,7 +44,7 @@ def test_greedy_answers_are_the_argmax_of_the_full_forward_pass(llama: Llama) ->
     assert [event.finish for event in events] == [None] * 11 + ["length"]
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=8), st.integers(0, 3), st.sampled_from([0.0, 1.0]))
 def test_a_row_in_a_ragged_batch_is_the_row_alone(
     llama: Llama, lengths: list[int], seed: int, temperature: float
@@ -57,7 +57,7 @@ def test_a_row_in_a_ragged_batch_is_the_row_alone(
         assert_same_answer(of_row(together, i), list(llama.generate([prompt], sampling)))
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=8), st.integers(0, 3), st.booleans())
 def test_the_static_step_of_gpus_decodes_the_same(llama: Llama, lengths: list[int], seed: int, compile: bool) -> None:
     prompts = [prompt_ids(length, 10 * seed + i) for i, length in enumerate(lengths)]
@@ -86,7 +86,7 @@ def test_rows_that_stop_leave_the_batch(llama: Llama, monkeypatch: pytest.Monkey
     assert sizes[6:] == [sum(length > step for length in lengths) for step in range(1, max(lengths))]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 300), st.integers(1, 90))
 def test_a_prompt_in_chunks_is_the_prompt_whole(llama: Llama, length: int, chunk: int) -> None:
     row = [tiny.row(prompt_ids(length, length))]

@@ -23,7 +23,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.sampled_from([64, 128, 192]), st.sampled_from([32, 64, 96]), st.floats(1e-4, 1e3), st.integers(0, 9))
 def test_no_weight_moves_by_more_than_a_step_of_its_group(n: int, k: int, scale: float, seed: int) -> None:
     weight = normal(n, k, seed=seed) * scale

@@ -60,7 +60,7 @@ def error_of(logits: Tensor, oracle: Tensor) -> TapError:
 
 
 @pytest.mark.parametrize("path", ["exact", "fast"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(cuts=st.sets(st.integers(1, 36), max_size=12))
 def test_any_split_into_chunks_and_steps_gives_the_full_logits(
     path: str, models: dict[str, Transformer], truth: Path, cuts: set[int]

@@ -30,7 +30,7 @@ def kl_nats(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 20), st.integers(1, 90), st.floats(1e-6, 1e4), st.integers(0, 9))
 def test_int8_moves_no_weight_by_more_than_half_a_step_of_its_row(n: int, k: int, scale: float, seed: int) -> None:
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) * scale
@@ -39,7 +39,7 @@ def test_int8_moves_no_weight_by_more_than_half_a_step_of_its_row(n: int, k: int
     assert bool(((dequantize(numbers, scales) - weight).abs() <= step * 0.50001).all())
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 20), st.sampled_from([32, 48, 64, 96, 288, 768]), st.integers(0, 9))
 def test_int4_moves_no_weight_by_more_than_one_step_of_its_group(n: int, k: int, seed: int) -> None:
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))

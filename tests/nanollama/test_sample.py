@@ -77,7 +77,7 @@ def test_the_chi_square_test_can_fail() -> None:
     assert chi_square_p_value(ids, direct(LOGITS.tolist(), top_k=8)) == 0.0
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     st.lists(st.integers(-150, 150).map(lambda n: n / 10), min_size=1, max_size=40),
     st.sampled_from([0.3, 0.7, 1.0, 2.5]),

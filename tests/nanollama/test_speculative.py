@@ -36,7 +36,7 @@ def model() -> torch.nn.Module:
     return tiny.model()
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     st.sampled_from([*DRAFTERS.values(), Parrot()]),
     st.lists(st.integers(1, 300), min_size=1, max_size=3),

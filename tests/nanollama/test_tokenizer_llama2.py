@@ -90,7 +90,7 @@ def test_llama2_vocabulary(llama2: Tokenizer) -> None:
     assert llama2.stop_ids == {2}
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(text=texts(), bos=st.booleans(), eos=st.booleans())
 def test_ids_equal_sentencepieces(
     llama2: Tokenizer, package: sentencepiece.SentencePieceProcessor, text: str, bos: bool, eos: bool
@@ -100,7 +100,7 @@ def test_ids_equal_sentencepieces(
     assert llama2.decode(ids) == package.decode(ids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=texts(lookalikes=False, exclude=NO_LOWER_BAR))
 @example(" two")
 def test_ids_equal_transformers(llama2: Tokenizer, theirs: LlamaTokenizer, from_json: Tokenizer, text: str) -> None:
@@ -110,7 +110,7 @@ def test_ids_equal_transformers(llama2: Tokenizer, theirs: LlamaTokenizer, from_
     assert from_json.encode(text, bos=False) == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=texts(), bos=st.booleans(), special=st.sampled_from([(), {"</s>"}]))
 def test_published_json_equals_sentencepiece(
     llama2: Tokenizer, published_json: Tokenizer, text: str, bos: bool, special: set[str]
@@ -120,7 +120,7 @@ def test_published_json_equals_sentencepiece(
     assert published_json.decode(ids) == llama2.decode(ids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=texts(exclude=NO_LOWER_BAR))
 def test_run_c_merging_equals_sentencepiece(llama2: Tokenizer, llama2_bin: Tokenizer, text: str) -> None:
     """Two algorithms over one vocabulary: best score first, and sentencepiece's own."""
@@ -130,7 +130,7 @@ def test_run_c_merging_equals_sentencepiece(llama2: Tokenizer, llama2_bin: Token
 
 
 @pytest.mark.parametrize("kind", ["llama2", "llama2_bin", "tok512"])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_text_round_trips(kind: str, request: pytest.FixtureRequest, data: st.DataObject) -> None:
     tokenizer = request.getfixturevalue(kind)
@@ -159,7 +159,7 @@ def test_lone_surrogates_become_replacement_characters(llama2: Tokenizer, llama2
 
 
 @pytest.mark.parametrize("kind", ["llama2", "llama2_bin", "published_json"])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_decode_and_stream_equal_sentencepieces_decode(
     kind: str, request: pytest.FixtureRequest, package: sentencepiece.SentencePieceProcessor, data: st.DataObject
@@ -176,7 +176,7 @@ def test_decode_and_stream_equal_sentencepieces_decode(
         assert "".join([stream.push(i) for i in ids]) + stream.flush() == expected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=texts(exclude=NO_LOWER_BAR))
 def test_stream_never_shows_half_a_character(llama2: Tokenizer, text: str) -> None:
     stream = llama2.stream()

@@ -60,7 +60,7 @@ def test_vocabulary_is_metas(ours: Tokenizer, meta: MetaTokenizer) -> None:
     assert ours.stop_ids == set(meta.stop_tokens) == {128001, 128008, 128009}
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(text=texts(), bos=st.booleans(), eos=st.booleans(), special=st.sampled_from([(), "all", {"<|eot_id|>"}]))
 def test_ids_equal_metas(ours: Tokenizer, meta: MetaTokenizer, text: str, bos: bool, eos: bool, special) -> None:  # type: ignore[no-untyped-def]
     ids = ours.encode(text, bos=bos, eos=eos, allowed_special=special)
@@ -68,19 +68,19 @@ def test_ids_equal_metas(ours: Tokenizer, meta: MetaTokenizer, text: str, bos: b
     assert ours.decode(ids) == meta.decode(ids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=texts(lookalikes=False))
 def test_ids_equal_transformers(ours: Tokenizer, theirs, text: str) -> None:  # type: ignore[no-untyped-def]
     assert ours.encode(text, bos=False) == theirs.encode(text, add_special_tokens=False)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=texts())
 def test_special_token_text_is_what_transformers_parses(ours: Tokenizer, theirs, text: str) -> None:  # type: ignore[no-untyped-def]
     assert ours.encode(text, bos=False, allowed_special="all") == theirs.encode(text, add_special_tokens=False)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=texts(), special=st.sampled_from([(), "all", {"<|eot_id|>"}]))
 def test_tokenizer_json_gives_the_same(ours: Tokenizer, from_json: Tokenizer, text: str, special) -> None:  # type: ignore[no-untyped-def]
     ids = from_json.encode(text, bos=True, eos=True, allowed_special=special)
@@ -94,7 +94,7 @@ def test_tokenizer_json_has_the_same_vocabulary(ours: Tokenizer, from_json: Toke
         assert getattr(from_json, name) == getattr(ours, name)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=texts())
 def test_text_round_trips(ours: Tokenizer, text: str) -> None:
     assert ours.decode(ours.encode(text, bos=False)) == text
@@ -120,7 +120,7 @@ RUNS = st.tuples(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(runs=st.lists(RUNS, max_size=8))
 def test_long_runs_are_cut_where_metas_are(runs: list[tuple[str, int]]) -> None:
     text = "".join(part * count for part, count in runs)
@@ -142,7 +142,7 @@ def test_long_texts_equal_metas(ours: Tokenizer, meta: MetaTokenizer, text: str)
 
 
 @pytest.mark.parametrize("kind", ["ours", "from_json"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_stream_equals_decode(kind: str, request: pytest.FixtureRequest, data: st.DataObject) -> None:
     """Over any ids, most of which are no valid UTF-8 together."""
@@ -152,7 +152,7 @@ def test_stream_equals_decode(kind: str, request: pytest.FixtureRequest, data: s
     assert "".join([stream.push(i) for i in ids]) + stream.flush() == tokenizer.decode(ids)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=texts())
 def test_stream_never_shows_half_a_character(ours: Tokenizer, text: str) -> None:
     stream = ours.stream()

@@ -231,7 +231,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_any_damaged_byte_is_refused_or_readable(
     intact: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
