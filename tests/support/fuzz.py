@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fuzz_target import Target
-from fuzz_targets import targets
+from fuzz_targets import TEXT_READERS, targets, text_targets
 from nanollama.cli import run
 
 LIMIT_S = 2.0  # of CPU: the machine may be busy with other things
@@ -212,7 +212,8 @@ def main(
     """Fuzz the readers; 1 where there is a finding."""
     tallies: dict[str, Tally] = {}
     with tempfile.TemporaryDirectory() as folder:
-        found = targets(Path(folder))
+        texts = bool(readers) and {*readers} <= {*TEXT_READERS}
+        found = text_targets(Path(folder)) if texts else targets(Path(folder))
         chosen = [name for name in found if name in readers or not readers]
         for target in found.values():  # everything is imported before a limit is set
             if line := target.attempt(target.file.read_bytes()):
