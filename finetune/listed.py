@@ -265,11 +265,15 @@ def _tiles(chunks: list[ChunkStorageMetadata], size: torch.Size) -> bool:
     if any(len(offsets) != len(size) or len(sizes) != len(size) for offsets, sizes in parts):
         return False
     parts = [part for part in parts if math.prod(part[1])]
+    if not parts:
+        return not math.prod(size)
     starts = [sorted({offsets[d] for offsets, _ in parts}) for d in range(len(size))]
-    ends = [dict(zip(at, [*at[1:], n], strict=True)) for at, n in zip(starts, size, strict=True)] if parts else []
-    whole = not math.prod(size) or (bool(parts) and all(at[0] == 0 for at in starts))
-    distinct = len({offsets for offsets, _ in parts}) == len(parts) == (math.prod(map(len, starts)) if parts else 0)
-    return whole and distinct and all(o + n == end[o] for p in parts for o, n, end in zip(*p, ends, strict=True))
+    if any(at[0] for at in starts) or len({offsets for offsets, _ in parts}) < len(parts):
+        return False
+    # Of each dimension: where a part begins -> where it has to end.
+    ends = [dict(zip(at, [*at[1:], n], strict=True)) for at, n in zip(starts, size, strict=True)]
+    fits = (o + n == end[o] for offsets, sizes in parts for o, n, end in zip(offsets, sizes, ends, strict=True))
+    return len(parts) == math.prod(map(len, starts)) and all(fits)
 
 
 def _place(info: dict[str, Any], folder: Path, files: dict[str, int]) -> _StorageInfo:

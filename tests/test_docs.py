@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 
+from markdown_commands import commands_of
 from nanollama import cli
+from parity.checks import CHECKS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / name for name in ("README.md", "SECURITY.md", "CHANGELOG.md")] + sorted(DOCS.rglob("*.md"))
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-OURS = re.compile(r"^(?:nanollama|parity|finetune|reference|benchmarks)\b")
+OURS = re.compile(r"(?:nanollama|parity|finetune|reference|benchmarks)(?:\.[a-z_]+)*$")  # finetune.NAME is none
 # LOG.md tells what was typed once, by the flags that there were; CHANGELOG.md the same of the past.
 OF_TODAY = [page for page in PAGES if page.name not in ("LOG.md", "CHANGELOG.md")]
 
@@ -88,16 +90,21 @@ def test_a_broken_link_is_found(text: str, broken: list[str], tmp_path: Path) ->
     assert broken_links(page) == broken
 
 
+def test_the_page_of_gates_has_every_check_in_the_order_of_diagnosis() -> None:
+    page = (DOCS / "gates.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(CHECKS)
+
+
 # --- Commands --------------------------------------------------------------------------------------------------------
 
 
 def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
-    """(module, its words) of every line of a block that runs one of ours, whatever starts it."""
-    for block in FENCE.finditer(page.read_text(encoding="utf-8")):
-        for line in block["body"].replace("\\\n", " ").splitlines():
-            words = split(line.removeprefix("$ "))
-            if found := module_of(words):
-                yield found
+    """(module, its words) of every line of a block, and of all code in prose with a flag, that runs one of ours."""
+    text = page.read_text(encoding="utf-8")
+    typed = [line for block in FENCE.finditer(text) for line in commands_of(block["body"])]
+    prose_code = re.findall(r"`([^`\n]+ --[^`\n]+)`", FENCE.sub("", text))
+    typed += [re.sub(r" N\b", " 1", code) for code in prose_code]
+    yield from filter(None, (module_of(split(line)) for line in typed))
 
 
 def split(line: str) -> list[str]:
@@ -106,13 +113,14 @@ def split(line: str) -> list[str]:
         words = shlex.split(line, comments=True)
     except ValueError:  # an apostrophe of prose
         return []
-    ends = [i for i, word in enumerate(words) if word in ("|", "||", "&&", ">", "2>", "<")]
+    ends = [i for i, word in enumerate(words) if word in ("|", "||", "&", "&&", ">", "2>", "<")]
     return [word for word in words[: min(ends, default=None)] if word != "..."]
 
 
 def module_of(words: list[str]) -> tuple[str, list[str]] | None:
     """The module that `python -m`, torchrun or a console script runs, and its words."""
-    if "-m" in words[1:] and re.search(r"(^|/)(python[\d.]*|torchrun|srun)$", words[0].partition("=")[0]):
+    words = words[next((i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)), len(words)) :]
+    if "-m" in words[1:] and re.search(r"(^|/)(python[\d.]*|torchrun|srun)$", words[0]):
         at = words.index("-m") + 1
         return (words[at], words[at + 1 :]) if at < len(words) and OURS.match(words[at]) else None
     if words[:1] == ["nanollama"] and len(words) > 1:

@@ -1,4 +1,4 @@
-"""The site of the docs builds without a warning; its pages show without network or error, none wider than the window."""
+"""The site of the docs builds without a warning; pages show without network or error, none wider than its window."""
 
 import functools
 import json

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import kit_cases
 from parity import ci
@@ -47,7 +48,7 @@ ROPE = Divergence("layers.0.q_rope", "meta", "fp32", "the RoPE base is 10,000", 
 # --- The action, run as a runner runs it -----------------------------------------------------------------------------
 
 
-def test_the_action_fails_a_wrong_port_at_its_line_and_passes_a_right_one(port: Path, tmp_path: Path) -> None:
+def test_the_action_fails_a_wrong_port_at_its_line(port: Path, tmp_path: Path) -> None:
     kit = str(kit_cases.made()[1])
     runner = Runner(port, tmp_path, {"candidate": "my_port.py:wrong_base", "kit": kit})
     done = runner.judge()
@@ -65,10 +66,18 @@ def test_the_action_fails_a_wrong_port_at_its_line_and_passes_a_right_one(port: 
     ]  # fmt: skip
     assert (tmp_path / "github_step_summary").read_text() == (out / "summary.md").read_text()
 
-    right = Runner(port, tmp_path, {"candidate": "my_port.py:load", "kit": kit})
-    done = right.judge()
-    assert done.returncode == 0, done.stderr
-    assert "::error" not in done.stdout and right.outputs["judge"]["verdict"] == "pass"
+
+def test_a_right_port_passes_by_a_kit(
+    port: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.chdir(port)
+    code = ci.main(
+        ["--kit", str(kit_cases.made()[1]), "--candidate", "my_port.py:load", "--out", str(tmp_path / "out")]
+    )
+    assert code == 0 and "::error" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "badge.json").read_text())["message"].startswith("pass")
+    assert json.loads((tmp_path / "out" / "parity.sarif").read_text())["runs"][0]["results"] == []
 
 
 def test_an_input_is_never_run(port: Path, tmp_path: Path) -> None:
@@ -89,6 +98,16 @@ def test_every_step_is_one_that_a_runner_takes() -> None:
     declared = set(action()["inputs"])
     used = set(re.findall(r"inputs\.([\w-]+)", (REPOSITORY / "action.yml").read_text()))
     assert used == declared
+
+
+def test_a_port_needs_ten_lines_of_yaml() -> None:
+    page = (REPOSITORY / "docs" / "ci.md").read_text(encoding="utf-8")
+    text = page.split("```yaml\n")[1].split("```")[0]
+    assert len(text.splitlines()) <= 10
+    [_, judged] = yaml.safe_load(text)["jobs"]["parity"]["steps"]
+    assert set(judged["with"]) <= set(action()["inputs"])
+    rows = re.findall(r"^\| `([\w-]+)` \|.*\|.*\|$", page.split("Outputs:")[0], re.MULTILINE)
+    assert rows == list(action()["inputs"])
 
 
 @pytest.mark.slow

@@ -1,13 +1,14 @@
 """Ports in other languages judged by kits: right ones pass, planted mistakes fail at the tap where they are made."""
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import kit_cases
-from benchmarks.kit_ports import MISTAKES, PORTS, Missing, build, departs, judge, judge_all, planted, run_port
+from benchmarks.kit_ports import MISTAKES, PORTS, Missing, build, departs, judge, judge_all, markdown, planted, run_port
 from parity.kit.arrays import Kit
 from parity.kit.family import RECIPES
 
@@ -74,3 +75,13 @@ def test_every_port_passes_by_every_kit_and_fails_by_one_of_each_kind(name: str,
         assert judge(command, kit, tmp_path, "")["as_expected"]
     wide = Kit(kit_cases.family() / "70b")
     assert [tried for tried in judge_all(name, command, wide, tmp_path) if not tried["as_expected"]] == []
+
+
+def test_the_table_of_the_docs_is_the_measured_one() -> None:
+    root = Path(__file__).parents[2]
+    tried = json.loads((root / "benchmarks" / "results" / "kit_ports.json").read_text())["tried"]
+    assert list(tried) == list(PORTS) and all(set(kits) == set(RECIPES) for kits in tried.values())
+    assert all(one["as_expected"] for kits in tried.values() for by in kits.values() for one in by)
+    assert all(len(by) >= 6 for kits in tried.values() for by in kits.values())  # the right one and five mistakes
+    page = (root / "docs" / "kit.md").read_text(encoding="utf-8")
+    assert page.split("<!-- ports -->\n")[1].split("<!-- end -->")[0] == markdown(tried)

@@ -11,7 +11,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-PROGRAMS = ("python", "pip", "make", ".", "nanollama", "parity", "finetune", "pytest", "torchrun", "uvx", "cd", "cc")
+PROGRAMS = (
+    "python",
+    "pip",
+    "make",
+    ".",
+    "nanollama",
+    "parity",
+    "finetune",
+    "pytest",
+    "torchrun",
+    "srun",
+    "uvx",
+    "cd",
+    "cc",
+)
 BLOCK = re.compile(r"(?:<!-- needs ([^:]+): (.+?) -->\n+)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# ([\w/.-]+\.py)\n")
 
