@@ -34,9 +34,11 @@ LIST = ".metadata"
 MAX_BYTES = 1 << 28  # 405B with three tensors a weight on 128 ranks: 40 MB
 FILE = re.compile(r"\w+\.distcp")
 LIBRARY = "torch.distributed.checkpoint"
-RECORDS = ("metadata Metadata", "metadata TensorStorageMetadata", "metadata BytesStorageMetadata")
-RECORDS += ("metadata ChunkStorageMetadata", "metadata TensorProperties", "metadata MetadataIndex")
-RECORDS += ("metadata StorageMeta", "metadata _MEM_FORMAT_ENCODING", "filesystem _StorageInfo")
+RECORDS = (
+    *("metadata Metadata", "metadata TensorStorageMetadata", "metadata BytesStorageMetadata"),
+    *("metadata ChunkStorageMetadata", "metadata TensorProperties", "metadata MetadataIndex"),
+    *("metadata StorageMeta", "metadata _MEM_FORMAT_ENCODING", "filesystem _StorageInfo"),
+)
 DTYPES = {f"torch {str(d).removeprefix('torch.')}": d for d in (torch.float32, torch.bfloat16, torch.float16)}
 DTYPES |= {f"torch {str(d).removeprefix('torch.')}": d for d in (torch.float64, torch.int8, torch.uint8, torch.int64)}
 SIZE = "torch Size"
@@ -101,7 +103,7 @@ def _values(data: bytes) -> Any:
     """Of a pickle its value, made of plain ones, Name, Made and Pairs."""
     stack: list[Any] = []
     marks: list[int] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
     for opcode, argument, _ in pickletools.genops(data):
         kind = opcode.name
         if kind in VALUES:
@@ -278,7 +280,9 @@ def _tiles(chunks: list[ChunkStorageMetadata], size: torch.Size) -> bool:
 
 def _place(info: dict[str, Any], folder: Path, files: dict[str, int]) -> _StorageInfo:
     """files: the bytes of those that were seen."""
-    name, offset, length = _text(info, "relative_path"), info.get("offset"), info.get("length")
+    name = _text(info, "relative_path")
+    offset: Any = info.get("offset")
+    length: Any = info.get("length")
     if not FILE.fullmatch(name):
         raise Refused(f"{gate.shown(name)} is no name of a file beside it")
     if name not in files:
@@ -287,8 +291,8 @@ def _place(info: dict[str, Any], folder: Path, files: dict[str, int]) -> _Storag
         if not (folder / name).is_file():
             raise Refused(f"{name} is missing")
         files[name] = (folder / name).stat().st_size
-    fits = type(offset) is type(length) is int and offset >= 0 and length > 0 and offset + length <= files[name]
-    if not fits or info.get("transform_descriptors"):
+    are_numbers = type(offset) is int and type(length) is int  # a bool is none
+    if not are_numbers or info.get("transform_descriptors") or not 0 <= offset < offset + length <= files[name]:
         raise Refused(
             f"it asks for bytes {gate.shown(offset)} + {gate.shown(length)} of {name}, which has {files[name]:,}"
         )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from finetune.config import TrainConfig, resolve
-from finetune.curves import PANELS, draw
+from finetune.curves import picture
 from finetune.data.files import Say, write_atomically
 from finetune.doctor import examine
 from finetune.doctor.page import STYLE, section
@@ -92,7 +92,7 @@ def report(out: Path) -> str:
         f"<h1>{html.escape(out.name)}</h1>",
         f'<p><span class="state" data-state="{state}">{state} at step {done:,} of {last:,}</span></p>',
         _summary(out),
-        f"<h2>Curves</h2>{draw({out.name: lines}, PANELS) if lines else '<p>no step was done</p>'}",
+        f"<h2>Curves</h2>{picture({out.name: lines})}",
         f"<h2>Validation</h2>{_validation(lines)}",
         f"<h2>Samples</h2>{_samples(read_metrics(out / SAMPLES))}",
         _doctor(doctor) if doctor else "",
@@ -165,12 +165,20 @@ def _summary(out: Path) -> str:
 
 
 def _validation(lines: Sequence[Mapping[str, Any]]) -> str:
-    scores = [
-        (line["step"], f"{line['val_loss']:.4f}", f"{line['val_bpb']:.4f}")
-        for line in lines
-        if line.get("val_loss") is not None and line.get("val_bpb") is not None
-    ]
-    return table(scores, ("step", "nats per token", "bits per byte")) if scores else "<p>none yet</p>"
+    """A row for each validation; what was measured beside loss and bits per byte has columns of its own."""
+    scores = [line for line in lines if line.get("val_loss") is not None and line.get("val_bpb") is not None]
+    if not scores:
+        return "<p>none yet</p>"
+    names = [name for name, value in scores[0].items() if name != "step" and isinstance(value, int | float)]
+    of_pairs = any("margin" in line for line in lines)
+    words = {"val_loss": "loss of a pair" if of_pairs else "nats per token", "val_bpb": "bits per byte"}
+    head = [words.get(name, name.removeprefix("val_").replace("_", " ")) for name in names]
+    rows = [(line["step"], *(_digits(line.get(name)) for name in names)) for line in scores]
+    return table(rows, ("step", *head))
+
+
+def _digits(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else ""
 
 
 def _samples(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -155,6 +155,7 @@ def user_errors(errors: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[E
     """What the user can mend becomes one line and exit code 2; an interrupt and a reader that left are codes too."""
     end = End()
     kinds: tuple[type[Exception], ...] = (UsageError, *errors)
+    caught: tuple[type[Exception], ...] = (OSError, *kinds)
     try:
         with said_when_cut(), printed():
             yield end
@@ -165,7 +166,7 @@ def user_errors(errors: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[E
         # The reader (`| head`) has gone. Point stdout elsewhere, or Python complains when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         end.code = 141
-    except (OSError, *kinds) as error:
+    except caught as error:
         mendable = isinstance(error, kinds) or getattr(error, "errno", None) in OF_A_DISK
         if os.environ.get("NANOLLAMA_DEBUG") == "1" or not mendable:
             raise

@@ -34,6 +34,7 @@ SPECS = [
     ("benchmarks.frozen", "main"),
     ("benchmarks.gpu", "main"),
     ("benchmarks.memory_plan", "main"),
+    ("benchmarks.plots", "main"),
     ("benchmarks.random_shapes", "main"),
     ("benchmarks.real", "main"),
     ("benchmarks.resume_kills", "main"),

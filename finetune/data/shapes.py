@@ -93,7 +93,7 @@ def as_dialogue(row: Any) -> Dialogue:
         raise UserError(f"{EXPECTED}, got a {'list' if isinstance(row, list) else type(row).__name__}, not an object")
     rest = {key: value for key, value in row.items() if value is not None}
     tools = _tools(rest)
-    _refuse_meant(rest)
+    refuse_meant(rest)
     system = rest.pop("system" if "system" in rest else "system_prompt", "")
     turns = _turns(rest)
     read = [_message(turn, index) for index, turn in enumerate(turns)]
@@ -160,7 +160,11 @@ def _pair(rest: dict[str, Any], asked: str, answered: str) -> list[Any]:
 
 
 def _with_weight(turn: Any, weight: int) -> Any:
-    return {**turn, "weight": weight} if isinstance(turn, Mapping) and turn.get("role") == "assistant" else turn
+    if not isinstance(turn, Mapping):
+        return turn
+    role = turn.get("role", turn.get("from"))
+    is_said = role == "function_call" or (isinstance(role, str) and ROLES.get(role, role) == "assistant")
+    return {**turn, "weight": weight} if is_said else turn
 
 
 def _expect_text(key: str, text: Any) -> None:
@@ -198,7 +202,8 @@ def _says_system(messages: Sequence[Any], system: str) -> bool:
     return True
 
 
-def _refuse_meant(rest: Mapping[str, Any]) -> None:
+def refuse_meant(rest: Mapping[str, Any]) -> None:
+    """Raises UserError for keys without which training would be another one."""
     for key, why in MEANT.items():
         if rest.get(key):
             raise UserError(f'"{key}": {why}')

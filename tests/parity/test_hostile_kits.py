@@ -51,7 +51,12 @@ def text(content: str) -> Break:
 
 def listed(name: str) -> Break:
     """A line more in SHA256SUMS, which is not written again."""
-    return lambda folder: (folder / "SHA256SUMS").open("a").write("0" * 64 + f"  {name}\n")
+
+    def edit(folder: Path) -> None:
+        with (folder / "SHA256SUMS").open("a") as file:
+            file.write("0" * 64 + f"  {name}\n")
+
+    return edit
 
 
 def a_pipe(folder: Path) -> None:
