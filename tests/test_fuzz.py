@@ -21,7 +21,8 @@ READERS = {
     **dict.fromkeys(("json of a checkpoint", "parquet", "engine's log", "engine's ids", "run's config"), 500),
     **dict.fromkeys(("pth", "pt", "params.json", "config.json", "safetensors", "index", "shard of an index"), 100),
     **dict.fromkeys(("gguf", "gguf q4_1", "bin v0", "bin v1", "bin v2"), 100),
-    **dict.fromkeys((f"reference: {name}" for name in ("pth", "params.json", "safetensors", "config.json")), 100),
+    **dict.fromkeys((f"reference: {name}" for name in ("pth", "params.json", "safetensors")), 100),
+    **dict.fromkeys((f"reference: {name}" for name in ("config.json", "index")), 100),
     **dict.fromkeys((f"adapter's {name}" for name in ("settings", "tensors", "pickle")), 100),
     **dict.fromkeys(("run's state", "run's moments", "list of shards", "shard", "kit", "program's answers"), 60),
 }

@@ -213,8 +213,10 @@ def _stored_tensors(folder: Path) -> dict[str, Lazy]:
         raise CheckpointError(index, "has no weight_map of tensor names to file names: get the index of this model")
     stored: dict[str, Lazy] = {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file or file in ("", ".", ".."):
-            raise CheckpointError(index, f"weight_map names {gate.shown(file)}, outside of the folder: refused")
+        if not gate.is_file_name(file):
+            raise CheckpointError(
+                index, f"weight_map names {gate.shown(file)}, no file's name or outside of the folder: refused"
+            )
         tensors = _open_safetensors(folder / file)
         promised = {name for name, where in weight_map.items() if where == file}
         for name in sorted(promised ^ tensors.keys()):

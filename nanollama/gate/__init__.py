@@ -52,8 +52,15 @@ def shown(value: object) -> str:
 
 def reason(error: BaseException) -> str:
     """What a library says was wrong, for the inside of a line: without its advice on how to load unsafely."""
-    said = ADVICE.sub("", str(error)).strip() or type(error).__name__
-    return " ".join(said[:1000].split())[:160]
+    # Cut before it is searched: a library repeats a file's words, and the search takes the square of their length.
+    said = ADVICE.sub("", str(error)[:2000]).strip() or type(error).__name__
+    return " ".join(said.split())[:160]
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a stranger's word is the name of a file in the folder where it stands, on any system that has files."""
+    plain = name not in ("", ".", "..") and not any(character in "/\\\0" for character in name)
+    return plain and len(name.encode(errors="replace")) <= 255 and not any("\ud800" <= c <= "\udfff" for c in name)
 
 
 def require_file(path: Path) -> None:
@@ -66,6 +73,8 @@ def require_file(path: Path) -> None:
                 path, f"is a link that leads nowhere ({error.strerror}): put the file there"
             ) from None
         return  # its reader says that it is missing
+    except ValueError:  # a zero byte, half of a character
+        raise CheckpointError(path.parent, f"{shown(path.name)} is no name that a file can have") from None
     if kind not in (stat.S_IFREG, stat.S_IFDIR):
         raise CheckpointError(
             path, f"is {KINDS.get(kind, 'no file')} and not a file: it is not read; put the file there"

@@ -229,6 +229,7 @@ def test_the_checkpoint_before_a_broken_one_is_offered_and_kept(tmp_path: Path) 
         ('{"entry": "text", "world_size": 1, "method": "magic"}', "method is 'magic'"),
         ('{"entry": "text", "world_size": 1, "lr": 1e999}', "beyond 64 bits"),
         ('{"entry": "text", "world_size": 1, "ghost": 1}', "unknown key ghost"),
+        (f'{{"entry": "text", "world_size": 1, "{"g" * 70_000}": 1}}', "unknown key " + "g" * 60 + ":"),
     ],
 )
 def test_a_broken_config_of_a_run_is_refused_by_name(tmp_path: Path, text: str, part: str) -> None:

@@ -18,8 +18,8 @@ from fuzz_target import Target
 from mutators import Rng, mutate_gguf, mutate_json, mutate_safetensors
 from mutators_pickle import mutate_zip
 from mutators_text import mutate_bin
-from nanollama.checkpoint import open_checkpoint, write_adapter
-from nanollama.checkpoint.adapter import Adapter, read_adapter, target_names
+from nanollama.checkpoint import open_checkpoint
+from nanollama.checkpoint.adapter import Adapter, read_adapter, target_names, write_adapter
 from nanollama.checkpoint.names import weight_shapes
 from nanollama.model import ModelConfig
 from reference.files import open_folder
@@ -75,7 +75,7 @@ def files_of(root: Path) -> dict[str, tuple[Path, Path, Callable[[bytes, Rng], b
 
 def their_files(root: Path) -> dict[str, tuple[Path, Path, Callable[[bytes, Rng], bytes]]]:
     """The same for the references' readers, which open Meta's and Hugging Face's folders."""
-    shape = theirs.Shape(dim=8, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=16, vocab_size=6, head_dim=4)
+    shape = theirs.Shape(dim=8, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=32, vocab_size=6, head_dim=4)
     makers = {"pth": theirs.write_meta, "params.json": theirs.write_meta}
     makers |= {"safetensors": theirs.write_hf, "config.json": theirs.write_hf}
     names = {"pth": "consolidated.00.pth", "safetensors": "model.safetensors"}
@@ -85,6 +85,8 @@ def their_files(root: Path) -> dict[str, tuple[Path, Path, Callable[[bytes, Rng]
         path = make(root / "theirs" / name, shape, theirs.make_weights(shape))
         file = path / names.get(name, name)
         found[f"reference: {name}"] = (path, file, changes.get(name, mutate_json))
+    path = write(root / "theirs" / "index", "hf", TINY, make_weights(TINY), max_shard_bytes=300)
+    found["reference: index"] = (path, path / "model.safetensors.index.json", mutate_json)
     return found
 
 
