@@ -7,13 +7,18 @@ It computes nothing: what it lets through is read by each side for itself.
 python -c "from nanollama.gate import kind_of; from pathlib import Path; print(kind_of(Path('x.gguf')))"
 """
 
+import errno
 import json
+import os
 import re
 import reprlib
 import stat
 import struct
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 UNFINISHED = (".part", ".partial", ".incomplete", ".crdownload", ".download", ".aria2", ".opdownload", ".tmp")
 LLAMA2C = struct.pack("<I", 0x616B3432)  # "ak42"
@@ -81,15 +86,73 @@ def require_file(path: Path) -> None:
         )
 
 
-def require_inside(path: Path) -> None:
-    """Raises CheckpointError for a link out of its folder, but to the hub cache's blobs: what it names is printed."""
+def require_inside(path: Path) -> Path:
+    """What is to be opened: the path, or where its link leads.
+
+    Raises CheckpointError for a link out of its folder, but to the hub cache's blobs: what it names is printed.
+    """
     if not path.is_symlink():
-        return
+        return path
     folder, target = path.parent.resolve(), path.resolve()
     homes = [folder, *(up for up in folder.parents if (up / "snapshots").is_dir() and (up / "blobs").is_dir())]
     if not any(target.is_relative_to(home) for home in homes):
         what = f"is a link out of its folder, to {target}: it is not followed; copy the file there"
         raise CheckpointError(path, what)
+    return target
+
+
+# A pipe that was put there since it was looked at is opened without waiting, and a link is not followed.
+AS_CHECKED = os.O_RDONLY
+for _flag in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"):
+    AS_CHECKED |= getattr(os, _flag, 0)
+
+
+def open_checked(path: Path) -> BinaryIO:
+    """A regular file, to be read; what was put in its place between the check and the opening is refused.
+
+    Raises CheckpointError, and OSError where it is gone.
+    """
+    require_file(path)
+    target = require_inside(path)
+    try:
+        descriptor = os.open(target, AS_CHECKED)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise CheckpointError(path, EXCHANGED) from None
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind == stat.S_IFREG:
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if kind == stat.S_IFDIR:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise CheckpointError(path, EXCHANGED)
+
+
+EXCHANGED = "was changed or exchanged while it was read: let the program that writes it end, and try again"
+
+
+@contextmanager
+def unchanged(path: Path) -> Iterator[None]:
+    """For a file that is checked and then opened again, by name: raises CheckpointError where it is not the same."""
+    before = _stamp(path)
+    try:
+        yield
+    except Exception:  # whatever its reader makes of two halves of files
+        if _stamp(path) != before:
+            raise CheckpointError(path, EXCHANGED) from None
+        raise
+    if _stamp(path) != before:
+        raise CheckpointError(path, EXCHANGED)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Of the file, which one and as of when; empty where there is none. Who exchanges two files changes their ctime."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def kind_of(path: Path) -> str | None:
