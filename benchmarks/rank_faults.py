@@ -84,15 +84,20 @@ def losses(out: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line}
 
 
+def stamp(out: Path) -> int:
+    """Of the metrics, which the main rank writes anew when all of them begin to train; 0 before there are any."""
+    return (out / "metrics.jsonl").stat().st_mtime_ns if (out / "metrics.jsonl").exists() else 0
+
+
 def kill_one(bench: Bench, out: Path, rng: random.Random, tried: Counter[str]) -> tuple[bool, list[str]]:
     """(whether the run has ended by itself, what is wrong)."""
     before, size, how = newest_step(out), rng.choice((2, 2, 2, 1)) if out.exists() else 2, rng.choice(SAVES)
     mesh = ["--fsdp", rng.choice(("1", "2"))] if size > 1 else []
+    was = stamp(out)
     ranks = bench.start(size, out, how, *mesh)
-    steps = max(losses(out), default=0) + rng.randrange(6)
-    while all(p.exitcode is None for p in ranks) and max(losses(out), default=0) < steps:
-        time.sleep(0.005)
-    time.sleep(rng.uniform(0, 0.5))
+    while all(p.exitcode is None for p in ranks) and stamp(out) == was:
+        time.sleep(0.005)  # until they have met: before, it is torchrun that ends the others
+    time.sleep(rng.uniform(0, 3))
     dead = rng.randrange(size)
     if ranks[dead].exitcode is None:
         ranks[dead].kill()
