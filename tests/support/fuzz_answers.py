@@ -53,7 +53,7 @@ class Scripted:
         entry = self.script.get(request) if isinstance(self.script, dict) else None
         entry = entry if isinstance(entry, dict) else {}
         place, files = Path(rest.split(" ")[0]), entry.get("files")
-        for name, count in (files if isinstance(files, dict) else {}).items():
+        for name, count in (files if isinstance(files, dict) and rest else {}).items():  # it was told no place
             if isinstance(count, int) and abs(count) < 1000 and len(name) < 200 and name.isprintable():
                 path = place / f"{name.replace('/', '_')}.f32" if name else place
                 path.write_bytes(b"\0\0\x80\x3f" * count)
