@@ -4,6 +4,7 @@ Process(target=child, args=(argv, out, log, Fault("files", 12)))      # SIGKILL 
 """
 
 import ctypes
+import errno
 import os
 import random
 import resource
@@ -12,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from tqdm import tqdm
 from finetune.resume import RunFolder, checkpoints
 
 CAPABILITIES = 0x20080522  # the version of Linux's call
+REFUSED = {"quota": errno.EDQUOT, "space": errno.ENOSPC}
 OVERRIDE = 1 << 1  # CAP_DAC_OVERRIDE
 
 
@@ -109,10 +112,26 @@ def install(fault: Fault, out: Path) -> None:
         keep_checkpoints(Path(f"{out}-kept"))
     elif fault.kind == "disk":
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault.at), int(fault.at)))
+    elif fault.kind in REFUSED:
+        refuse_writes(out, int(fault.at), REFUSED[fault.kind])
     elif fault.kind == "clock":
         set_back(int(fault.at))
     elif fault.kind == "obeys":
         obey_modes()
+
+
+def refuse_writes(out: Path, at: int, number: int) -> None:
+    """From the `at`-th time on that a file below `out` is opened to be written, the system says no."""
+    left = [at]
+
+    def watch(event: str, args: tuple[Any, ...]) -> None:
+        writes = event == "open" and isinstance(args[2], int) and bool(args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        if writes and str(args[0]).startswith(str(out)):
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(number, os.strerror(number), str(args[0]))
+
+    sys.addaudithook(watch)
 
 
 def obey_modes() -> None:
@@ -136,8 +155,9 @@ def keep_checkpoints(kept: Path) -> None:
     RunFolder.save = saved  # type: ignore[method-assign]
 
 
-def child(argv: list[str], out: Path, log: Path, fault: Fault | None) -> None:
-    """The whole life of a run's process."""
+def child(argv: list[str], out: Path, log: Path, fault: Fault | None, places: Mapping[str, str] = {}) -> None:
+    """The whole life of a run's process. places: variables that make it a rank among others."""
+    os.environ.update(places)
     from finetune.run import run_entry
     from finetune.text import ENTRY
 

@@ -1,12 +1,13 @@
 """What a run survives: kills at chosen moments, a full disk, a read-only folder, a clock set back, a second process.
 
     python -m benchmarks.faults --kills 200 --json benchmarks/results/faults.json
-    200 kills (63 in files, 31 in step, ...) of 31 runs; 10 other faults
+    200 kills (63 in files, 31 in step, ...) of 31 runs (14 whole, 9 sharded, 8 async); 14 other faults
     nothing lost, nothing corrupt, nothing different
 
 A run is killed until it ends: before a file is opened, renamed or removed or its bytes are flushed, within a step, an
-evaluation or a sample. After every kill each checkpoint that is there must be, byte for byte, the one that an unbroken
-run made at that step; the run that goes on to the end must have the unbroken run's losses and weights bit for bit.
+evaluation or a sample; it saves whole, in shards, or in shards behind its back. After every kill each checkpoint that
+is there must hold, byte for byte, what an unbroken run had at that step; the run that goes on to the end must have the
+unbroken run's losses and weights bit for bit. Of two ranks one is killed, and two or one go on: losses within 1e-4.
 Processes are forked from one that has torch loaded: a kill takes as long as the steps before it.
 """
 
@@ -26,16 +27,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.fault_child import Fault, child
 from finetune.metrics import read_metrics
 from finetune.prepare.stories import stories
-from finetune.resume import checkpoints
+from finetune.resume import SHARDS, checkpoints
+from finetune.shards import read_shards
 from nanollama.checkpoint import open_checkpoint
 from nanollama.cli import run
 
 SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 48}
 STEPS = 16
+SAVES = ("whole", "sharded", "async")
+MESH = ("dp", "fsdp", "tp", "accumulate")
 SIZE = "--vocab_size 300 --seq_len 128 --batch_size 2 --save_every 2 --eval_every 4 --sample_every 6 --threads 1"
 LEFT_OUT = ("tokens_per_s", "peak_bytes")  # of metrics.jsonl: they differ from run to run
 PRELOADED: tuple[str, ...] = (
@@ -56,6 +61,7 @@ class Found:
     tried: Counter[str] = field(default_factory=Counter)
     troubles: list[str] = field(default_factory=list)
     runs: int = 0
+    ways: Counter[str] = field(default_factory=Counter)  # of saving
 
 
 # --- Around it -------------------------------------------------------------------------------------------------------
@@ -75,7 +81,7 @@ class Bench:
         if code != 0:
             raise ValueError(f"the unbroken run ended with {code}: {said}")
         self.numbers, self.weights = numbers(self.whole), weights(self.whole)
-        self.kept = checkpoint_files(Path(f"{self.whole}-kept"), self.whole)
+        self.kept = checkpoint_contents(Path(f"{self.whole}-kept"))
 
     def line(self, out: Path, *flags: str) -> list[str]:
         """Arguments of a run with dropout, so that random numbers count; --resume where there is one to go on with."""
@@ -99,12 +105,15 @@ class Bench:
             process.kill()
             process.join()
             return None, ["had to be ended"]
+        return process.exitcode, self.complaints()
+
+    def complaints(self) -> list[str]:
         lines = self.log.read_text(errors="replace").splitlines()
-        return process.exitcode, [text for text in lines if text.startswith("error: ") or "Traceback" in text]
+        return [text for text in lines if text.startswith("error: ") or "Traceback" in text]
 
     def compare(self, out: Path, before: int) -> list[str]:
         """What is wrong with the checkpoints that are there; `before`: the newest step that was there before."""
-        files = checkpoint_files(out, out)
+        files = checkpoint_contents(out)
         found = [
             f"{out.name}: {name} is not that of the unbroken run" for name in files if files[name] != self.kept[name]
         ]
@@ -136,12 +145,21 @@ def newest_step(out: Path) -> int:
     return max((int(folder.name.removeprefix("step_")) for folder in checkpoints(out)), default=0)
 
 
-def checkpoint_files(out: Path, named: Path) -> dict[str, dict[str, bytes]]:
-    """Name of each whole checkpoint -> its files; `named`: the folder that its config names, which differs."""
-    return {
-        folder.name: {f.name: f.read_bytes().replace(str(named).encode(), b"OUT") for f in sorted(folder.iterdir())}
-        for folder in checkpoints(out)
-    }
+def checkpoint_contents(out: Path) -> dict[str, dict[str, Any]]:
+    """Name of each whole checkpoint -> its tensors' bytes and its state, in whichever way it was saved."""
+    return {folder.name: content(folder) for folder in checkpoints(out)}
+
+
+def content(folder: Path) -> dict[str, Any]:
+    state = jsonlib.loads((folder / "state.json").read_text())
+    state["config"] = {key: value for key, value in state["config"].items() if key not in ("out", "save", *MESH)}
+    if (folder / SHARDS).exists():
+        weights, states = read_shards(folder / SHARDS, {})
+        tensors = weights | states
+    else:
+        tensors = load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
+    numbers = {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+    return {"state.json": state, **numbers}
 
 
 # --- What is tried ---------------------------------------------------------------------------------------------------
@@ -160,29 +178,54 @@ def kill(bench: Bench, kills: int, rng: random.Random, found: Found) -> None:
     """One run after the other, each killed up to ten times and then left to end."""
     while sum(found.tried.values()) < kills:
         found.runs += 1
-        out = bench.work / f"killed-{found.runs}"
+        out, how = bench.work / f"killed-{found.runs}", rng.choice(SAVES)
+        found.ways[how] += 1
         for _ in range(10):
             before, fault = newest_step(out), draw(rng)
-            code, said = bench.run(out, fault)
+            code, said = bench.run(out, fault, "--save", how)
             found.troubles += bench.compare(out, before)
             if code == 0:
                 break
             if code != -signal.SIGKILL:
-                found.troubles.append(f"{out.name}: {fault} ended with {code}: {said}")
+                found.troubles.append(f"{out.name} ({how}): {fault} ended with {code}: {said}")
             found.tried[fault.kind] += 1
             if sum(found.tried.values()) >= kills:
                 break
         found.troubles += bench.compare_whole(out) if code == 0 else bench.go_on(out)
+        shutil.rmtree(out)
 
 
-def fill_disk(bench: Bench, at_bytes: int) -> list[str]:
+def fill_disk(bench: Bench, at_bytes: int, how: str = "whole") -> list[str]:
     """No file may grow beyond `at_bytes`: one line, exit code 1, and what was saved is left."""
-    out = bench.work / f"disk-{at_bytes}"
-    bench.run(out, Fault("files", 45))
+    return refuse_writes(bench, Fault("disk", at_bytes), "File too large", how)
+
+
+def refuse_writes(bench: Bench, fault: Fault, reason: str, how: str) -> list[str]:
+    """The disk refuses what a save writes: one line with the reason, exit code 1, and what was saved is left."""
+    out = bench.work / f"{fault.kind}-{fault.at}-{how}"
+    bench.run(out, Fault("files", 45), "--save", how)
     before = newest_step(out)
-    code, said = bench.run(out, Fault("disk", at_bytes))
-    found = [] if (code, len(said)) == (1, 1) and "File too large" in said[0] else [f"{out.name}: {code}, {said}"]
+    code, said = bench.run(out, fault, "--save", how)
+    found = [] if (code, len(said)) == (1, 1) and reason in said[0] else [f"{out.name}: {code}, {said}"]
     return found + bench.compare(out, before) + bench.go_on(out)
+
+
+def lose_folder(bench: Bench, how: str) -> list[str]:
+    """The folder of the run is moved away while it trains: one line, and it goes on from where it was put."""
+    out, put = bench.work / f"lost-{how}", bench.work / f"lost-{how}-put"
+    bench.log.write_text("")
+    process = bench.start(out, None, "--save", how)
+    while process.exitcode is None and not newest_step(out):
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGSTOP)
+    out.rename(put)
+    os.kill(process.pid, signal.SIGCONT)
+    process.join(WAIT_S)
+    lines = bench.complaints()
+    said = process.exitcode in (1, 2) and len(lines) == 1 and "Traceback" not in lines[0]
+    shutil.rmtree(out, ignore_errors=True)
+    put.rename(out)
+    return [] if said and not bench.go_on(out) else [f"{out.name}: {process.exitcode}, {lines}"]
 
 
 def lock_folder(bench: Bench) -> list[str]:
@@ -245,7 +288,7 @@ def take_data(bench: Bench, how: str) -> list[str]:
             other.replace(file)
     os.kill(process.pid, signal.SIGCONT)
     process.join(WAIT_S)
-    lines = [text for text in bench.log.read_text().splitlines() if text.startswith("error: ") or "Traceback" in text]
+    lines = bench.complaints()
     if how == "replaced":
         return bench.compare_whole(out) if process.exitcode == 0 else [f"replaced: {process.exitcode}, {lines}"]
     said = process.exitcode == 2 and len(lines) == 1 and "became shorter" in lines[0]
@@ -257,6 +300,12 @@ def survey(work: Path, kills: int, seed: int) -> tuple[Found, dict[str, list[str
     bench, found = Bench(work), Found()
     others: dict[str, Callable[[], list[str]]] = {
         **{f"full disk at {size:,} bytes": partial(fill_disk, bench, size) for size in (9_000, 30_000, 60_000, 90_000)},
+        **{f"full disk, {how}": partial(fill_disk, bench, 30_000, how) for how in SAVES[1:]},
+        **{f"quota, {how}": partial(refuse_writes, bench, Fault("quota", 40), "quota", how) for how in SAVES},
+        **{
+            f"no space left, {how}": partial(refuse_writes, bench, Fault("space", 41), "No space", how) for how in SAVES
+        },
+        **{f"folder moved away, {how}": partial(lose_folder, bench, how) for how in SAVES},
         "read-only folder": partial(lock_folder, bench),
         **{f"clock set back, {n}": partial(turn_clock, bench, n) for n in range(2)},
         "two processes": partial(meet, bench),
@@ -281,8 +330,9 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         found, told = survey(Path(folder), kills, seed)
     troubles = found.troubles + [text for texts in told.values() for text in texts]
+    ways = ", ".join(f"{count} {how}" for how, count in found.ways.most_common())
     kinds = ", ".join(f"{count} in {kind}" for kind, count in found.tried.most_common())
-    print(f"{sum(found.tried.values())} kills ({kinds}) of {found.runs} runs; {len(told)} other faults")
+    print(f"{sum(found.tried.values())} kills ({kinds}) of {found.runs} runs ({ways}); {len(told)} other faults")
     print("\n".join(troubles) or "nothing lost, nothing corrupt, nothing different")
     if json:
         result = {
@@ -291,6 +341,7 @@ def main(
             "torch": torch.__version__,
             "kills": dict(found.tried),
             "runs": found.runs,
+            "saved": dict(found.ways),
             "other_faults": sorted(told),
             "troubles": troubles,
             "seconds": round(time.perf_counter() - started, 1),

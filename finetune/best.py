@@ -7,6 +7,7 @@ is on the disk, so that a kill at any moment leaves the best that the resumed ru
 """
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,14 @@ def write_best(out: Path, step: int, model: nn.Module, whole: Whole = Tensor.det
 def load_best_(out: Path, step: int, model: nn.Module) -> None:
     """The model's trained parameters become those of that step, each rank's its part. Raises UserError."""
     read_into_(trained(model), folder_of(out, step) / "model.safetensors")
+
+
+def remove_older(out: Path, step: int) -> None:
+    """Remove what is kept of steps before it. A newer one stays: training may be at it while an older save ends."""
+    for folder in (out / "best").glob("*step_*"):
+        found = re.search(r"step_(\d+)", folder.name)
+        if found and int(found[1]) < step:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def keep_only(out: Path, step: int | None) -> None:

@@ -293,7 +293,7 @@ def init_shape(config: TrainConfig, vocab_size: int) -> ModelConfig:
         raise UserError(f"--init {config.init}: expected a JSON object with at least {', '.join(sorted(required))}")
     unknown = shape.keys() - known.keys() | shape.keys() & {"rope_scaling"}
     if unknown:
-        raise UserError(f"--init {config.init}: unknown key {min(unknown)}; known are {', '.join(known)}")
+        raise UserError(f"--init {config.init}: unknown key {min(unknown)[:60]}; known are {', '.join(known)}")
     if shape.get("vocab_size", vocab_size) < vocab_size:
         raise UserError(
             f"--init {config.init}: vocab_size {shape['vocab_size']} is less than the tokenizer's {vocab_size}"
@@ -362,7 +362,7 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 def from_json(saved: dict[str, Any], where: Path) -> TrainConfig:
     unknown = saved.keys() - {f.name for f in fields(TrainConfig)}
     if unknown:
-        raise UserError(f"{where}: unknown key {min(unknown)}: it was written by another version")
+        raise UserError(f"{where}: unknown key {min(unknown)[:60]}: it was written by another version")
     try:
         return TrainConfig(**saved)
     except UserError as error:

@@ -1,5 +1,9 @@
 """What ends a run and is no bug."""
 
+import errno
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class UserError(ValueError):
     """What the user can mend. The message is one line: what, where, how to mend it; the exit code is 2."""

@@ -28,6 +28,10 @@ from finetune.mesh import DIMENSIONS, MeshSizes
 from finetune.peers import Peers, meet, wait_for
 
 T = TypeVar("T")
+LEFT_OVER = (
+    "torchrun sets it for its processes; unset it (a shell or a job script has left it there), or start torchrun"
+)
+MISSING = "is not in the environment, though WORLD_SIZE is: start torchrun, which sets both, or unset WORLD_SIZE"
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,18 @@ def default_device() -> str:
 
 def world_size() -> int:
     """Of the processes that torchrun started, before they have met."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    size = _of_launcher("WORLD_SIZE", 1)
+    if size < 1:
+        raise UserError(f"WORLD_SIZE={size} in the environment: {LEFT_OVER}")
+    return size
+
+
+def _of_launcher(name: str, default: int | None = None) -> int:
+    """A number that torchrun hands on; None: it has to. Raises UserError for what a shell has left of another."""
+    said = os.environ.get(name, "" if default is None else str(default))
+    if not said.isascii() or not said.isdigit() or len(said) > 9:
+        raise UserError(f"{name}={said[:40]} in the environment: {LEFT_OVER}" if said else f"{name} {MISSING}")
+    return int(said)
 
 
 def open_world(device: str, sizes: MeshSizes | None = None, limit_s: float = 600, *, watched: bool = True) -> World:
@@ -133,15 +148,20 @@ def open_world(device: str, sizes: MeshSizes | None = None, limit_s: float = 600
     size = world_size()
     if size == 1:
         return World(torch.device(device))
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    rank, local = _of_launcher("RANK"), _of_launcher("LOCAL_RANK", 0)
+    if rank >= size:
+        raise UserError(f"RANK={rank} of {size} in the environment: {LEFT_OVER}")
     if name == "cuda":
         torch.cuda.set_device(local)
         record_flights()
     faulthandler.enable()  # NCCL's watchdog aborts a process whose collective takes too long: say where it was
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise UserError(f"{missing[0]} {MISSING}")
+    _of_launcher("MASTER_PORT")
     store = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=max(limit_s, 60)))))[0]
     attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{size}"  # torchrun's store outlives the processes
     ours = dist.PrefixStore(f"finetune/{attempt}", store)
-    local_rank, host = int(os.environ.get("LOCAL_RANK", rank)), os.environ["MASTER_ADDR"]
+    local_rank, host = _of_launcher("LOCAL_RANK", rank), os.environ["MASTER_ADDR"]
     peers = meet(ours, rank, size, local_rank, host, limit_s) if watched else None
     dist.init_process_group(
         "nccl" if name == "cuda" else "gloo",

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.best import Best, keep_only
+from finetune.best import Best, keep_only, remove_older
 from finetune.config import TrainConfig, from_json, merge_resumed, to_json
 from finetune.data.appended import Extent
 from finetune.data.files import write_atomically
 from finetune.data.packing import Cursor
-from finetune.errors import UserError
+from finetune.errors import FULL_DISK, UserError
 from finetune.evaluate import Score
 from finetune.gather import Whole, local
 from finetune.mesh import mesh_sizes
@@ -136,7 +136,8 @@ class RunFolder:
                 stage.text("state.json", json.dumps(state, indent=2) + "\n")
             for old in older:
                 _remove(old)
-            keep_only(self.path, progress.best.step if progress.best else None)
+            if progress.best:
+                remove_older(self.path, progress.best.step)
 
         return finish
 
@@ -178,6 +179,14 @@ class RunFolder:
             return Progress(state.step, state.tokens, Cursor(state.cursor.epoch + 1), news=news)
         return Progress(state.step, state.tokens, state.cursor, best)
 
+    def require_there(self) -> None:
+        """Before a save, which would make the folder anew. Raises UserError where it was taken away."""
+        if not (self.path / CONFIG).exists():
+            raise UserError(
+                f"{self.path}: is gone, or was moved while the run trained: put it back where it was, "
+                "then continue with --resume"
+            )
+
     def write_config(self) -> None:
         """config.json says what this run does from now on."""
         path = self.path / CONFIG
@@ -196,8 +205,9 @@ class RunFolder:
         """A run that is refused before its first step leaves no folder, so that the mended line can be typed."""
         try:
             yield
-        except (ValueError, KeyboardInterrupt):
-            if world.is_main and {path.name for path in self.path.iterdir()} <= {CONFIG, *BEFORE}:
+        except (ValueError, KeyboardInterrupt, OSError) as error:
+            is_full = isinstance(error, OSError) and error.errno in FULL_DISK  # with room it goes on by --resume
+            if not is_full and world.is_main and {path.name for path in self.path.iterdir()} <= {CONFIG, *BEFORE}:
                 shutil.rmtree(self.path)
             raise
 

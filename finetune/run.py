@@ -3,7 +3,6 @@
 python -m finetune.tinystories          # one of the entries; the others are tinyshakespeare, text and chat
 """
 
-import errno
 import os
 import sys
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from finetune.config import TrainConfig, changes, refuse_foreign, resolve
 from finetune.data.documents import whole
 from finetune.distill import check_teaching, with_teacher
 from finetune.doctor.examine import examine_before
-from finetune.errors import TrainingStopped, UserError
+from finetune.errors import FULL_DISK, TrainingStopped, UserError
 from finetune.launcher import folder_of_the_first_start, remember_folder, to_continue
 from finetune.lock import held
 from finetune.mesh import mesh_sizes
@@ -41,7 +40,6 @@ from nanollama.model import Transformer
 from nanollama.tokenizer import Tokenizer, open_tokenizer
 from nanollama.vocabulary.write import fitting
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SAMPLE_TOKENS = 120
 
 

@@ -357,7 +357,12 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
 
     def save(self, *, wait: bool) -> None:
-        """One checkpoint, continued on any number of ranks. wait: until it is on the disk, even if async."""
+        """One checkpoint, continued on any number of ranks. wait: until it is on the disk, even if async.
+
+        Raises UserError where the run's folder was taken away.
+        """
+        if self.world.is_main:
+            self.setup.folder.require_there()
         rest_(self.setup.model)
         self.saver.save(self.progress, self.setup.model, self.optimizer, wait=wait)
 

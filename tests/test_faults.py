@@ -63,6 +63,8 @@ def test_killed_and_hurt_runs_lose_nothing_and_end_the_same(tmp_path: Path) -> N
     assert faults.lock_folder(bench) == []
     assert faults.turn_clock(bench, 1) == []
     assert faults.meet(bench) == []
+    assert faults.lose_folder(bench, "async") == []
+    assert faults.refuse_writes(bench, Fault("quota", 40), "quota", "async") == []
     assert faults.take_data(bench, "cut") == [] and faults.take_data(bench, "replaced") == []
 
 

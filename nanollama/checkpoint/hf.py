@@ -241,8 +241,10 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(index, "has no weight_map of tensor names to file names: get the index of this model")
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file or file in ("", ".", ".."):
-            raise CheckpointError(index, f"weight_map names {gate.shown(file)}, outside of the folder: refused")
+        if not gate.is_file_name(file):
+            raise CheckpointError(
+                index, f"weight_map names {gate.shown(file)}, no file's name or outside of the folder: refused"
+            )
     return weight_map
 
 

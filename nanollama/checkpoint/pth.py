@@ -39,11 +39,12 @@ def check_plain(path: Path, state: dict) -> None:
 
 def load(path: Path) -> dict:
     """torch.load with weights_only, memory-mapped; any failure as one CheckpointError."""
-    archive.check(path)
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch raises whatever its zip reader, its unpickler or a rebuilt tensor raise
-        raise CheckpointError(path, f"is not a plain state dict and is not loaded ({gate.reason(error)})") from None
+    with gate.unchanged(path):
+        archive.check(path)
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # torch raises whatever its zip reader, its unpickler or a rebuilt tensor raise
+            raise CheckpointError(path, f"is not a plain state dict and is not loaded ({gate.reason(error)})") from None
     if not isinstance(state, dict):
         raise CheckpointError(path, f"holds a {type(state).__name__}: expected a plain dict of tensors")
     return state

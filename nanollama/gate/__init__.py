@@ -7,13 +7,18 @@ It computes nothing: what it lets through is read by each side for itself.
 python -c "from nanollama.gate import kind_of; from pathlib import Path; print(kind_of(Path('x.gguf')))"
 """
 
+import errno
 import json
+import os
 import re
 import reprlib
 import stat
 import struct
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 UNFINISHED = (".part", ".partial", ".incomplete", ".crdownload", ".download", ".aria2", ".opdownload", ".tmp")
 LLAMA2C = struct.pack("<I", 0x616B3432)  # "ak42"
@@ -52,8 +57,15 @@ def shown(value: object) -> str:
 
 def reason(error: BaseException) -> str:
     """What a library says was wrong, for the inside of a line: without its advice on how to load unsafely."""
-    said = ADVICE.sub("", str(error)).strip() or type(error).__name__
-    return " ".join(said[:1000].split())[:160]
+    # Cut before it is searched: a library repeats a file's words, and the search takes the square of their length.
+    said = ADVICE.sub("", str(error)[:2000]).strip() or type(error).__name__
+    return " ".join(said.split())[:160]
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a stranger's word is the name of a file in the folder where it stands, on any system that has files."""
+    plain = name not in ("", ".", "..") and not any(character in "/\\\0" for character in name)
+    return plain and len(name.encode(errors="replace")) <= 255 and not any("\ud800" <= c <= "\udfff" for c in name)
 
 
 def require_file(path: Path) -> None:
@@ -66,21 +78,81 @@ def require_file(path: Path) -> None:
                 path, f"is a link that leads nowhere ({error.strerror}): put the file there"
             ) from None
         return  # its reader says that it is missing
+    except ValueError:  # a zero byte, half of a character
+        raise CheckpointError(path.parent, f"{shown(path.name)} is no name that a file can have") from None
     if kind not in (stat.S_IFREG, stat.S_IFDIR):
         raise CheckpointError(
             path, f"is {KINDS.get(kind, 'no file')} and not a file: it is not read; put the file there"
         )
 
 
-def require_inside(path: Path) -> None:
-    """Raises CheckpointError for a link out of its folder, but to the hub cache's blobs: what it names is printed."""
+def require_inside(path: Path) -> Path:
+    """What is to be opened: the path, or where its link leads.
+
+    Raises CheckpointError for a link out of its folder, but to the hub cache's blobs: what it names is printed.
+    """
     if not path.is_symlink():
-        return
+        return path
     folder, target = path.parent.resolve(), path.resolve()
     homes = [folder, *(up for up in folder.parents if (up / "snapshots").is_dir() and (up / "blobs").is_dir())]
     if not any(target.is_relative_to(home) for home in homes):
         what = f"is a link out of its folder, to {target}: it is not followed; copy the file there"
         raise CheckpointError(path, what)
+    return target
+
+
+# A pipe that was put there since it was looked at is opened without waiting, and a link is not followed.
+AS_CHECKED = os.O_RDONLY
+for _flag in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"):
+    AS_CHECKED |= getattr(os, _flag, 0)
+
+
+def open_checked(path: Path) -> BinaryIO:
+    """A regular file, to be read; what was put in its place between the check and the opening is refused.
+
+    Raises CheckpointError, and OSError where it is gone.
+    """
+    require_file(path)
+    target = require_inside(path)
+    try:
+        descriptor = os.open(target, AS_CHECKED)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise CheckpointError(path, EXCHANGED) from None
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind == stat.S_IFREG:
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if kind == stat.S_IFDIR:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise CheckpointError(path, EXCHANGED)
+
+
+EXCHANGED = "was changed or exchanged while it was read: let the program that writes it end, and try again"
+
+
+@contextmanager
+def unchanged(path: Path) -> Iterator[None]:
+    """For a file that is checked and then opened again, by name: raises CheckpointError where it is not the same."""
+    before = _stamp(path)
+    try:
+        yield
+    except Exception:  # whatever its reader makes of two halves of files
+        if _stamp(path) != before:
+            raise CheckpointError(path, EXCHANGED) from None
+        raise
+    if _stamp(path) != before:
+        raise CheckpointError(path, EXCHANGED)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Of the file, which one and as of when; empty where there is none. Who exchanges two files changes their ctime."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def kind_of(path: Path) -> str | None:

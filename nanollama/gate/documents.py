@@ -35,9 +35,7 @@ def limit_of(path: Path) -> int:
 def read_bytes(path: Path, limit: int | None = None) -> bytes:
     """The content of a regular file of at most `limit` bytes. Raises CheckpointError, and OSError where it is gone."""
     limit = limit_of(path) if limit is None else limit
-    gate.require_file(path)
-    gate.require_inside(path)
-    with path.open("rb") as file:
+    with gate.open_checked(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise CheckpointError(path, f"has more than {limit:,} bytes, which no file of this kind has: it is not read")

@@ -186,8 +186,8 @@ class TraceCache:
 def trace_cache(folder: Path) -> TraceCache | None:
     """The one in the user's cache folder: at most $NANOLLAMA_TRACE_BYTES, of which 0 keeps none. Raises UsageError."""
     said = os.environ.get("NANOLLAMA_TRACE_BYTES") or str(LIMIT_BYTES)
-    if not said.isdecimal():
-        raise UsageError(f"NANOLLAMA_TRACE_BYTES={said}: expected a number of bytes, 0 to keep no traces")
+    if not (said.isascii() and said.isdigit() and len(said) < 20):
+        raise UsageError(f"NANOLLAMA_TRACE_BYTES={said[:40]}: expected a number of bytes, 0 to keep no traces")
     if not int(said):
         return None
     cache = TraceCache(folder / "traces", int(said))

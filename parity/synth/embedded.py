@@ -11,12 +11,12 @@ from parity.synth.shapes import SHAPES
 def embedded_checkpoint() -> Path:
     """Made on first use. Raises UsageError where it cannot be written."""
     folder = cache_folder() / "tiny-v3"
-    if not (folder / "SHA256SUMS").is_file():
-        try:
+    try:
+        if not (folder / "SHA256SUMS").is_file():
             synthesise(SHAPES["tiny"], folder)
-        except OSError as error:
-            raise UsageError(
-                f"{cache_folder()}: the default checkpoint (70 MB) cannot be written there ({error.strerror}); "
-                "set NANOLLAMA_CACHE to a folder with space"
-            ) from None
+    except OSError as error:
+        raise UsageError(
+            f"{cache_folder()}: the default checkpoint (70 MB) cannot be written there ({error.strerror}); "
+            "set NANOLLAMA_CACHE to a folder with space"
+        ) from None
     return folder

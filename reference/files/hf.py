@@ -231,8 +231,8 @@ def _open_tensors(folder: Path, tied: bool) -> dict[str, Tensor]:
         raise Unusable(f"{index_path}: lacks a weight_map of tensor names to file names")
     tensors: dict[str, Tensor] = {}
     for file_name in sorted(set(weight_map.values())):
-        if Path(file_name).name != file_name:
-            raise Unusable(f"{index_path}: file name {gate.shown(file_name)} leads out of the folder")
+        if not gate.is_file_name(file_name):
+            raise Unusable(f"{index_path}: file name {gate.shown(file_name)} is none or leads out of the folder")
         tensors |= _open_file(folder / file_name)
     for name, file_name in weight_map.items():
         spare = meta_name(name) is None or (tied and unwrapped(name) == "lm_head.weight")

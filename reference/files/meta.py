@@ -167,12 +167,17 @@ def _open_shards(folder: Path) -> list[dict[str, Tensor]]:
     return shards
 
 
+def _load(path: Path) -> object:
+    with gate.unchanged(path):
+        archive.check(path)
+        try:
+            return torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # a hostile or truncated pickle can raise nearly anything
+            raise Unusable(f"{path}: not a readable torch checkpoint ({gate.reason(error)})") from None
+
+
 def _open_shard(path: Path) -> dict[str, Tensor]:
-    through_gate(archive.check, path)
-    try:
-        loaded = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a hostile or truncated pickle can raise nearly anything
-        raise Unusable(f"{path}: not a readable torch checkpoint ({gate.reason(error)})") from None
+    loaded = through_gate(_load, path)
     if not isinstance(loaded, dict):
         raise Unusable(f"{path}: holds a {type(loaded).__name__}, not a plain state dict")
     for name, value in loaded.items():

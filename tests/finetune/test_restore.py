@@ -15,9 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetune.best import Best, write_best
 from finetune.config import TrainConfig, resolve, to_json
 from finetune.data.packing import Cursor, Packer
 from finetune.errors import UserError
+from finetune.evaluate import Score
 from finetune.optim import make_optimizer
 from finetune.restore import check_cursor
 from finetune.resume import Progress, RunFolder, resume
@@ -213,6 +215,18 @@ def test_the_checkpoint_before_a_broken_one_is_offered_and_kept(tmp_path: Path) 
     assert (older / "state.json").exists()
 
 
+def test_a_save_that_ends_late_leaves_the_newer_best(tmp_path: Path) -> None:
+    """Behind the back of training, the checkpoint of step 3 ends while the best of step 5 is written, or is there."""
+    run, model, optimizer = trained_run(tmp_path)
+    score = Score(loss=1.0, bpb=0.1)
+    for step in (1, 3, 5):
+        write_best(tmp_path, step, model)
+    half = tmp_path / "best" / ".step_00000007.partial"
+    half.mkdir()
+    run.finisher(Progress(4, best=Best(3, score)), model, optimizer, "data")()
+    assert {path.name for path in (tmp_path / "best").iterdir()} == {"step_00000003", "step_00000005", half.name}
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [
@@ -229,6 +243,7 @@ def test_the_checkpoint_before_a_broken_one_is_offered_and_kept(tmp_path: Path) 
         ('{"entry": "text", "world_size": 1, "method": "magic"}', "method is 'magic'"),
         ('{"entry": "text", "world_size": 1, "lr": 1e999}', "beyond 64 bits"),
         ('{"entry": "text", "world_size": 1, "ghost": 1}', "unknown key ghost"),
+        (f'{{"entry": "text", "world_size": 1, "{"g" * 70_000}": 1}}', "unknown key " + "g" * 60 + ":"),
     ],
 )
 def test_a_broken_config_of_a_run_is_refused_by_name(tmp_path: Path, text: str, part: str) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fuzz_target import Target
-from fuzz_targets import targets
+from fuzz_targets import TEXT_READERS, targets, text_targets
 from nanollama.cli import run
 
 LIMIT_S = 2.0  # of CPU: the machine may be busy with other things
@@ -74,6 +74,8 @@ watched: list[str] = []  # what the reader did that none may do
 STARTS = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect", "os.putenv")
 CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.symlink", "os.link", "os.chmod", "os.truncate")
 
+DIR_FD = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 2}  # which of the arguments it is
+
 
 def watch(folder: Path) -> None:
     """From now on what is written outside of the folder, or started, is noted; there is no way back."""
@@ -86,7 +88,9 @@ def watch(folder: Path) -> None:
             if "nanollama.gate.worker" not in str(args):
                 watched.append(f"{event} {str(args)[:80]}")
         elif (writes or event in CHANGES) and isinstance(args[0], str | bytes | os.PathLike):
-            place = os.path.realpath(os.fsdecode(args[0]))
+            opened = args[DIR_FD[event]] if event in DIR_FD else -1  # rmtree removes by the descriptor of the folder
+            beside = os.readlink(f"/proc/self/fd/{opened}") if opened >= 0 else ""
+            place = os.path.realpath(os.path.join(beside, os.fsdecode(args[0])))
             if not place.startswith((inside, "/dev/null", tempfile.gettempdir() + "/parity-cmd-")):
                 watched.append(f"{event} {place[:80]}")
 
@@ -212,7 +216,8 @@ def main(
     """Fuzz the readers; 1 where there is a finding."""
     tallies: dict[str, Tally] = {}
     with tempfile.TemporaryDirectory() as folder:
-        found = targets(Path(folder))
+        texts = bool(readers) and {*readers} <= {*TEXT_READERS}
+        found = text_targets(Path(folder)) if texts else targets(Path(folder))
         chosen = [name for name in found if name in readers or not readers]
         for target in found.values():  # everything is imported before a limit is set
             if line := target.attempt(target.file.read_bytes()):

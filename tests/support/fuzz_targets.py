@@ -80,8 +80,11 @@ CONFIG = {"hidden_size": 64, "rms_norm_eps": 1e-5, "rope_scaling": {"factor": 8.
           "architectures": ["LlamaForCausalLM"], "torch_dtype": None, "vocab_size": 128256}  # fmt: skip
 
 
-def targets(folder: Path) -> dict[str, Target]:
-    """By reader."""
+TEXT_READERS = (*TEXTS, "chat", "json of a checkpoint", "parquet")
+
+
+def text_targets(folder: Path) -> dict[str, Target]:
+    """By reader, those that need no torch."""
     texts, chat, config = vocabularies(folder / "vocabularies"), folder / "chat.jsonl", folder / "config.json"
     chat.write_text("".join(json.dumps(d) + "\n" for d in DIALOGUES))
     config.write_text(json.dumps(CONFIG))
@@ -93,3 +96,11 @@ def targets(folder: Path) -> dict[str, Target]:
         "json of a checkpoint": Target(config, mutate_json, lambda: documents.read_json(config)),
         **({"parquet": table} if table else {}),
     }
+
+
+def targets(folder: Path) -> dict[str, Target]:
+    """By reader."""
+    from fuzz_others import other_targets
+    from fuzz_weights import weight_targets
+
+    return text_targets(folder) | weight_targets(folder / "weights") | other_targets(folder / "others")

@@ -57,6 +57,20 @@ def index_of(weight_map: Any) -> Make:
     return edit
 
 
+def dtype(name: str) -> Make:
+    """Of the first tensor of safetensors, in its header."""
+
+    def edit(folder: Path) -> None:
+        data = (folder / "model.safetensors").read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        next(tensor for name, tensor in header.items() if name != "__metadata__")["dtype"] = name
+        written = json.dumps(header).encode()
+        (folder / "model.safetensors").write_bytes(len(written).to_bytes(8, "little") + written + data[8 + size :])
+
+    return edit
+
+
 INDEX: dict[str, Hostile] = {
     "an index that is a list": Hostile("hf", index_of([]), "weight_map"),
     "an index of numbers": Hostile("hf", index_of({"a": 1}), "weight_map"),
@@ -64,6 +78,12 @@ INDEX: dict[str, Hostile] = {
         "hf", index_of({"a": "../../x.safetensors"}), "outside of the folder", "leads out"
     ),
     "an index of an absolute path": Hostile("hf", index_of({"a": "/etc/passwd"}), "outside of the folder", "leads out"),
+    "an index of a name with a zero byte": Hostile(
+        "hf", index_of({"a": "x\0.safetensors"}), "no file's name", "is none"
+    ),
+    "an index of half a character": Hostile("hf", index_of({"a": "\ud800"}), "no file's name", "is none"),
+    "an index of a name of 70,000 letters": Hostile("hf", index_of({"a": "x" * 70_000}), "no file's name", "is none"),
+    "a dtype of 70,000 letters": Hostile("hf", dtype("a" * 70_000), "is truncated or not", "not a readable"),
     "weights that are a pipe": Hostile("hf", lambda f: pipe(f / "model.safetensors"), "is a pipe|is missing"),
     "weights that are a device": Hostile(
         "hf", lambda f: link(f / "model.safetensors", "/dev/zero"), "is a device|is missing"
