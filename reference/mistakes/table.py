@@ -191,7 +191,7 @@ def _norms(config: Config) -> Iterator[Mistake]:
         "are computed in fp16": lambda x, w, eps: FP16(FP16(ops.rms_norm(FP16(x), torch.ones_like(w), eps)) * w),
     }
     for name, low in HALVES.items():  # fp32 within, as usual, but not around
-        ways[f"take and give {name}"] = lambda x, w, eps, low=low: low(ops.rms_norm(low(x), w, eps))
+        ways[f"take and give {name}"] = _around(low)
     for name, norm in ways.items():
         yield Mistake(f"the norms {name}", changed=_all_norms(norm))
     yield Mistake("the final norm is skipped", changed={"final_norm": lambda oracle, x: x})
@@ -220,6 +220,10 @@ def _norms(config: Config) -> Iterator[Mistake]:
     yield Mistake("the embedding is multiplied by sqrt(dim)", changed={"embed": lambda oracle: oracle.embed() * root})
     yield Mistake("queries and keys are normed (QK-norm)", changed={
         "q": lambda layer, x: _unit(layer.q(x), layer), "k": lambda layer, x: _unit(layer.k(x), layer)})  # fmt: skip
+
+
+def _around(low: Round) -> Callable[[Tensor, Tensor, float], Tensor]:
+    return lambda x, w, eps: low(ops.rms_norm(low(x), w, eps))
 
 
 def _norm_of(name: str) -> Operation:
