@@ -6,13 +6,15 @@ finish(entry, setup, prepared, outcome, print)
 import json
 import shlex
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from finetune.config import LORA_METHODS, TrainConfig
+from finetune.curves import missing_plots
 from finetune.data.files import Say, write_atomically
 from finetune.gather import Whole, gathering
 from finetune.lora import adapter_of, merged_when_read
-from finetune.metrics import note_sample
+from finetune.metrics import note_sample, read_metrics
 from finetune.report import write_report
 from finetune.sharding import rest_
 from finetune.train import Outcome, Setup
@@ -36,23 +38,54 @@ def finish(setup: Setup, tokenizer: Path, outcome: Outcome, further: list[Step],
     text = setup.sample(setup.model) if world.is_main or world.mesh else ""
     if not world.is_main:
         return
-    write_atomically(out / "summary.json", json.dumps(summary(outcome), indent=2).encode())
-    score, bigram = outcome.score, outcome.yards.bigram
+    write_atomically(out / "summary.json", json.dumps(summary(outcome) | of_pairs(out, outcome), indent=2).encode())
     note_sample(out, outcome.progress.step, text)
     say(f"sample: {text}")
-    say(f"held-out bits per byte: {score.bpb:.4f}; a bigram model fitted on the training text: {bigram.bpb:.4f}")
-    say(f"held-out nats per token: {score.loss:.4f}; the bigram model: {bigram.loss:.4f}")
+    for line in held_out_lines(outcome, of_pairs(out, outcome)):
+        say(line)
     say(f"verdict: {outcome.verdict.text}")
     say(f"model: {out / 'final'}")
     if config.method in LORA_METHODS:
         say(f"adapter: {out / 'adapter'}, for --adapter beside --ckpt {config.ckpt}{_for_peft(config)}")
     try:
-        say(f"report: {write_report(out)}")
-    except ValueError as error:  # the model is what counts: no picture is no failure
+        say(f"report: {write_report(out)}{_without_curves(out)}")
+    except ValueError as error:  # the model is what counts: no report is no failure
         say(f"no report: {error}")
     say("next:")
     for what, line in [*steps(out, config), *further]:
         say(f"  {what + ':':17}{line}")
+
+
+def held_out_lines(outcome: Outcome, pairs: Mapping[str, float]) -> list[str]:
+    """What the kept parameters make of the held-out data, in the units of what was learned."""
+    score, yards = outcome.score, outcome.yards
+    if yards:
+        return [
+            f"held-out bits per byte: {score.bpb:.4f}; a bigram model fitted on the training text: "
+            f"{yards.bigram.bpb:.4f}",
+            f"held-out nats per token: {score.loss:.4f}; the bigram model: {yards.bigram.loss:.4f}",
+        ]
+    told = [f"{name.removeprefix('val_').replace('_', ' ')} {value:.4f}" for name, value in pairs.items()]
+    told = [f"{text} (nats a token, from where the run began)" if text.startswith("kl ") else text for text in told]
+    return [
+        f"held-out loss of a pair: {score.loss:.4f}; bits per byte of the chosen answers: {score.bpb:.4f}",
+        *([f"held-out pairs: {', '.join(told)}"] if told else []),
+    ]
+
+
+def of_pairs(out: Path, outcome: Outcome) -> dict[str, float]:
+    """What a run on pairs measured beside its loss at the step that is kept; nothing of other runs."""
+    if outcome.yards:
+        return {}
+    lines = [e for e in read_metrics(out / "metrics.jsonl") if "val_loss" in e and e["step"] == outcome.step]
+    known = ("step", "val_loss", "val_bpb")
+    return {name: value for line in lines[-1:] for name, value in line.items() if name not in known}
+
+
+def _without_curves(out: Path) -> str:
+    """A word where the report lacks its pictures, which can be made later."""
+    missing = missing_plots()
+    return f" (without curves: {missing}, then python -m finetune.report {quoted(out)})" if missing else ""
 
 
 def write_model(setup: Setup, tokenizer: Path, whole: Whole) -> None:
@@ -122,13 +155,12 @@ def quoted(path: Path | str) -> str:
 
 
 def summary(outcome: Outcome) -> dict[str, float | str]:
-    beaten = outcome.yards.bigram
+    bigram = outcome.yards.bigram if outcome.yards else None
     return {
         "steps": outcome.progress.step,
         "tokens": outcome.progress.tokens,
         "val_loss": outcome.score.loss,
         "val_bpb": outcome.score.bpb,
-        "bigram_loss": beaten.loss,
-        "bigram_bpb": beaten.bpb,
+        **({"bigram_loss": bigram.loss, "bigram_bpb": bigram.bpb} if bigram else {}),
         "verdict": outcome.verdict.text,
     }

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.curves import LOSS, PANELS, draw
+from finetune.curves import draw, missing_plots, panels_of, picture
 from finetune.data.files import write_atomically
 from finetune.doctor.page import STYLE
 from finetune.errors import UserError
@@ -46,8 +46,9 @@ def compare(
     metrics = {name: read_metrics(path / "metrics.jsonl") for name, path in zip(names, folders, strict=True)}
     write_atomically(html, page(names, rows, metrics).encode())
     if svg:
-        write_atomically(svg, draw(metrics, (LOSS,), width=7).encode())
-    print(html)
+        panels = panels_of([line for lines in metrics.values() for line in lines])
+        write_atomically(svg, draw(metrics, panels[:1], width=7).encode())
+    print(f"{html}{f' (without curves: {missing_plots()})' if missing_plots() else ''}")
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
@@ -91,7 +92,7 @@ def page(names: Sequence[str], rows: Sequence[Row], metrics: Mapping[str, Sequen
     title = html.escape(" and ".join(names))
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}{TABLES}</style>'
     shown = table([(name, *cells) for name, cells in rows], ("", *names))
-    body = f"<h1>{title}</h1>{shown}<h2>Curves</h2>{draw(metrics, PANELS)}"
+    body = f"<h1>{title}</h1>{shown}<h2>Curves</h2>{picture(metrics)}"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
 
 

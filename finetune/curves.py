@@ -1,12 +1,15 @@
 """The curves of runs as inline SVG, drawn by matplotlib: no script, no file beside it, the same bytes for the same run.
 
-svg = draw({"mine": read_metrics(Path("out/RUN/metrics.jsonl"))}, PANELS)
+svg = draw({"mine": read_metrics(Path("out/RUN/metrics.jsonl"))}, (LOSS,))
 """
 
+import importlib.util
 import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+from finetune.errors import UserError
 
 Lines = Sequence[Mapping[str, Any]]  # of a metrics.jsonl
 
@@ -20,8 +23,17 @@ class Panel(NamedTuple):
 
 
 LOSS = Panel("loss", "loss, nats per token", beside="val_loss")
-PANELS = (
-    LOSS,
+OF_PAIRS = (
+    Panel("loss", "loss of a pair", beside="val_loss"),
+    Panel("margin", "margin", beside="val_margin"),
+    Panel("accuracy", "share of pairs with a margin above 0", beside="val_accuracy"),
+    Panel("", "KL to where it began, nats per token", beside="val_kl"),
+)
+OF_A_TEACHER = (
+    Panel("loss", "loss with the teacher's share; dots: nats per token", beside="val_loss"),
+    Panel("kl", "KL to the teacher, nats per token"),
+)
+USUAL = (
     Panel("lr", "learning rate"),
     Panel("grad_norm", "gradient norm, before clipping", logarithmic=True),
     Panel("tokens_per_s", "labels per second"),
@@ -29,8 +41,34 @@ PANELS = (
 )
 
 
+def panels_of(lines: Lines) -> tuple[Panel, ...]:
+    """Those that suit what was learned: pairs of answers, a teacher, or the next token."""
+    keys = {key for line in lines for key in line}
+    return (*(OF_PAIRS if "margin" in keys else OF_A_TEACHER if "kl" in keys else (LOSS,)), *USUAL)
+
+
+def missing_plots() -> str:
+    """What to install before a picture can be drawn; "" where all is there."""
+    if importlib.util.find_spec("matplotlib"):
+        return ""
+    return "curves need the package matplotlib: pip install 'llama-parity[finetune]'"
+
+
+def picture(runs: Mapping[str, Lines]) -> str:
+    """What suits these runs as one <svg>, or a paragraph that says why there is none."""
+    lines = [line for of in runs.values() for line in of]
+    if not lines or missing_plots():
+        return f"<p>{missing_plots() or 'no step was done'}</p>"
+    return draw(runs, panels_of(lines))
+
+
 def draw(runs: Mapping[str, Lines], panels: Sequence[Panel], width: float = 11.0) -> str:
-    """One <svg> with a panel for each figure; several runs share them, their names in a legend."""
+    """One <svg> with a panel for each figure; several runs share them, their names in a legend.
+
+    Raises UserError that names the extra, where matplotlib is missing.
+    """
+    if missing := missing_plots():
+        raise UserError(missing)
     import matplotlib  # slow to import, and needed at a run's end only
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -57,10 +95,9 @@ def draw(runs: Mapping[str, Lines], panels: Sequence[Panel], width: float = 11.0
 
 def _draw_run(axes: Any, panel: Panel, lines: Lines, colour: str, name: str) -> None:
     steps, values = _points(lines, panel.key, panel.scale)
-    if not steps:
-        return
-    axes.plot(steps, values, linewidth=1, color=colour, label=name)
-    if panel.logarithmic and all(value > 0 for value in values):
+    if steps:
+        axes.plot(steps, values, linewidth=1, color=colour, label=name)
+    if steps and panel.logarithmic and all(value > 0 for value in values):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")  # its own writes TeX, which is not read here
         axes.yaxis.set_minor_formatter(lambda value, place: "")

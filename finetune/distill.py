@@ -216,6 +216,7 @@ class Distilled:
     teacher: Transformer
     how: Recipe
     everywhere: bool  # --distill_on all
+    scores_text = True
 
     def packer(self, documents: Documents, seq_len: int, *, seed: int, doc_mask: bool) -> Packing:
         made = Packer(documents, seq_len, seed=seed, doc_mask=doc_mask)

@@ -20,6 +20,10 @@ from nanollama.model import Transformer
 class Objective(Protocol):
     """One way of learning from documents."""
 
+    @property
+    def scores_text(self) -> bool:
+        """Whether validation is the loss of the next token, which chance and a bigram model have, too."""
+
     def packer(self, documents: Documents, seq_len: int, *, seed: int, doc_mask: bool) -> Packing:
         """The rows of a run, or of what is held out."""
 
@@ -37,6 +41,8 @@ class Objective(Protocol):
 
 class NextToken:
     """Cross-entropy of the next token, over all labels alike."""
+
+    scores_text = True
 
     def packer(self, documents: Documents, seq_len: int, *, seed: int, doc_mask: bool) -> Packing:
         return Packer(documents, seq_len, seed=seed, doc_mask=doc_mask)

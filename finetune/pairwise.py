@@ -126,6 +126,7 @@ class Pairwise:
     kind: str
     beta: float
     reference: Reference | None = None
+    scores_text = False
 
     def packer(self, documents: Documents, seq_len: int, *, seed: int, doc_mask: bool) -> Packing:
         return pair_packer(documents, seq_len, seed)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from finetune.config import TrainConfig, resolve
-from finetune.curves import PANELS, draw
+from finetune.curves import picture
 from finetune.data.files import Say, write_atomically
 from finetune.doctor import examine
 from finetune.doctor.page import STYLE, section
@@ -91,7 +91,7 @@ def report(out: Path) -> str:
         f"<h1>{html.escape(out.name)}</h1>",
         f'<p><span class="state" data-state="{state}">{state} at step {done:,} of {last:,}</span></p>',
         _summary(out),
-        f"<h2>Curves</h2>{draw({out.name: lines}, PANELS) if lines else '<p>no step was done</p>'}",
+        f"<h2>Curves</h2>{picture({out.name: lines})}",
         f"<h2>Validation</h2>{_validation(lines)}",
         f"<h2>Samples</h2>{_samples(read_metrics(out / SAMPLES))}",
         _doctor(doctor) if doctor else "",
@@ -154,10 +154,16 @@ def _summary(out: Path) -> str:
 
 
 def _validation(lines: Sequence[Mapping[str, Any]]) -> str:
-    scores = [
-        (line["step"], f"{line['val_loss']:.4f}", f"{line['val_bpb']:.4f}") for line in lines if "val_loss" in line
-    ]
-    return table(scores, ("step", "nats per token", "bits per byte")) if scores else "<p>none yet</p>"
+    """A row for each validation; what was measured beside loss and bits per byte has columns of its own."""
+    scores = [line for line in lines if "val_loss" in line]
+    if not scores:
+        return "<p>none yet</p>"
+    names = [name for name in scores[0] if name != "step"]
+    of_pairs = any("margin" in line for line in lines)
+    words = {"val_loss": "loss of a pair" if of_pairs else "nats per token", "val_bpb": "bits per byte"}
+    head = [words.get(name, name.removeprefix("val_").replace("_", " ")) for name in names]
+    rows = [(line["step"], *(f"{line[n]:.4f}" if n in line else "" for n in names)) for line in scores]
+    return table(rows, ("step", *head))
 
 
 def _samples(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -74,7 +74,8 @@ class Setup:
 class Outcome:
     progress: Progress
     score: Score  # of the held-out documents, with the parameters that are kept
-    yards: Yardsticks
+    step: int  # whose they are
+    yards: Yardsticks | None  # None where the loss is not that of the next token: chance and a bigram have no such loss
     verdict: Verdict
 
 
@@ -164,7 +165,7 @@ def began_with(loop: "Loop", metrics: Metrics, yards: Yardsticks) -> Score | Non
         score = loop.evaluate()
         metrics.write_score(step, score)
         metrics.say(f"step {step}: beside it {yards.text()}")
-        if loop.config.ckpt and loop.learns_text and (word := doubt(yards, score)):
+        if loop.config.ckpt and loop.objective.scores_text and (word := doubt(yards, score)):
             metrics.say(word)
         return score
     found = loop.world.from_main(lambda: [e for e in read_metrics(out / "metrics.jsonl") if "val_loss" in e])
@@ -334,11 +335,6 @@ class Loop:
         return Score(score.more["val_ema_loss"], score.more["val_ema_bpb"])
 
     @property
-    def learns_text(self) -> bool:
-        """Whether the loss is that of the next token, which chance and a bigram model have, too."""
-        return self.setup.objective is NEXT_TOKEN
-
-    @property
     def out_of_patience(self) -> bool:
         best = self.progress.best
         return bool(self.config.patience and best and best.waited >= self.config.patience)
@@ -357,8 +353,8 @@ class Loop:
                 load_best_(self.setup.folder.path, at, self.setup.model)
         elif self.config.ema:
             use_average_(self.optimizer, self.parameters)
-        verdict = judge(yards, began, kept, at, last, step, learns_text=self.learns_text)
-        return Outcome(self.progress, kept, yards, verdict)
+        verdict = judge(yards, began, kept, at, last, step, learns_text=self.objective.scores_text)
+        return Outcome(self.progress, kept, at, yards if self.objective.scores_text else None, verdict)
 
     def documents(self) -> list[int]:
         """Those of the last step's batch."""

@@ -32,6 +32,8 @@ SPECS = [
     ("benchmarks.frozen", "main"),
     ("benchmarks.gpu", "main"),
     ("benchmarks.memory_plan", "main"),
+    ("benchmarks.methods", "distil"),
+    ("benchmarks.methods", "muon"),
     ("benchmarks.random_shapes", "main"),
     ("benchmarks.real", "main"),
     ("benchmarks.resume_kills", "main"),

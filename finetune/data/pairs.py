@@ -2,8 +2,9 @@
 
 | shape            | keys                                                                                  |
 | ---------------- | ------------------------------------------------------------------------------------- |
-| texts            | prompt (or question, instruction), chosen, rejected; system beside them                |
-| messages         | prompt: messages; chosen, rejected: the messages that answer them                      |
+| texts            | prompt (or question, instruction and input), chosen, rejected (or chosen_response and  |
+|                  | rejected_response); system beside them                                                 |
+| messages         | prompt (or messages, conversations): messages; chosen, rejected: those that answer     |
 | implicit prompt  | chosen, rejected: whole dialogues, as messages or as "Human: ... Assistant: ..." text  |
 
     {"prompt": "Capital of Peru?", "chosen": "Lima.", "rejected": "Cusco."}
@@ -26,14 +27,15 @@ from finetune.data.dialogs import Dialogs, encode_dialogue, joined, read_usable
 from finetune.data.documents import Bools, Documents, Ints, is_held_out
 from finetune.data.files import Say, silent
 from finetune.data.packing import Batch, Cursor, Packer
-from finetune.data.shapes import as_dialogue
+from finetune.data.shapes import INPUTS, LISTS, as_dialogue, refuse_meant
 from finetune.errors import UserError
 from nanollama.tokenizer import Tokenizer
 
-PROMPTS = ("prompt", "question", "instruction")
+PROMPTS = ("prompt", "question", "instruction", "input")
 SIDES = ("chosen", "rejected")
-KEPT = ("system", "system_prompt", "tools")  # beside a pair, read as beside a dialogue
+KEPT = ("system", "system_prompt", "tools", "functions")  # beside a pair, read as beside a dialogue
 TURN = re.compile(r"\n\n(Human|Assistant): ?")  # as the texts of Anthropic's hh-rlhf are divided
+RESPONSES = ("chosen_response", "rejected_response")  # as Argilla and axolotl name them
 EXPECTED = 'expected an object with "chosen" and "rejected", and a "prompt" unless both begin with it'
 
 
@@ -100,30 +102,49 @@ def as_pair(row: Any) -> tuple[list[dict[str, Any]], list[str]]:
 
     Raises UserError, without the place.
     """
-    if not isinstance(row, Mapping) or any(row.get(side) is None for side in SIDES):
+    if not isinstance(row, Mapping):
         raise UserError(EXPECTED)
     rest = {key: value for key, value in row.items() if value is not None}
-    chosen, rejected = (rest.pop(side) for side in SIDES)
+    names = next((found for found in (SIDES, RESPONSES) if all(name in rest for name in found)), None)
+    if names is None:
+        raise UserError(EXPECTED)
+    chosen, rejected = ([side] if isinstance(side, Mapping) else side for side in map(rest.pop, names))
+    refuse_meant({key: value for key, value in rest.items() if key != "label"})
     if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
         raise UserError('"chosen" and "rejected" are not alike: expected two texts or two lists of messages')
     if chosen == rejected:
         raise UserError('"chosen" and "rejected" are the same: nothing to prefer')
     name = next((name for name in PROMPTS if name in rest), "")
     prompt = rest.pop(name) if name else None
+    if name == "instruction" and isinstance(prompt, str):
+        more = next((key for key in INPUTS if isinstance(rest.get(key), str)), "")
+        prompt = "\n\n".join(part for part in (prompt, rest.pop(more, "")) if part.strip())
     kept = {key: rest.pop(key) for key in KEPT if key in rest}
-    prompt, answers = _divided(prompt, chosen, rejected)
+    before = next((rest.pop(name) for name in LISTS if isinstance(rest.get(name), list)), None)
+    prompt, answers = _divided(prompt, before, chosen, rejected)
     made = [{**kept, "prompt": prompt, "completion": answer} for answer in answers]
     return made, sorted(key for key in rest if key not in ("messages", "label"))
 
 
-def _divided(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, list[Any]]:
-    """(prompt, the two answers): texts, or lists of messages. Raises UserError."""
+def _divided(prompt: Any, before: list[Any] | None, chosen: Any, rejected: Any) -> tuple[Any, list[Any]]:
+    """(prompt, the two answers): texts, or lists of messages. before: messages beside the pair, which are the prompt
+    where nothing else is. Raises UserError.
+    """
+    shared = 0
+    if isinstance(chosen, list):
+        sides = zip(chosen, rejected, strict=False)
+        shared = next((i for i, (a, b) in enumerate(sides) if a != b), min(len(chosen), len(rejected)))
+    if prompt is None and not shared and before is not None:
+        prompt = before
+    if isinstance(prompt, str) and any(_says(message, prompt) for message in chosen[:shared] if shared):
+        prompt = None  # whole dialogues beside it, perhaps with a system message
     if prompt is None:
-        sides = [_turns(side) if isinstance(side, str) else side for side in (chosen, rejected)]
-        shared = next((i for i, (a, b) in enumerate(zip(*sides, strict=False)) if a != b), min(map(len, sides)))
+        if isinstance(chosen, str):
+            chosen, rejected = _turns(chosen), _turns(rejected)
+            return _divided(None, None, chosen, rejected)
         if not shared:
             raise UserError('there is no "prompt", and "chosen" and "rejected" do not begin with the same message')
-        return sides[0][:shared], [side[shared:] for side in sides]
+        return chosen[:shared], [side[shared:] for side in (chosen, rejected)]
     if isinstance(prompt, str) and isinstance(chosen, str):
         return prompt, [chosen, rejected]
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -133,6 +154,10 @@ def _divided(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, list[Any]]:
     if all(answer[: len(asked)] == asked for answer in answers):  # whole dialogues beside their prompt
         answers = [answer[len(asked) :] for answer in answers]
     return asked, answers
+
+
+def _says(message: Any, text: str) -> bool:
+    return isinstance(message, Mapping) and text in (message.get("content"), message.get("value"))
 
 
 def _turns(text: str) -> list[dict[str, str]]:

@@ -76,7 +76,7 @@ def as_dialogue(row: Any) -> Dialogue:
         raise UserError(f"{EXPECTED}, got a {'list' if isinstance(row, list) else type(row).__name__}, not an object")
     rest = {key: value for key, value in row.items() if value is not None}
     tools = _tools(rest)
-    _refuse_meant(rest)
+    refuse_meant(rest)
     system = rest.pop("system" if "system" in rest else "system_prompt", "")
     turns = _turns(rest)
     read = [_message(turn, index) for index, turn in enumerate(turns)]
@@ -93,13 +93,16 @@ def _turns(rest: dict[str, Any]) -> list[Any]:
     for name in LISTS:
         if name in rest:
             turns = rest.pop(name)
+            if isinstance(turns, str):  # in a cell of a table
+                turns = _from_json(turns, repr(name))
             if not isinstance(turns, list) or not turns:
                 raise UserError(f"{EXPECTED}; {name!r} is {'empty' if turns == [] else 'no list'}")
             return turns
     for asked, answered in PAIRS:
         if asked in rest and answered in rest:
             return _pair(rest, asked, answered)
-    raise UserError(f"{EXPECTED}, got {', '.join(map(repr, sorted(map(str, rest)))) or 'none'}"[:300])
+    hint = "; plain text is what finetune.text trains on" if "text" in rest else ""
+    raise UserError(f"{EXPECTED}, got {', '.join(map(repr, sorted(map(str, rest)))) or 'none'}"[:300] + hint)
 
 
 def _pair(rest: dict[str, Any], asked: str, answered: str) -> list[Any]:
@@ -127,7 +130,11 @@ def _pair(rest: dict[str, Any], asked: str, answered: str) -> list[Any]:
 
 
 def _with_weight(turn: Any, weight: int) -> Any:
-    return {**turn, "weight": weight} if isinstance(turn, Mapping) and turn.get("role") == "assistant" else turn
+    if not isinstance(turn, Mapping):
+        return turn
+    role = turn.get("role", turn.get("from"))
+    is_said = role == "function_call" or (isinstance(role, str) and ROLES.get(role, role) == "assistant")
+    return {**turn, "weight": weight} if is_said else turn
 
 
 def _expect_text(key: str, text: Any) -> None:
@@ -165,7 +172,8 @@ def _says_system(messages: Sequence[Any], system: str) -> bool:
     return True
 
 
-def _refuse_meant(rest: Mapping[str, Any]) -> None:
+def refuse_meant(rest: Mapping[str, Any]) -> None:
+    """Raises UserError for keys without which training would be another one."""
     for key, why in MEANT.items():
         if rest.get(key):
             raise UserError(f'"{key}": {why}')

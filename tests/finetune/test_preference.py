@@ -1,6 +1,7 @@
 """finetune.preference: reading pairs, every loss against float64 and trl, packing, the cached reference, whole runs."""
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from finetune.build import add_dropout_
 from finetune.config import TrainConfig
 from finetune.data.dialogs import joined
 from finetune.data.pairs import PairPacker, Pairs, as_pair, read_pairs
+from finetune.data.shapes import as_dialogue
 from finetune.errors import UserError
 from finetune.loss import plain_cross_entropy, token_log_probs
 from finetune.metrics import read_metrics
@@ -237,6 +239,16 @@ ASKED, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "q"), ("assi
         {"prompt": "q", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
         {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
         {"chosen": "\n\nHuman: q\n\nAssistant: yes", "rejected": "\n\nHuman: q\n\nAssistant: no"},
+        {"messages": [ASKED], "chosen": GOOD, "rejected": BAD},  # axolotl's chat_template
+        {"instruction": "q", "chosen_response": "yes", "rejected_response": "no"},  # Argilla's
+        {"input": "q", "chosen": "yes", "rejected": "no"},
+        {"instruction": "q", "input": "", "chosen": "yes", "rejected": "no"},  # LLaMA-Factory's
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "yes"},
+            "rejected": {"from": "gpt", "value": "no"},
+        },
+        {"prompt": "q", "messages": [ASKED, GOOD], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},  # UltraFeedback
     ],
 )
 def test_a_pair_is_read_in_each_usual_shape(row: dict[str, Any], home: Path, tmp_path: Path) -> None:
@@ -250,9 +262,28 @@ def test_a_pair_is_read_in_each_usual_shape(row: dict[str, Any], home: Path, tmp
     assert begins[0] == begins[1]
 
 
+def test_an_instruction_and_its_input_are_one_prompt() -> None:
+    sides, unread = as_pair({"instruction": "Say it.", "input": "Hallo", "chosen": "yes", "rejected": "no", "id": 7})
+    assert [side["prompt"] for side in sides] == ["Say it.\n\nHallo"] * 2 and unread == ["id"]
+
+
+def test_a_system_message_in_whole_dialogues_beside_their_prompt_stays_the_first() -> None:
+    brief = {"role": "system", "content": "Be brief."}
+    row = {"prompt": "q", "chosen": [brief, ASKED, GOOD], "rejected": [brief, ASKED, BAD]}
+    assert [side["prompt"] for side in as_pair(row)[0]] == [[brief, ASKED]] * 2
+
+
+def test_of_a_prompt_in_sharegpts_words_no_answer_is_judged() -> None:
+    before = [{"from": f, "value": v} for f, v in (("human", "q"), ("gpt", "w"), ("human", "q"))]
+    sides, _ = as_pair({"conversations": before, "chosen": {"from": "gpt", "value": "yes"},
+                        "rejected": {"from": "gpt", "value": "no"}})  # fmt: skip
+    assert as_dialogue(sides[0]).learned == [True, False, True, True]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"prompt": "q", "chosen": "yes", "rejected": "no", "images": ["a.png"]}, '"images": pictures are not read'),
         ({"prompt": "q", "chosen": "yes"}, 'expected an object with "chosen" and "rejected"'),
         ({"prompt": "q", "chosen": "yes", "rejected": "yes"}, "are the same: nothing to prefer"),
         ({"prompt": "q", "chosen": "yes", "rejected": [BAD]}, "are not alike"),
@@ -295,7 +326,12 @@ def test_a_run_prefers_what_it_was_shown_and_resumes_bit_by_bit(
     home: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(home, tmp_path / "straight", *METHODS[method]) == 0
-    assert "made once" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "made once" in said and "held-out loss of a pair: " in said and "nats per token" not in said
+    assert re.search(r"held-out pairs: margin .*, accuracy 1.0000, .* kl 0.\d+ \(nats a token", said)
+    page = (tmp_path / "straight" / "report.html").read_text()
+    assert "loss of a pair" in page and "nats per token" in page  # of the divergence alone
+    assert {"val_kl", "val_accuracy"} <= json.loads((tmp_path / "straight" / "summary.json").read_text()).keys()
     lines = read_metrics(tmp_path / "straight" / "metrics.jsonl")
     checks = [line for line in lines if "val_loss" in line and line["step"] > 0]
     assert 0 < checks[0]["val_margin"] < checks[-1]["val_margin"]

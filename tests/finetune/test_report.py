@@ -1,10 +1,12 @@
 """The page of a run, and of two side by side: finished or interrupted, with names that would break a page."""
 
+import html
 import json
 import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -98,6 +100,25 @@ def test_an_interrupted_run_leaves_its_page(home: Path, tmp_path: Path, error: B
         raise error
     assert said == [f"report: {tmp_path / NAME}"]
     assert "stopped early" in (tmp_path / NAME).read_text()
+
+
+def test_without_matplotlib_a_run_keeps_its_result_and_says_what_is_missing(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    shutil.copytree(home / "slow", tmp_path / "run")
+    train(home, str(tmp_path / "run"), lr=1e-3, resume=True, max_steps=9)
+    extra = "curves need the package matplotlib: pip install 'llama-parity[finetune]'"
+    lines = [line for line in capsys.readouterr().out.splitlines() if "matplotlib" in line]
+    assert lines == [f"report: {tmp_path / 'run' / NAME} (without curves: {extra}, then python -m finetune.report "
+                     f"{tmp_path / 'run'})"]  # fmt: skip
+    shown = (tmp_path / "run" / NAME).read_text()
+    assert html.escape(extra, quote=False) in shown and "<svg" not in shown and "<h2>Samples</h2>" in shown
+    compare(runs=[str(home / ODD), str(home / "slow")], html=tmp_path / "c.html")
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path / 'c.html'} (without curves: {extra})"
+    with pytest.raises(UserError, match="curves need the package matplotlib"):
+        compare(runs=[str(home / ODD), str(home / "slow")], html=tmp_path / "c.html", svg=tmp_path / "c.svg")
 
 
 def test_a_run_without_a_step_has_a_page_without_curves(home: Path, tmp_path: Path) -> None:
