@@ -1,4 +1,4 @@
-# make check | test | lint | fuzz | interop | peers | real: each sets itself up from nothing but Python >= 3.10, git and make.
+# make check | test | lint | fuzz | interop | peers | real | docs: each sets itself up from nothing but Python >= 3.10, git and make.
 # make gpu installs nothing: it takes a Python whose torch sees a CUDA device, as the machine has it.
 #   make check TORCH_INDEX=URL   takes torch from that package index (say, a CPU-only one)
 #   make check PYTHON=python3.12 uses that Python for the virtual environment
@@ -15,13 +15,15 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell sed -n 's/^ *"\(torch[><=][^"]*\)".*/\1/p' pyproject.toml)
 # Those that install from PyPI and need nothing else.
 PEERS := transformers-sdpa,litgpt,torchtune,keras-hub,keras-hub-eps
-PYTHON_FILES := nanollama reference parity finetune benchmarks tests
+PYTHON_FILES := nanollama reference parity finetune benchmarks tests docs/site
+# What the extra `docs` says: the site is built in an environment of its own, which needs no torch.
+DOCS := $(shell sed -n 's/^docs = \[\(.*\)\].*/\1/p' pyproject.toml)
 
 # .venv's Python where its torch sees a CUDA device, else the machine's own.
 SEES_CUDA := import sys, torch; sys.exit(not torch.cuda.is_available())
 GPU_PYTHON ?= $(or $(shell $(BIN)/python -c '$(SEES_CUDA)' 2>/dev/null && echo $(BIN)/python),python3)
 
-.PHONY: check test lint fuzz interop peers real gpu setup clean
+.PHONY: check test lint fuzz interop peers real gpu docs setup clean
 .DELETE_ON_ERROR:
 
 check: setup
@@ -56,6 +58,16 @@ real: .venv/.real
 # GPU tests, then decoding, training and parity beside their limits: 8 minutes. JSON in $OUT or benchmarks/results/.
 gpu:
 	@$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
+
+# The documentation as a site that opens from the disk; a link or a page that is missing fails. 20 MB to download, once.
+docs: .venv/docs/.installed
+	@NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --quiet --strict
+	@echo "The site is in site/: open site/index.html, or serve it: .venv/docs/bin/mkdocs serve"
+
+.venv/docs/.installed: pyproject.toml
+	@$(PYTHON) -m venv .venv/docs
+	@.venv/docs/bin/python -m pip install --quiet --disable-pip-version-check $(DOCS)
+	@touch $@
 
 setup: .venv/.installed
 

@@ -9,21 +9,21 @@ memory, measured in the same rounds, bounds all of them. Quote the ratios: absol
 """
 
 import json as jsonlib
-import mmap
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from benchmarks.machine import Company, disturbance, disturbed, environment, read_bandwidth, refuse_busy
 from nanollama.cli import run
 from nanollama.machine import peak_memory_bytes
 
@@ -58,6 +58,7 @@ def main(
     tokens: int = 128,  # decoded in each round
     rounds: int = 5,  # the engines take turns
     engines: list[str] | None = None,  # several by repeating it; default: all that are installed
+    anyway: bool = False,  # even where others are at work; the rounds that they disturb are named
     json: Path | None = None,  # where the result goes; its chart goes beside it, as .png
 ) -> None:
     """Decode speed of one row on CPU, ours and others, and its share of what the memory allows."""
@@ -66,6 +67,7 @@ def main(
         raise ValueError(
             f"engine {unknown[0]!r} is unknown: expected one of {', '.join(ENGINES)}; repeat --engines for several"
         )
+    refuse_busy(anyway)
     with TemporaryDirectory() as folder:
         found = compare(wanted, shape, threads, tokens, rounds, Path(folder))
     if json:
@@ -79,13 +81,24 @@ def compare(names: list[str], shape: str, threads: int, tokens: int, rounds: int
     pools = {name: _pool(threads) for name in ["memory", *names]}
     try:
         pools["memory"].submit(write_checkpoints, shape, str(folder), names).result()
-        weights = {name: pools[name].submit(set_up, name, shape, str(folder)).result() for name in names}
+        names, died, weights = [*names], [], {}
+        for name in [*names]:
+            try:
+                weights[name] = pools[name].submit(set_up, name, shape, str(folder)).result()
+            except BrokenProcessPool:  # a library that was compiled for another processor, say
+                print(f"{name}: its process died as it began; the others go on without it", file=sys.stderr, flush=True)
+                names.remove(name)
+                died.append(name)
         bandwidth: list[float] = []
+        others: list[float | None] = []
         speeds: dict[str, list[float]] = {name: [] for name in names}
+        working = [pools[name].submit(os.getpid).result() for name in ["memory", *names]]
         for i in range(rounds):
-            bandwidth.append(pools["memory"].submit(read_bandwidth).result())
-            for name in names:
-                speeds[name].append(pools[name].submit(decode_speed, name, shape, str(folder), tokens).result())
+            with Company(working) as company:
+                bandwidth.append(pools["memory"].submit(read_bandwidth).result())
+                for name in names:
+                    speeds[name].append(pools[name].submit(decode_speed, name, shape, str(folder), tokens).result())
+            others.append(company.cores)
             latest = ", ".join(f"{name} {found[-1]:.1f}" for name, found in speeds.items())
             line = f"round {i + 1} of {rounds}: memory {bandwidth[-1] / 1e9:.1f} GB/s; tok/s: {latest}"
             print(line, file=sys.stderr, flush=True)
@@ -102,6 +115,9 @@ def compare(names: list[str], shape: str, threads: int, tokens: int, rounds: int
         "rounds": rounds,
         "read_bytes_per_s": statistics.median(bandwidth),
         "read_bytes_per_s_rounds": bandwidth,
+        "cores_of_others_rounds": others,
+        "disturbed_rounds": disturbed(others),
+        "died": died,
         "engines": found,
         "ratios": ratios(speeds),
         "environment": environment(),
@@ -145,21 +161,6 @@ def ratios(speeds: dict[str, list[float]]) -> dict[str, float]:
     return {f"{a} / {b}": statistics.median(x / y for x, y in zip(speeds[a], speeds[b], strict=True)) for a, b in pairs}
 
 
-def environment() -> dict[str, Any]:
-    import torch
-
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.exists() else []
-    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "load_average": os.getloadavg()[0],
-    }
-
-
 def is_installed(name: str) -> bool:
     from importlib.util import find_spec
 
@@ -168,21 +169,6 @@ def is_installed(name: str) -> bool:
 
 
 # What follows runs in the engines' processes.
-
-
-def read_bandwidth() -> float:
-    """Bytes a second that a sum over 1 GiB reads, in large pages where the system has them: the best of five."""
-    import torch
-
-    memory, best = mmap.mmap(-1, 2**30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), 0.0
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    data = torch.frombuffer(memory, dtype=torch.float32).fill_(1)
-    for _ in range(5):
-        start = time.perf_counter()
-        data.sum()
-        best = max(best, data.nbytes / (time.perf_counter() - start))
-    return best
 
 
 def write_checkpoints(shape: str, folder: str, names: list[str]) -> None:
@@ -343,6 +329,7 @@ def llama_cpp(folder: str, kind: str) -> tuple[Generate, int]:
 def as_text(found: dict[str, Any]) -> str:
     limit = found["read_bytes_per_s"]
     lines = [f"{found['shape']}, {found['threads']} thread(s), memory reads {limit / 1e9:.1f} GB/s"]
+    lines += [f"{name}: its process died" for name in found["died"]] + disturbance(found["disturbed_rounds"])
     for name, figure in sorted(found["engines"].items(), key=lambda item: -item[1]["tokens_per_s"]):
         lines.append(
             f"{name:24} {figure['tokens_per_s']:8.1f} tok/s  {figure['share_of_limit']:6.1%} of the memory limit"

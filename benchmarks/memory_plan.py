@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.decode import environment
+from benchmarks.machine import environment
 from nanollama.cli import run
 
 SMALL = "--init 15M --batch_size 8 --seq_len 256"

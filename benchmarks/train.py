@@ -9,6 +9,7 @@ ratios are medians of the rounds' own. A step is forward, loss, backward, AdamW 
 """
 
 import json as jsonlib
+import os
 import statistics
 import sys
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.decode import _pool as pool_of
-from benchmarks.decode import environment
+from benchmarks.machine import Company, disturbance, disturbed, environment, refuse_busy
 from nanollama.cli import run
 from nanollama.machine import peak_memory_bytes
 
@@ -40,6 +41,7 @@ def main(
     steps: int = 3,  # timed in each round
     cells: list[str] | None = None,  # several by repeating it; default: all
     json: Path | None = None,  # where the result goes
+    anyway: bool = False,  # even where others are at work; the rounds that they disturb are named
 ) -> None:
     """Speed and memory of training steps on CPU, ours over transformers'."""
     chosen = cells or CELLS
@@ -49,6 +51,7 @@ def main(
             raise ValueError(
                 f"cell {cell!r} is unknown: expected a shape ({', '.join(SHAPES)}), fp32 or bf16, eager or compiled"
             )
+    refuse_busy(anyway)
     found = {"schema": "nanollama.train/1", "threads": threads, "rounds": rounds, "steps": steps}
     found |= {"cells": {cell: compare(cell, threads, rounds, steps) for cell in chosen}, "environment": environment()}
     if json:
@@ -63,9 +66,13 @@ def compare(cell: str, threads: int, rounds: int, steps: int) -> dict[str, Any]:
         for name in ENGINES:
             pools[name].submit(speed, name, cell, 2).result()  # builds, compiles and warms up
         speeds: dict[str, list[float]] = {name: [] for name in ENGINES}
+        others: list[float | None] = []
+        working = [pools[name].submit(os.getpid).result() for name in ENGINES]
         for _ in range(rounds):
-            for name in ENGINES:
-                speeds[name].append(pools[name].submit(speed, name, cell, steps).result())
+            with Company(working) as company:
+                for name in ENGINES:
+                    speeds[name].append(pools[name].submit(speed, name, cell, steps).result())
+            others.append(company.cores)
         peaks = {name: pools[name].submit(peak_memory_bytes).result() or 0 for name in ENGINES}
         losses = {name: pools[name].submit(first_losses, name, cell).result() for name in ENGINES}
     finally:
@@ -82,6 +89,7 @@ def compare(cell: str, threads: int, rounds: int, steps: int) -> dict[str, Any]:
     }
     ratio = statistics.median(a / b for a, b in zip(*speeds.values(), strict=True))
     print(f"{cell}: {ratio:.3f}", file=sys.stderr, flush=True)
+    figures |= {"cores_of_others_rounds": others, "disturbed_rounds": disturbed(others)}
     return figures | {"ratio": ratio, "peak_ratio": peaks["ours"] / peaks["transformers"]}
 
 
@@ -90,6 +98,7 @@ def as_text(found: dict[str, Any]) -> str:
     for cell, figures in found["cells"].items():
         shown = [f"{figures[n]['tokens_per_s']:.0f} ({figures[n]['peak_bytes'] / 1e6:.0f})" for n in ENGINES]
         lines.append(f"{cell:20} {shown[0]:>16} {shown[1]:>16}  {figures['ratio']:.2f}x  {figures['peak_ratio']:.2f}x")
+        lines += disturbance(figures["disturbed_rounds"])
     return "\n".join(lines)
 
 

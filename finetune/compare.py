@@ -73,9 +73,10 @@ def results(folders: Sequence[Path]) -> list[Row]:
 
 
 def _results(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    steps = [line for line in lines if "loss" in line]
-    scores = [line for line in lines if "val_loss" in line]
-    speeds = sorted(line["tokens_per_s"] for line in steps)
+    steps = [line for line in lines if line.get("loss") is not None]
+    scores = [line for line in lines if line.get("val_loss") is not None]
+    speeds = sorted(line["tokens_per_s"] for line in steps if line.get("tokens_per_s") is not None)
+    peaks = [line["peak_bytes"] for line in steps if line.get("peak_bytes") is not None]
     kept = {"val_loss": summary.get("val_loss"), "val_bpb": summary.get("val_bpb")}
     return {
         "steps": str(steps[-1]["step"]) if steps else "0",
@@ -83,7 +84,7 @@ def _results(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> 
         "best val_loss": f"{min(line['val_loss'] for line in scores):.4f}" if scores else "",
         **{name: "" if value is None else f"{value:.4f}" for name, value in kept.items()},
         "labels per s": f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "",
-        "peak MB": f"{max(line['peak_bytes'] for line in steps) / 1e6:,.0f}" if steps else "",
+        "peak MB": f"{max(peaks) / 1e6:,.0f}" if peaks else "",
     }
 
 

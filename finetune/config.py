@@ -288,7 +288,7 @@ def init_shape(config: TrainConfig, vocab_size: int) -> ModelConfig:
         shape = json.loads(Path(config.init).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"--init {config.init}: no such file; a preset is one of {', '.join(PRESETS)}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--init {config.init}: not readable as JSON: {error}") from None
     known = {f.name: f for f in fields(ModelConfig)}
     required = {name for name, f in known.items() if f.default is MISSING} - common.keys()

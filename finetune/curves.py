@@ -108,5 +108,6 @@ def _draw_run(axes: Any, panel: Panel, lines: Lines, colour: str, name: str) -> 
 
 def _points(lines: Lines, key: str, scale: float) -> tuple[list[int], list[float]]:
     """The finite values of one figure, and their steps."""
-    found = [(line["step"], line[key] * scale) for line in lines if key and key in line and math.isfinite(line[key])]
+    given = [(line["step"], line[key]) for line in lines if key and line.get(key) is not None]
+    found = [(step, value * scale) for step, value in given if math.isfinite(value)]
     return [step for step, _ in found], [value for _, value in found]

@@ -25,6 +25,7 @@ from finetune.errors import UserError
 from finetune.evaluate import Score
 from finetune.parallelize import World
 from finetune.resume import RunFolder
+from nanollama.gate import CheckpointError, require_file, shown
 from nanollama.machine import peak_memory_bytes
 from nanollama.model import ModelConfig
 
@@ -124,6 +125,7 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+TEXTS = ("sample", "changed", "text")  # keys of a line whose values are no numbers
 SAMPLES = "samples.jsonl"  # {"step": 100, "sample": "Once upon a time there was a llama"}
 
 
@@ -210,14 +212,30 @@ def note_sample(out: Path, step: int, text: str) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that a kill cut short is left out."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    """The lines of a metrics.jsonl; one that a kill cut short is left out. Raises UserError for what no run writes."""
+    lines: list[dict[str, Any]] = []
+    if path.is_symlink() or path.exists():
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            require_file(path)
+        except CheckpointError as error:
+            raise UserError(str(error)) from None
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not _is_entry(found):
+            raise UserError(f"{path} line {len(lines) + 1}: is not as a run wrote it: {shown(found)}")
+        lines.append(found)
     return lines
+
+
+def _is_entry(found: Any) -> bool:
+    """A step, and numbers but for what is a text."""
+    if type(found) is not dict or type(found.get("step")) is not int or not 0 <= found["step"] < 1 << 53:
+        return False
+    numbers = {key: value for key, value in found.items() if key not in TEXTS}
+    return all(value is None or (type(value) in (int, float) and not abs(value) > 1e300) for value in numbers.values())
 
 
 def keep_until_(path: Path, step: int) -> None:

@@ -23,13 +23,13 @@ from finetune.curves import picture
 from finetune.data.files import Say, write_atomically
 from finetune.doctor import examine
 from finetune.doctor.page import STYLE, section
-from finetune.doctor.patient import Finding
-from finetune.doctor.picture import Piece
 from finetune.errors import TrainingStopped, UserError
 from finetune.metrics import SAMPLES, read_metrics
 from finetune.parallelize import World
+from finetune.restore import check_config_types, read_file
 from nanollama import __version__
 from nanollama.cli import run
+from nanollama.gate import shown
 
 NAME = "report.html"
 ENVIRONMENT = "environment.json"
@@ -106,20 +106,23 @@ def report(out: Path) -> str:
 def read_config(out: Path) -> dict[str, Any]:
     """config.json of a run. Raises UserError."""
     path = out / "config.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{out}: holds no run (config.json is missing): name the folder that --out named") from None
-    except ValueError:
-        raise UserError(f"{path}: not JSON") from None
-    if not isinstance(found, dict) or "max_steps" not in found:
+    if not path.exists():
+        raise UserError(f"{out}: holds no run (config.json is missing): name the folder that --out named")
+    found = read_file(path)
+    if "max_steps" not in found:
         raise UserError(f"{path}: not a run's config")
+    check_config_types(found, path)
     return found
 
 
 def read_summary(out: Path) -> dict[str, Any]:
+    """Raises UserError."""
     path = out / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = read_file(path) if path.exists() else {}
+    for key in ("val_loss", "val_bpb"):
+        if not isinstance(found.get(key, 0.0), int | float | None):
+            raise UserError(f"{path}: {key} is {shown(found[key])}: it is not as a run wrote it")
+    return found
 
 
 def defaults(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,7 +130,7 @@ def defaults(saved: Mapping[str, Any]) -> dict[str, Any]:
     chosen = {name: saved[name] for name in ("ckpt", "init", "tokenizer", "method") if name in saved}
     try:
         return asdict(resolve(TrainConfig(**chosen), saved["device"], saved["threads"]))
-    except ValueError:
+    except (ValueError, TypeError, KeyError):  # a config that no run wrote is shown beside the plain defaults
         return asdict(TrainConfig())
 
 
@@ -155,26 +158,29 @@ def _summary(out: Path) -> str:
 
 def _validation(lines: Sequence[Mapping[str, Any]]) -> str:
     """A row for each validation; what was measured beside loss and bits per byte has columns of its own."""
-    scores = [line for line in lines if "val_loss" in line]
+    scores = [line for line in lines if line.get("val_loss") is not None and line.get("val_bpb") is not None]
     if not scores:
         return "<p>none yet</p>"
-    names = [name for name in scores[0] if name != "step"]
+    names = [name for name, value in scores[0].items() if name != "step" and isinstance(value, int | float)]
     of_pairs = any("margin" in line for line in lines)
     words = {"val_loss": "loss of a pair" if of_pairs else "nats per token", "val_bpb": "bits per byte"}
     head = [words.get(name, name.removeprefix("val_").replace("_", " ")) for name in names]
-    rows = [(line["step"], *(f"{line[n]:.4f}" if n in line else "" for n in names)) for line in scores]
+    rows = [(line["step"], *(_digits(line.get(name)) for name in names)) for line in scores]
     return table(rows, ("step", *head))
 
 
+def _digits(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else ""
+
+
 def _samples(lines: Sequence[Mapping[str, Any]]) -> str:
-    found = {line["step"]: line["sample"] for line in lines}
+    found = {line["step"]: line["sample"] for line in lines if "sample" in line}
     made = table(list(found.items()), ("step", "sample")).replace("<td>", '<td class="sample">')
     return made if found else "<p>none yet (--sample_every)</p>"
 
 
 def _doctor(doctor: Mapping[str, Any]) -> str:
-    findings = [Finding(**found) for found in doctor["findings"]]
-    return section(findings, doctor["facts"], [Piece(**piece) for piece in doctor["first"]])
+    return section(doctor["findings"], doctor["facts"], doctor["first"])
 
 
 def _config(saved: Mapping[str, Any]) -> str:
@@ -186,7 +192,7 @@ def _config(saved: Mapping[str, Any]) -> str:
 
 def _machine(out: Path) -> str:
     path = out / ENVIRONMENT
-    return table(list(json.loads(path.read_text(encoding="utf-8")).items())) if path.exists() else "<p>not known</p>"
+    return table(list(read_file(path).items())) if path.exists() else "<p>not known</p>"
 
 
 def main(

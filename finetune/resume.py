@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from finetune.best import Best, keep_only
 from finetune.config import TrainConfig, from_json, merge_resumed, to_json
@@ -352,7 +351,4 @@ def _read_state(folder: Path, parameters: Mapping[str, nn.Parameter]) -> tuple[d
     if not (folder / SHARDS).exists():
         weights = read_tensors(folder / "model.safetensors", parameters)
         return weights, read_tensors(folder / "optimizer.safetensors", parameters)
-    try:
-        return read_shards(folder / SHARDS, parameters)
-    except (OSError, CheckpointException) as error:
-        raise UserError(f"{folder}: cannot be read ({error}): remove it to continue from an older one") from None
+    return read_shards(folder / SHARDS, parameters)

@@ -3,7 +3,7 @@
 weights, states = read_shards(folder, parameters)
 """
 
-import pickle
+import io
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,17 +15,16 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
 
 from finetune.errors import UserError
 from finetune.gather import local
+from finetune.listed import read_list
 from nanollama.checkpoint import CheckpointError
+from nanollama.gate import archive, reason
 
-RECORDS = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-PLAIN = {("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"), ("torch", "dtype")}
-PLAIN |= {("torch", name) for name in ("float32", "bfloat16", "float16", "float64", "int8", "uint8", "int64")}
-PLAIN |= {(module, "PosixPath") for module in ("pathlib", "pathlib._local")}
-PLAIN |= {("collections", "OrderedDict"), ("torch._C", "_get_layout")}
 ONE_PROCESS = "torch.distributed is disabled"  # how the library's warning begins that one process saves or loads alone
 
 
@@ -46,46 +45,62 @@ def disk_errors(place: Path) -> Iterator[None]:
             raise CheckpointError(place, f"cannot be written ({reason}): choose another place or free some") from None
 
 
+@contextmanager
+def read_errors(folder: Path) -> Iterator[None]:
+    """What the library wraps, of whichever rank, is one line again, as UserError."""
+    try:
+        yield
+    except CheckpointException as failed:
+        errors = [error for error, _ in failed.failures.values()]
+        error = next((e for e in errors if isinstance(e, UserError)), errors[0] if errors else failed)
+        what = str(error) if isinstance(error, UserError) else f"{folder}: cannot be read ({reason(error)})"
+        raise UserError(f"{what}: remove {folder.parent} to continue from an older one") from None
+
+
 class Reader(dcp.FileSystemReader):
-    """The library's, whose list of tensors is a pickle: only what such a list is made of is let in."""
+    """The library's, with a gate before its two doors: the list is a pickle, and so is each part of a tensor."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = Listed(file).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError("its .metadata lists no tensors")
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
+        metadata = read_list(Path(self.path))
+        self.tensors = metadata.state_dict_metadata
         return metadata
 
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            part = self._part(item.storage_index)
+            for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                part = part.narrow(dim, start, length)
+            room = planner.resolve_tensor(item).detach()
+            room.copy_(part)
+            planner.commit_tensor(item, room)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
-class Listed(pickle.Unpickler):
-    """Of the library's own records of tensors, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module in RECORDS and name.strip("_")[:1].isupper()) or (module, name) in PLAIN:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"its .metadata asks for {module[:40]}.{name[:40]}: it is not as a run wrote it")
+    def _part(self, index: Any) -> Tensor:
+        """A part of a tensor as one rank wrote it. Raises UserError unless it is what the list says."""
+        place, listed = self.storage_data[index], self.tensors[index.fqn]
+        path = Path(self.path) / place.relative_path
+        with path.open("rb") as file:
+            file.seek(place.offset)
+            data = io.BytesIO(file.read(place.length))
+        try:
+            archive.check_stream(path, data)
+            data.seek(0)
+            part = torch.load(data, map_location="cpu", weights_only=True)
+        except (CheckpointError, RuntimeError) as error:
+            what = str(error) if isinstance(error, CheckpointError) else f"{path}: cannot be read ({reason(error)})"
+            raise UserError(what) from None
+        sizes = next(chunk.sizes for chunk in listed.chunks if chunk.offsets == index.offset)
+        if not isinstance(part, Tensor) or part.dtype != listed.properties.dtype or part.shape != sizes:
+            raise UserError(f"{path}: {index.fqn} is stored there as another than the list says")
+        return part
 
 
 def described(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each stored tensor. Raises UserError."""
-    try:
-        listed = Reader(folder).read_metadata().state_dict_metadata
-    except (
-        OSError,
-        pickle.UnpicklingError,
-        EOFError,
-        AttributeError,
-        ImportError,
-        IndexError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise UserError(f"{folder}: cannot be read ({' '.join(str(error).split())[:200]})") from None
-    return {
-        name: (tuple(e.size), e.properties.dtype) for name, e in listed.items() if isinstance(e, TensorStorageMetadata)
-    }
+    listed = read_list(folder).state_dict_metadata
+    return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in listed.items()}
 
 
 def read_shards(folder: Path, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -96,7 +111,7 @@ def read_shards(folder: Path, parameters: Mapping[str, nn.Parameter]) -> tuple[d
     reader = Reader(folder)
     stored = reader.read_metadata().state_dict_metadata
     tensors = {name: _room_for(entry, parameters.get(name.partition(":")[0])) for name, entry in stored.items()}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), read_errors(folder):
         warnings.filterwarnings("ignore", ONE_PROCESS)
         dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     states = {name: local(tensor) for name, tensor in tensors.items() if ":" in name}

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from finetune.data.packing import Cursor, MicroBatch
 from finetune.errors import TrainingStopped, UserError
 from finetune.evaluate import Score, hold_out, loss_model_of
 from finetune.gather import full, gathering
-from finetune.launcher import started_by_torchrun
 from finetune.memory import plan_memory
 from finetune.metrics import Metrics, StepMetrics, flops_per_token, peak_bytes, peak_flops, read_metrics
 from finetune.objective import NEXT_TOKEN, Objective
@@ -39,6 +37,7 @@ from finetune.restore import check_cursor
 from finetune.resume import Data, Progress, RunFolder
 from finetune.save import Saver
 from finetune.sharding import rest_, sum_partial_
+from finetune.stopping import StoppedAmid, StopSignals, stopping_between_layers
 from finetune.verdict import Verdict, Yardsticks, doubt, judge, yardsticks
 from finetune.watch import Watch
 from nanollama.checkpoint.weights import Weights
@@ -79,33 +78,6 @@ class Outcome:
     verdict: Verdict
 
 
-class StopSignals:
-    """SIGINT and SIGTERM set `caught`, and the loop stops behind the step; a second one acts as usual.
-
-    Under torchrun it does not: what is typed there comes from the terminal and once more from torchrun, which itself
-    ends what does not stop in 30 s.
-    """
-
-    def __init__(self) -> None:
-        self.caught = 0
-
-    def __enter__(self) -> "StopSignals":
-        self.before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _catch(self, number: int, frame: FrameType | None) -> None:
-        self.caught = self.caught or number
-        if not started_by_torchrun():
-            self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._restore()
-
-
 def train(setup: Setup) -> Outcome:
     """Train from the newest checkpoint of the run's folder, or from step 0; the model ends with the parameters that are
     kept. Raises TrainingStopped, UserError.
@@ -115,47 +87,63 @@ def train(setup: Setup) -> Outcome:
     if world.is_main:
         setup.folder.write_config()
     with StopSignals() as signals, Metrics(setup.folder, world, loop.progress.step) as metrics:
-        plan = None if world.mesh else plan_memory(setup.model, config, world.device)
-        if world.is_main:
-            rows = config.batch_size * setup.micro_batches
-            for line in plan_lines(config, setup.model, loop.packer, loop.held_out, plan, rows):
-                metrics.say(line)
-        metrics.write_changes(loop.progress.step, setup.changed)
-        if loop.news:
-            metrics.say(loop.news)
-        if loop.progress.step == config.max_steps:
-            metrics.say(f"all {config.max_steps:,} steps are done: --max_steps with a larger number goes on")
-        yards = world.from_main(lambda: yardsticks(setup.train, loop.held_out, setup.tokenizer.vocab_size))
-        began = began_with(loop, metrics, yards)
-        watch = Watch.replayed(world.from_main(lambda: read_metrics(setup.folder.path / "metrics.jsonl")))
-        while loop.progress.step < config.max_steps and not loop.out_of_patience:
-            measured, stop = loop.step(signals.caught)
-            step = loop.progress.step
-            is_last = step == config.max_steps
-            metrics.write_step(step, measured)
-            if is_last or (config.eval_every and step % config.eval_every == 0):
-                metrics.write_score(step, loop.judge())
-            trouble = watch.see(measured.loss, measured.grad_norm)
-            if trouble:
-                metrics.say(f"step {step}: {trouble}; its batch holds documents {loop.documents()}")
-            if config.sample_every and step % config.sample_every == 0 and (world.is_main or world.mesh):
-                metrics.write_sample(step, setup.sample(setup.model))  # over shards by all ranks together
-            if step % config.save_every == 0 or is_last or stop or watch.diverged or loop.out_of_patience:
-                loop.save(wait=bool(stop or watch.diverged) or is_last or loop.out_of_patience)
-            if stop and not is_last:
-                name = signal.Signals(stop).name
-                raise TrainingStopped(f"stopped by {name} after step {step}, which is saved", 128 + stop)
-            if watch.diverged and not is_last:
-                raise TrainingStopped(
-                    f"step {step}: {watch.diverged}; the state is saved: continue with a lower --lr", 1
-                )
-        if loop.out_of_patience:
-            metrics.say(f"step {loop.progress.step}: {config.patience} validations without a better one: stopped early")
-        metrics.say(loop.saver.text())
-        loop.saver.close()
-        planned = f", {plan.total / 1e6:,.0f} MB planned" if plan else ""
-        metrics.say(f"memory: {peak_bytes(world.device) / 1e6:,.0f} MB at the peak{planned}")
-        return loop.outcome(yards, began)
+        try:
+            with stopping_between_layers(setup.model, config, world, signals):
+                return _train(loop, metrics, signals)
+        except StoppedAmid:
+            loop.forget()
+            loop.save(wait=True)
+            step, name = loop.progress.step, signal.Signals(signals.caught).name
+            raise TrainingStopped(
+                f"stopped by {name} amid what follows step {step}, which is saved", 128 + signals.caught
+            ) from None
+
+
+def _train(loop: "Loop", metrics: Metrics, signals: StopSignals) -> Outcome:
+    setup, config, world = loop.setup, loop.config, loop.world
+    plan = None if world.mesh else plan_memory(setup.model, config, world.device)
+    if world.is_main:
+        rows = config.batch_size * setup.micro_batches
+        for line in plan_lines(config, setup.model, loop.packer, loop.held_out, plan, rows):
+            metrics.say(line)
+    metrics.write_changes(loop.progress.step, setup.changed)
+    if loop.news:
+        metrics.say(loop.news)
+    if loop.progress.step == config.max_steps:
+        metrics.say(f"all {config.max_steps:,} steps are done: --max_steps with a larger number goes on")
+    yards = world.from_main(lambda: yardsticks(setup.train, loop.held_out, setup.tokenizer.vocab_size))
+    began = began_with(loop, metrics, yards)
+    entries = world.from_main(lambda: read_metrics(setup.folder.path / "metrics.jsonl"))
+    watch = Watch.replayed(entries)
+    step = loop.progress.step
+    if step and loop.is_judged_at(step) and not any(e["step"] == step and "val_loss" in e for e in entries):
+        metrics.write_score(step, loop.judge())  # a signal came amid it
+    while loop.progress.step < config.max_steps and not loop.out_of_patience:
+        measured, stop = loop.step(signals.caught)
+        step = loop.progress.step
+        is_last = step == config.max_steps
+        metrics.write_step(step, measured)
+        if loop.is_judged_at(step):
+            metrics.write_score(step, loop.judge())
+        trouble = watch.see(measured.loss, measured.grad_norm)
+        if trouble:
+            metrics.say(f"step {step}: {trouble}; its batch holds documents {loop.documents()}")
+        if config.sample_every and step % config.sample_every == 0 and (world.is_main or world.mesh):
+            metrics.write_sample(step, setup.sample(setup.model))  # over shards by all ranks together
+        if step % config.save_every == 0 or is_last or stop or watch.diverged or loop.out_of_patience:
+            loop.save(wait=bool(stop or watch.diverged) or is_last or loop.out_of_patience)
+        if stop and not is_last:
+            name = signal.Signals(stop).name
+            raise TrainingStopped(f"stopped by {name} after step {step}, which is saved", 128 + stop)
+        if watch.diverged and not is_last:
+            raise TrainingStopped(f"step {step}: {watch.diverged}; the state is saved: continue with a lower --lr", 1)
+    if loop.out_of_patience:
+        metrics.say(f"step {loop.progress.step}: {config.patience} validations without a better one: stopped early")
+    metrics.say(loop.saver.text())
+    loop.saver.close()
+    planned = f", {plan.total / 1e6:,.0f} MB planned" if plan else ""
+    metrics.say(f"memory: {peak_bytes(world.device) / 1e6:,.0f} MB at the peak{planned}")
+    return loop.outcome(yards, began)
 
 
 def began_with(loop: "Loop", metrics: Metrics, yards: Yardsticks) -> Score | None:
@@ -312,6 +300,10 @@ class Loop:
         model = loss_model_of(self.loss_model)
         return self.objective.evaluate(model, self.held_out, self.world, self.config.batch_size, self.autocast)
 
+    def is_judged_at(self, step: int) -> bool:
+        every = self.config.eval_every
+        return step == self.config.max_steps or bool(every and step % every == 0)
+
     def judge(self) -> Score:
         """Validate, and keep the parameters where they are the best so far."""
         score, step = self.evaluate(), self.progress.step
@@ -359,6 +351,10 @@ class Loop:
     def documents(self) -> list[int]:
         """Those of the last step's batch."""
         return self.packer.documents_in(self.rows)
+
+    def forget(self) -> None:
+        """Drop what a step that was not finished has left: the state is that before it."""
+        self.optimizer.zero_grad(set_to_none=True)
 
     def save(self, *, wait: bool) -> None:
         """One checkpoint, continued on any number of ranks. wait: until it is on the disk, even if async."""

@@ -16,6 +16,7 @@ from nanollama.cli import run
 from nanollama.gate import read_prompts
 from nanollama.machine import peak_memory_bytes
 from nanollama.options import Drawing, ModelOptions, say
+from nanollama.serve.command import serve
 
 # Of --dtype: floats, and what the gguf package quantizes to.
 DTypes = Literal["fp32", "bf16", "fp16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4", "tq2_0", "tq1_0"]
@@ -182,6 +183,7 @@ def _speed_line(speed: dict[str, float | None]) -> str:
 COMMANDS: dict[str, Callable[..., object]] = {
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "inspect": inspect,
     "convert": convert,
 }

@@ -76,10 +76,11 @@ def encode_chat(
     3.1's date lines. tools: definitions of functions, for templates that show them. Raises ChatError; with
     require_assistant also where nothing could be trained on.
     """
-    if tools and "tools" not in (tokenizer.chat_template or ""):
+    template = template_of(tokenizer, bool(tools))
+    if tools and "tools" not in (template or ""):
         raise ChatError(f"tools: {template_source(tokenizer)} has no place for them; leave them out")
-    if tokenizer.chat_template:
-        tokens = _encode_template(messages, tokenizer, add_generation_prompt, date, tools)
+    if template:
+        tokens = _encode_template(template, messages, tokenizer, add_generation_prompt, date, tools)
     elif style_of(tokenizer) == "llama3":
         tokens = _joined(_encode_llama3(_llama3_segments(messages, add_generation_prompt, date), tokenizer))
     else:
@@ -120,35 +121,54 @@ def style_of(tokenizer: Tokenizer) -> Style:
     return "llama3" if "<|start_header_id|>" in tokenizer.special_ids else "llama2"
 
 
+def template_of(tokenizer: Tokenizer, with_tools: bool) -> str | None:
+    """The checkpoint's template for such a chat, as transformers chooses it. Raises ChatError where none is chosen."""
+    named = tokenizer.vocabulary.named_templates
+    if with_tools and "tool_use" in named:
+        return named["tool_use"]
+    if named and not tokenizer.chat_template:
+        raise ChatError(
+            f"the checkpoint has chat templates named {', '.join(sorted(named))[:200]} and none named default: "
+            "write the one to use into chat_template.jinja beside its tokenizer"
+        )
+    return tokenizer.chat_template
+
+
 def template_source(tokenizer: Tokenizer) -> str:
     """Which chat format is used, for people."""
-    if tokenizer.chat_template:
+    if tokenizer.chat_template or tokenizer.vocabulary.named_templates:
         return "the checkpoint's own chat template"
     return {"llama3": "Llama 3's chat format", "llama2": "Llama 2's chat format"}[style_of(tokenizer)]
 
 
 # --- The checkpoint's template ---------------------------------------------------------------------------------------
 
+# A template that tells texts from lists of parts is given the parts, as transformers does.
+READS_PARTS = re.compile(r"content['\"\])]*\s+is\s+(?:not\s+)?(?:string|iterable|sequence|mapping)")
 MARK = "\ufdd0"  # no character: put inside names of special tokens in contents, so that they stay text
 
 
 def _encode_template(
+    template: str,
     messages: Sequence[Mapping[str, Any]],
     tokenizer: Tokenizer,
     add_generation_prompt: bool,
     date: str | None,
     tools: Sequence[Mapping[str, Any]] | None,
 ) -> ChatTokens:
-    assert tokenizer.chat_template is not None
     names = "|".join(map(re.escape, sorted(tokenizer.special_ids, key=len, reverse=True)))
-    given = [_for_template(message, i, tokenizer.chat_template, names) for i, message in enumerate(messages)]
-    values: dict[str, Any] = {"tools": list(tools) if tools else None, "documents": None}
+    given = [_for_template(message, i, template, names) for i, message in enumerate(messages)]
+    values: dict[str, Any] = {
+        **tokenizer.vocabulary.named_tokens,
+        "tools": list(tools) if tools else None,
+        "documents": None,
+    }
     values |= {f"{role}_token": _text_of(tokenizer, token_id) for role, token_id in _roles(tokenizer).items()}
     values |= {"date_string": date} if date is not None else {}
 
     def encode(part: Sequence[Mapping[str, Any]], prompt: bool) -> list[int]:
         try:
-            text = render(str(tokenizer.chat_template), part, add_generation_prompt=prompt, **values)
+            text = render(template, part, add_generation_prompt=prompt, **values)
         except TemplateProblem as error:
             raise ChatError(f"the checkpoint's chat template cannot render these messages: {error}") from None
         return _encode_marked(text, tokenizer)
@@ -213,7 +233,9 @@ def _for_template(message: Any, index: int, template: str, names: str) -> dict[s
     calls = [check_tool_call(call, f"{where}, tool call {i}") for i, call in enumerate(found.pop("tool_calls", []))]
     if calls and "tool_calls" not in template:
         raise ChatError(f"{where}: tool_calls, which the checkpoint's chat template does not show")
-    found["content"] = "".join(texts_of(message.get("content"), where, optional=bool(calls)))
+    texts = texts_of(message.get("content"), where, optional=bool(calls))
+    if not READS_PARTS.search(template) or not isinstance(message.get("content"), (list, tuple)):
+        found["content"] = "".join(texts)
     functions = [{"name": name, "arguments": arguments} for name, arguments in calls]
     found |= {"tool_calls": [{"type": "function", "function": f} for f in functions]} if calls else {}
     return _marked(found, names)

@@ -65,9 +65,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         loop = "jinja2.ext.loopcontrols"
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loop])
         self.filters = {name: self._bounded(f) for name, f in (self.filters | {"tojson": to_json}).items()}
-        del self.filters["format"]
+        self.filters["format"] = self._format
         self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace", "joiner", "cycler")}
         self.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
+
+    def _format(self, text: str, *args: Any, **named: Any) -> Any:
+        """Jinja's filter, within the limits of the operator."""
+        return self.call_binop(None, "%", str(text), named or args)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         return JoinsAsSums().visit(super()._parse(source, name, filename))

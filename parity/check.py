@@ -60,9 +60,11 @@ class Flags:
     checks: str | None = None  # comma list, or `list` to print them (default: all)
     twin: Literal["on", "off"] = "on"  # a candidate of yours on seeded weights, too
     cache: Literal["on", "off"] = "on"  # keep the references' traces for the next run
+    keep: Path | None = None  # a folder for all that is computed: an interrupted run goes on there (default: none)
     json: Path | None = None  # write the whole report as JSON
     junit: Path | None = None  # write the results as JUnit XML
     html: Path | None = None  # write the report as one HTML file
+    svg: Path | None = None  # write verdict, cause, table and curve as one picture
 
 
 def request_of(flags: Flags) -> Request:
@@ -90,11 +92,14 @@ def request_of(flags: Flags) -> Request:
         max_new_tokens=flags.max_new_tokens,
         twin=flags.twin == "on",
         cache=flags.cache == "on",
+        keep=flags.keep,
     )
+    if request.keep is not None and not request.cache:
+        raise UsageError(f"--keep {request.keep}: --cache off keeps nothing; leave one of them out")
     if request.max_new_tokens < 0:
         raise UsageError(f"--max_new_tokens {request.max_new_tokens}: expected 0 or more")
     require_files(request)
-    for flag in ("json", "junit", "html"):
+    for flag in ("json", "junit", "html", "svg"):
         require_writable(flag, getattr(flags, flag))
     require_installed(request.references)
     require_device(request.device)
@@ -166,6 +171,10 @@ def write_reports(flags: Flags, report: "Report") -> None:
         from parity.report import html
 
         flags.html.write_text(html.render(report), encoding="utf-8")
+    if flags.svg is not None:
+        from parity.report import svg
+
+        flags.svg.write_text(svg.render(report), encoding="utf-8")
 
 
 def check(request: Request) -> "Report":
@@ -231,11 +240,12 @@ def compare(
     from parity.explain.ask import explain
     from parity.machine import cache_folder
     from parity.report.summary import summarise
-    from parity.run.cache import trace_cache
+    from parity.run.cache import kept_in, trace_cache
     from parity.run.runner import Runner
 
     made = plan(request, checkpoint, folder, probed.max_positions if probed else None)
-    cache = trace_cache(cache_folder()) if request.cache else None
+    cache = trace_cache(cache_folder()) if request.cache and request.keep is None else None
+    cache = cache if request.keep is None else kept_in(request.keep)
     runner = Runner(made, folder, sys.stderr.isatty(), cache, candidate.waiting if candidate else {})
     ev, results = run_checks_fairly(runner.run(), request.checks)
     if fails_behind_rope(results):

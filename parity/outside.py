@@ -79,7 +79,7 @@ def _from_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.resolve()))  # the file's own neighbours can be imported
+    sys.path[:0] = [str(path.parent.resolve()), ""]  # its neighbours can be imported, and packages of this folder
     sys.modules[name] = module  # dataclasses, pickle and torch.compile look a class's module up there
     try:
         spec.loader.exec_module(module)

@@ -34,7 +34,7 @@ ALLOWED = {
     "finetune": ("nanollama", "finetune"),
     "reference": ("reference", "nanollama.cli", "nanollama.gate", "nanollama.printable"),
     "parity": ("parity", "reference.protocol", "nanollama.cli", "nanollama.gate", "nanollama.printable")
-    + ("nanollama.machine", "nanollama.program"),
+    + ("nanollama.machine", "nanollama.program", "nanollama.__version__"),
     "parity.candidates.nano": ("parity", "nanollama", "finetune"),
     "parity.mutants.edits": ("parity", "nanollama", "finetune"),
     "benchmarks": ("benchmarks", "nanollama", "finetune", "parity"),

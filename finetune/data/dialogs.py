@@ -22,7 +22,7 @@ from finetune.data.left_out import LeftOut, OnBad
 from finetune.data.rows import ROW_SUFFIXES, Row, hub_rows, read_rows
 from finetune.data.shapes import Dialogue, as_dialogue
 from finetune.errors import UserError
-from nanollama.chat import encode_chat, template_source
+from nanollama.chat import encode_chat, template_of, template_source
 from nanollama.printable import printable
 from nanollama.tokenizer import Tokenizer
 
@@ -133,7 +133,7 @@ def named_rows(path: Path, say: Say) -> Iterator[Row]:
 
 def encode_dialogue(dialogue: Dialogue, tokenizer: Tokenizer, seq_len: int) -> tuple[Ints, Bools]:
     """Ids, and which of them are learned. Raises UserError."""
-    if dialogue.tools and "tools" not in (tokenizer.chat_template or ""):
+    if dialogue.tools and "tools" not in (template_of(tokenizer, True) or ""):
         raise UserError(
             f'"tools": {template_source(tokenizer)} shows no definitions of tools: write them into the system message, '
             "or drop the key"

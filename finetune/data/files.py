@@ -14,12 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from finetune.errors import UserError
+from nanollama.gate import require_file
 
 Say = Callable[[str], None]
 
 NAMED = 5  # files or lines that a message lists
 LFS_POINTER = b"version https://git-lfs"
-WORKBOOKS = (".xlsx", ".xls", ".ods")
+NOT_PLAIN = dict.fromkeys((".xlsx", ".xls", ".ods"), "an Excel workbook: save its sheet as CSV UTF-8")
+NOT_PLAIN |= dict.fromkeys(
+    (".docx", ".doc", ".odt", ".rtf", ".pdf", ".epub"), "no plain text: save it as .txt in UTF-8"
+)
+ON_DISK = {"dataset_dict.json": "several splits of a", "state.json": "a"}  # data set that `datasets` saved to disk
 NO_TEXT = {
     codecs.BOM_UTF16_LE: "UTF-16: save it as UTF-8",
     codecs.BOM_UTF16_BE: "UTF-16: save it as UTF-8",
@@ -43,13 +48,25 @@ def find_files(
     is data.
     """
     if not path.is_dir():
+        require_file(path)  # a pipe would be read twice
         return (path,), path.stem
+    _refuse_saved(path)
     below = [p for p in sorted(path.rglob("*")) if p.is_file() and not _is_hidden(p.relative_to(path))]
     files = {p: None for p in below if p.suffix.lower() in suffixes and accept(p)}
     others = [str(p.relative_to(path)) for p in below if p not in files]
     for first, second in _twins(list(files)):
         say(f"data: {second} holds the same as {first}: what is in them counts twice")
     return tuple(files), f"{path.stem} without {listed(others)}" if others else path.stem
+
+
+def _refuse_saved(folder: Path) -> None:
+    """Raises UserError for what `save_to_disk` wrote, with the command that writes a file of it."""
+    whose = next((what for name, what in ON_DISK.items() if (folder / name).is_file()), None)
+    inner = sorted(folder.glob("*.arrow")) + sorted(folder.glob("*/*.arrow"))
+    if whose and inner:
+        one = inner[0].parent
+        code = f"from datasets import load_from_disk as d; d('{one}').to_parquet('{one.name}.parquet')"
+        raise UserError(f'--data {folder}: is {whose} data set on disk: python -c "{code}" writes a file to give here')
 
 
 def _is_hidden(relative: Path) -> bool:
@@ -91,8 +108,7 @@ def check_text(path: Path) -> None:
     found = [what for start, what in NO_TEXT.items() if head.startswith(start)]
     if not found and len(head) > 3 and (not any(head[:8:2]) or not any(head[1:8:2])):  # without a mark
         found = ["UTF-16: save it as UTF-8"]
-    if path.suffix.lower() in WORKBOOKS:
-        found = ["an Excel workbook: save its sheet as CSV UTF-8"]
+    found = [NOT_PLAIN[path.suffix.lower()]] if path.suffix.lower() in NOT_PLAIN else found
     if found:
         raise UserError(f"--data {path}: is {found[0]}")
 

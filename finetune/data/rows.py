@@ -8,17 +8,24 @@
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from finetune.data.files import check_text
 from finetune.data.tables import TABLE_SUFFIXES, Row, check_column, is_table, read_table
 from finetune.errors import UserError
+from nanollama.gate import reason
 
-ROW_SUFFIXES = (".jsonl", ".json", *TABLE_SUFFIXES, ".parquet")
+ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", *TABLE_SUFFIXES, ".parquet")
 TEXT_SUFFIXES = (".txt", ".md", ".markdown")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+BATCH_ROWS = 256  # of a .parquet file
+ROWS_A_BYTE = 64  # more are no text, but a few bytes that claim to be a million rows
 SPACE = re.compile(r"\s*")
+# An object that only holds the rows, all on its first line.
+HOLDS_ROWS = re.compile(r'\{\s*(?:"type"\s*:\s*"\w*"\s*,\s*)?"(?:data|train|examples|instances)"\s*:\s*\[')
+HOLDERS = ("data", "train", "examples", "instances")
 
 
 def is_parquet(path: Path) -> bool:
@@ -42,8 +49,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     if is_table(path):
         yield from read_table(path)
         return
-    first = next(_lines(path), "").strip()
-    if first.startswith("[") or first == "{":
+    if is_one_value(path):
         for number, value in enumerate(_values(path), start=1):
             yield Row(f"--data {path} item {number}", value)
         return
@@ -51,6 +57,22 @@ def read_rows(path: Path) -> Iterator[Row]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield parse_line(f"--data {path} line {number}", line)
+
+
+def is_one_value(path: Path) -> bool:
+    """Whether the file is one array, or objects over several lines, and not an object a line."""
+    lines = _lines(path)
+    first, second = next(lines, "").strip(), next(lines, "").strip()
+    if first.startswith("["):
+        return not (first.endswith("]") and second.startswith("["))  # a line may be a list of messages
+    whole = first == "{" or HOLDS_ROWS.match(first) is not None
+    return whole or (first.startswith("{") and first.endswith(("[", "{", ",", ":")) and not second.endswith("}"))
+
+
+def _held(value: Any) -> list[Any]:
+    """The rows in an object that does nothing but hold them; another value by itself."""
+    lists = [key for key in HOLDERS if isinstance(value, dict) and isinstance(value.get(key), list)]
+    return value[lists[0]] if len(lists) == 1 else [value]
 
 
 def parse_line(where: str, line: str) -> Row:
@@ -82,7 +104,7 @@ def _values(path: Path) -> Iterator[Any]:
         at = 0
         while (at := SPACE.match(text, at).end()) < len(text):  # type: ignore[union-attr]  # it matches nothing, too
             value, at = json.JSONDecoder().raw_decode(text, at)
-            yield value
+            yield from _held(value)
     except json.JSONDecodeError as error:
         what = "a JSON array" if text.lstrip().startswith("[") else "JSON objects over several lines"
         raise UserError(f"--data {path} line {error.lineno}: not JSON: begins as {what}, then: {error.msg}") from None
@@ -92,29 +114,51 @@ def _values(path: Path) -> Iterator[Any]:
 
 def parquet_groups(path: Path) -> list[int]:
     """How many rows each part of a .parquet file has, in which it can be read. Raises UserError."""
-    found = _parquet(path)
-    return [found.metadata.row_group(i).num_rows for i in range(found.num_row_groups)]
+    return _parquet(path)[1]
 
 
 def parquet_rows(path: Path, group: int, column: str | None = None) -> Iterator[Row]:
     """The rows of one part; column: only this one is read, nulls as nulls. Raises UserError where there is none."""
-    found, columns = _parquet(path), None if column is None else [column]
-    if column is not None:
-        check_column(path, tuple(found.schema_arrow.names), column)
-    first = 1 + sum(parquet_groups(path)[:group])
-    for number, value in enumerate(found.read_row_group(group, columns=columns).to_pylist(), start=first):
-        yield Row(f"--data {path} row {number}", without_nulls(value) if column is None else value)
+    found, counts = _parquet(path)
+    columns = None if column is None else [column]
+    number = sum(counts[:group])
+    with _arrow_errors(path):
+        if column is not None:
+            check_column(path, tuple(found.schema_arrow.names), column)
+        # Some rows at a time: a few bytes may stand for a million of them. No threads, which a fork would wait for.
+        batches = found.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False)
+        for batch in batches:
+            for value in batch.to_pylist():
+                number += 1
+                yield Row(f"--data {path} row {number}", without_nulls(value) if column is None else value)
+    if number != sum(counts[: group + 1]):
+        raise UserError(f"--data {path}: not readable as .parquet: rows are missing: copy the file again")
 
 
-def _parquet(path: Path) -> Any:
+def _parquet(path: Path) -> tuple[Any, list[int]]:
+    """The file and the rows of each part. Raises UserError."""
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError:
         raise UserError(f"--data {path}: .parquet needs the extra: pip install 'llama-parity[data]'") from None
+    with _arrow_errors(path):
+        found = parquet.ParquetFile(path)
+        counts = [found.metadata.row_group(i).num_rows for i in range(found.num_row_groups)]
+        most = ROWS_A_BYTE * path.stat().st_size
+        if min(counts, default=0) < 0 or sum(counts) > most:
+            raise UserError(f"--data {path}: says that it has {sum(counts):,} rows in {most // ROWS_A_BYTE:,} bytes")
+    return found, counts
+
+
+@contextmanager
+def _arrow_errors(path: Path) -> Iterator[None]:
+    """What the library finds wrong, of whatever class, as UserError."""
+    from pyarrow import ArrowException
+
     try:
-        return parquet.ParquetFile(path)
-    except (ArrowException, OSError) as error:
-        raise UserError(f"--data {path}: not readable as .parquet: {' '.join(str(error).split())}") from None
+        yield
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--data {path}: not readable as .parquet: {reason(error)}: copy the file again") from None
 
 
 def is_hub_id(name: str) -> bool:

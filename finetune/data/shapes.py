@@ -4,8 +4,9 @@
 | ------------- | ------------------------------------------------------------------------------------- |
 | OpenAI        | messages: role, content, tool_calls, weight; beside them tools, functions              |
 | ShareGPT      | conversations: from (human, gpt, system, function_call, observation, tool), value      |
+| a list        | of messages in either of these forms, or of turns {"human": ..., "assistant": ...}     |
 | alpaca        | instruction, input, output; history: pairs that came before                            |
-| pairs         | prompt and completion or response; question and answer or response                     |
+| pairs         | prompt and completion, question and answer, query and response, input and output ...   |
 
     as_dialogue({"instruction": "Translate.", "input": "Hallo", "output": "Hello"}).messages[0]["content"]
     # 'Translate.\n\nHallo'
@@ -25,19 +26,32 @@ PAIRS = (
     ("instruction", "response"),
     ("prompt", "completion"),
     ("prompt", "response"),
+    ("prompt", "answer"),
     ("question", "answer"),
     ("question", "response"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("problem", "solution"),
+    ("inputs", "targets"),
+    ("input", "output"),
 )
+TURNS = (("human", "assistant"), ("user", "assistant"), ("human", "gpt"), ("input", "output"))  # both in one
 INPUTS = ("input", "context")  # of an instruction
 ROLES = {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "ai": "assistant",
+    "prompter": "user",
     "developer": "system",
     "observation": "tool",
     "function": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
 }
 LEARNED = ("weight", "train", "training")  # of a message: 0 or false, and it is read but not learned
 # Of messages; no chat format shows them.
@@ -46,6 +60,7 @@ NOTES = frozenset(
     + ("created_at", "lang", "language", "source", "country", "state", "hashed_ip", "header", "toxic", "redacted")
     + ("metadata",)
 )
+PREFERENCES = "python -m finetune.preference trains on pairs of a better and a worse answer"
 MEANT = {  # beside a dialogue: what training on it would have to know
     "images": "pictures are not read",
     "image": "pictures are not read",
@@ -53,8 +68,8 @@ MEANT = {  # beside a dialogue: what training on it would have to know
     "audios": "sounds are not read",
     "documents": "documents for the template are not rendered",
     "chat_template_kwargs": "settings of a template are not read",
-    "chosen": "preference pairs are not what this trains on: write the better answer into messages",
-    "rejected": "preference pairs are not what this trains on: write the better answer into messages",
+    "chosen": PREFERENCES,
+    "rejected": PREFERENCES,
 }
 EXPECTED = (
     'expected an object with a list of "messages" (or conversations, instruction and output, prompt and completion)'
@@ -72,6 +87,8 @@ class Dialogue(NamedTuple):
 
 def as_dialogue(row: Any) -> Dialogue:
     """A row of any shape. Raises UserError, or ChatError, without the place."""
+    if isinstance(row, list) and row and all(isinstance(turn, Mapping) for turn in row):
+        row = {"messages": row}
     if not isinstance(row, Mapping):
         raise UserError(f"{EXPECTED}, got a {'list' if isinstance(row, list) else type(row).__name__}, not an object")
     rest = {key: value for key, value in row.items() if value is not None}
@@ -93,16 +110,29 @@ def _turns(rest: dict[str, Any]) -> list[Any]:
     for name in LISTS:
         if name in rest:
             turns = rest.pop(name)
-            if isinstance(turns, str):  # in a cell of a table
-                turns = _from_json(turns, repr(name))
+            turns = _from_json(turns, f'"{name}"') if isinstance(turns, str) else turns  # of a cell of a table
             if not isinstance(turns, list) or not turns:
                 raise UserError(f"{EXPECTED}; {name!r} is {'empty' if turns == [] else 'no list'}")
-            return turns
+            return [message for turn in turns for message in _messages_of(turn)]
     for asked, answered in PAIRS:
         if asked in rest and answered in rest:
             return _pair(rest, asked, answered)
-    hint = "; plain text is what finetune.text trains on" if "text" in rest else ""
+    if rest.keys() >= {"role", "content"} or rest.keys() >= {"from", "value"}:
+        raise UserError("is one message and no dialogue: put the messages of a dialogue into one list")
+    hint = ': python -m finetune.text trains on plain "text"' if "text" in rest else ""
     raise UserError(f"{EXPECTED}, got {', '.join(map(repr, sorted(map(str, rest)))) or 'none'}"[:300] + hint)
+
+
+def _messages_of(turn: Any) -> list[Any]:
+    """A message; of a turn that holds question and answer, those two, and the system message before them."""
+    if not isinstance(turn, Mapping) or turn.keys() & {"role", "from"}:
+        return [turn]
+    names = next(((asked, answered) for asked, answered in TURNS if asked in turn and answered in turn), None)
+    if names is None or turn.keys() - {*names, "system"} - NOTES:
+        keys = ", ".join(map(repr, sorted(map(str, turn)))) or "none"
+        raise UserError(f'a message has neither "role" and "content" nor "from" and "value", but {keys}'[:300])
+    said = [("system", turn.get("system")), ("user", turn[names[0]]), ("assistant", turn[names[1]])]
+    return [{"role": role, "content": text} for role, text in said if text or role != "system"]
 
 
 def _pair(rest: dict[str, Any], asked: str, answered: str) -> list[Any]:
@@ -192,7 +222,7 @@ def _message(turn: Any, index: int) -> tuple[Any, bool]:
     for old, new in (("from", "role"), ("value", "content")):
         if old in message and new not in message:
             message[new] = message.pop(old)
-    if message.get("role") == "function_call":  # ShareGPT's
+    if message.get("role") in ("function_call", "tool_call"):  # ShareGPT's
         call = message.pop("content", "")
         call = _from_json(call, f"{where}: function_call") if isinstance(call, str) else call
         message |= {"role": "assistant", "function_call": call}
@@ -200,8 +230,9 @@ def _message(turn: Any, index: int) -> tuple[Any, bool]:
         calls = message.pop("function_call")
         calls = calls if isinstance(calls, list) else [calls]
         message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
-    role = message.get("role")
-    message["role"] = ROLES.get(role, role) if isinstance(role, str) else role
+    role = message.setdefault("role", None)
+    if isinstance(role, str) and role.lower() in {*ROLES, *ROLES.values()}:
+        message["role"] = ROLES.get(role.lower(), role.lower())
     return message, _is_learned(message, where)
 
 

@@ -20,11 +20,15 @@ from finetune.doctor.picture import Piece, in_terminal, pieces_of
 from finetune.doctor.rate import check_rate
 from finetune.doctor.text import check_damage, check_format, check_repeats, check_unknown, check_warmup
 from finetune.doctor.weights import check_first_loss, check_gradients, check_largest_length, check_tied_head
+from finetune.errors import UserError
 from finetune.objective import NEXT_TOKEN
 from finetune.train import Setup
+from nanollama.gate import CheckpointError
+from nanollama.gate.documents import parse, read_bytes
 
 Check = Callable[[Patient], Iterator[Finding]]
 NAME = "doctor.json"
+MAX_BYTES = 1 << 26
 
 QUICK: tuple[Check, ...] = (
     *(check_bos, check_labels, check_template, check_lengths, check_copies),
@@ -100,6 +104,19 @@ def write(out: Path, findings: list[Finding], facts: list[str], pieces: list[Pie
 
 
 def read(out: Path) -> dict[str, Any] | None:
-    """What `write` wrote; None where the doctor was not asked."""
+    """What `write` wrote, of its own types; None where the doctor was not asked. Raises UserError."""
     path = out / NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        found = parse(read_bytes(path, MAX_BYTES), path)
+        facts = found["facts"]
+        if not isinstance(facts, list) or not all(isinstance(fact, str) for fact in facts):
+            raise TypeError("facts")
+        findings = [Finding(**{key: str(value) for key, value in item.items()}) for item in found["findings"]]
+        first = [Piece(str(p["text"]), bool(p["learned"]), bool(p["special"])) for p in found["first"]]
+    except CheckpointError as error:
+        raise UserError(str(error)) from None
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(f"{path}: is not as the doctor wrote it: remove it, or ask for it again") from None
+    return {"findings": findings, "facts": facts, "first": first}

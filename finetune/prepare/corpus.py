@@ -25,6 +25,7 @@ from finetune.data.rows import (
     ROW_SUFFIXES,
     TEXT_SUFFIXES,
     is_array,
+    is_one_value,
     is_parquet,
     parquet_groups,
     parquet_rows,
@@ -34,7 +35,7 @@ from finetune.data.rows import (
 from finetune.data.tables import Row, check_column, is_table, read_header, read_table, table_parts
 from finetune.errors import UserError
 
-READING = 3  # changes whenever the same files are read as other documents, or held out otherwise
+READING = 4  # changes whenever the same files are read as other documents, or held out otherwise
 CHUNK_BYTES = 16 << 20
 MAX_DOCUMENT_BYTES = 1 << 20  # a longer document is cut at a line end: tokenizers slow down on endless strings
 SUFFIXES = (*TEXT_SUFFIXES, *ROW_SUFFIXES)
@@ -106,7 +107,7 @@ def named_files(path: Path, say: Say, flag: str = "--data") -> tuple[tuple[Path,
             check_text(file)  # which has better words for some
             raise UserError(
                 f"{flag} {path}: expected a .txt, .md, .jsonl, .csv, .tsv or .parquet file, a .json array, a folder of "
-                "them, or a folder of token shards"
+                "them, or a folder of token shards; a plain text under another name: call it .txt"
             )
         if not file.stat().st_size:
             raise UserError(f"{flag} {file}: the file is empty")
@@ -162,7 +163,7 @@ def chunks(path: Path, form: Format, before: int = 0) -> Generator[Chunk, None, 
             yield Chunk(path, part.start, part.stop, part.first, before)
             number = part.first + part.rows
         return number
-    if _has_rows(path) and is_array(path):
+    if _has_rows(path) and is_one_value(path):
         yield Chunk(path, 0, path.stat().st_size, 0, before)
         return sum(1 for _ in read_rows(path))
     mark = re.compile(LINE_END) if _has_rows(path) else form.mark
@@ -193,6 +194,8 @@ def _boundary(data: mmap.mmap, target: int, mark: re.Pattern[bytes]) -> tuple[in
             place = found.end()
             # The range that was searched may end within a line end.
             return place + (data[place - 1 : place + 1] == b"\r\n"), pattern is not mark
+        if target + CHUNK_BYTES >= len(data):  # the last document ends with the file
+            break
     return len(data), False
 
 
@@ -223,7 +226,7 @@ def _texts(chunk: Chunk, form: Format) -> Iterator[Row]:
         return _plain_texts(chunk, form)
     if is_table(path):
         return (_text_of(row, form.field) for row in read_table(path, chunk.start, chunk.stop, chunk.first))
-    if is_array(path):
+    if is_one_value(path):
         return (_text_of(row, form.field) for row in read_rows(path))
     lines = enumerate(_plain_lines(_decoded(chunk, "surrogateescape")).split("\n"), start=chunk.first + 1)
     where, blank = f"--data {path} line", Row("", "")
@@ -264,7 +267,9 @@ def _text_of(row: Row, field: str) -> Row:
     if row.trouble:
         return row
     if not isinstance(row.value, dict) or not isinstance(row.value.get(field, 0), str | None):
-        return row._replace(trouble=f'expected an object with a text under "{field}" (--field names another)')
+        found = sorted(map(str, row.value)) if isinstance(row.value, dict) and field not in row.value else []
+        has = f", it has {', '.join(map(repr, found))[:120]}" * bool(found)
+        return row._replace(trouble=f'expected an object with a text under "{field}"{has} (--field names another)')
     return row._replace(value=row.value[field])
 
 

@@ -8,10 +8,13 @@ an adapter applied without it is another model. Modules carry peft's names: mode
 
 import math
 import re
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import regex
 
 from nanollama import gate
 from nanollama.checkpoint.fields import Fields, read_json
@@ -24,7 +27,27 @@ IDLE = frozenset(
     ("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core", "peft_version")
     + ("qalora_group_size", "revision", "runtime_config", "task_type")
 )
+PATTERN_CHARACTERS = 4096  # of a regular expression; unsloth's longest has 500
+PATTERNS_S = 2.0  # of CPU, for all that a config's expressions are asked
 LLAMA = ("q_proj", "v_proj")  # peft's targets for a Llama where none are named
+
+
+class Patterns:
+    """A stranger's regular expressions, matched within a time that they share: `re` would backtrack for ever."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.left_s = path, PATTERNS_S
+
+    def match(self, pattern: str, text: str, *, whole: bool = False) -> Any:
+        """What `re.match` or `re.fullmatch` gives. Raises CheckpointError where it takes too long."""
+        began = time.process_time()
+        try:
+            return (regex.fullmatch if whole else regex.match)(pattern, text, timeout=max(self.left_s, 1e-3))
+        except TimeoutError:
+            what = f"the regular expression {gate.shown(pattern)} takes more than {PATTERNS_S:g} s: write it plainer"
+            raise CheckpointError(self.path, what) from None
+        finally:
+            self.left_s -= time.process_time() - began
 
 
 @dataclass(frozen=True)
@@ -43,41 +66,40 @@ class PeftConfig:
     layer_lists: tuple[str, ...]  # patterns of what comes before a layer's number; none: anything
     whole: tuple[str, ...]  # endings of modules that are stored as they are
     rows: dict[str, tuple[int, ...]]  # module -> ids of the rows that are stored as they are
+    patterns: Patterns = field(repr=False, compare=False)
 
     def rank_of(self, module: str) -> int:
-        return next((rank for pattern, rank in self.ranks.items() if _fits(pattern, module)), self.rank)
+        return next((rank for pattern, rank in self.ranks.items() if self._fits(pattern, module)), self.rank)
 
     def alpha_of(self, module: str) -> float:
         """What is divided by the rank; rank-stabilised LoRA (arXiv 2312.03732) divides alpha by the rank's root."""
-        alpha = next((alpha for pattern, alpha in self.alphas.items() if _fits(pattern, module)), self.alpha)
+        alpha = next((alpha for pattern, alpha in self.alphas.items() if self._fits(pattern, module)), self.alpha)
         return alpha * math.sqrt(self.rank_of(module)) if self.rslora else alpha
 
     def changes(self, module: str) -> bool:
         """Whether the module has a lora_A and lora_B. Source: check_target_module_exists of peft."""
-        kept = any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.whole)
-        if kept or _named(self.excluded, module) or not _named(self.targets, module):
+        kept = any(self.patterns.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.whole)
+        if kept or self._named(self.excluded, module) or not self._named(self.targets, module):
             return False
         if not self.layers or isinstance(self.targets, str) or module in self.targets:
             return True
         lists = self.layer_lists or (r"[^.]*",)
-        found = next(filter(None, (re.match(rf"(?:.*?\.)?{name}\.(\d+)\.", module) for name in lists)), None)
+        found = next(filter(None, (self.patterns.match(rf"(?:.*?\.)?{name}\.(\d+)\.", module) for name in lists)), None)
         return found is not None and int(found.group(1)) in self.layers
 
     def is_whole(self, module: str) -> bool:
         return module.endswith(self.whole)
 
     def rows_of(self, module: str) -> tuple[int, ...]:
-        return next((ids for name, ids in self.rows.items() if _named((name,), module)), ())
+        return next((ids for name, ids in self.rows.items() if self._named((name,), module)), ())
 
+    def _fits(self, pattern: str, module: str) -> bool:
+        return self.patterns.match(rf"(.*\.)?({pattern})$", module) is not None
 
-def _fits(pattern: str, module: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
-
-
-def _named(names: str | tuple[str, ...], module: str) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(f".{module}".endswith(f".{name}") for name in names)
+    def _named(self, names: str | tuple[str, ...], module: str) -> bool:
+        if isinstance(names, str):
+            return self.patterns.match(names, module, whole=True) is not None
+        return any(f".{module}".endswith(f".{name}") for name in names)
 
 
 def read_config(path: Path) -> PeftConfig:
@@ -86,10 +108,9 @@ def read_config(path: Path) -> PeftConfig:
     fields = Fields(path, {"peft_type": "missing", **found})
     try:
         config = _taken(fields)
-    except re.error as error:
-        raise CheckpointError(
-            path, f"{gate.shown(error.pattern)} is no regular expression ({error}): mend it"
-        ) from None
+    except (re.error, regex.error, RecursionError) as error:
+        pattern = gate.shown(getattr(error, "pattern", "one of its patterns"))
+        raise CheckpointError(path, f"{pattern} is no regular expression ({gate.reason(error)}): mend it") from None
     try:
         fields.finish(IDLE)
     except CheckpointError as error:
@@ -122,11 +143,16 @@ def _taken(fields: Fields) -> PeftConfig:
         layer_lists=tuple(map(_regex, _names(fields, "layers_pattern"))),
         whole=tuple(map(_regex, _names(fields, "modules_to_save"))),
         rows={module: _numbers(fields, "trainable_token_indices", ids) for module, ids in by_module.items()},
+        patterns=Patterns(fields.path),
     )
 
 
 def _regex(pattern: str) -> str:
+    """As peft would take it, which asks Python's own engine."""
+    if len(pattern) > PATTERN_CHARACTERS:
+        raise re.error(f"{len(pattern):,} characters", pattern)
     re.compile(pattern)
+    regex.compile(pattern)
     return pattern
 
 

@@ -203,7 +203,7 @@ def unescape(line: str) -> str:
 def _json_prompt(line: str, where: str) -> str | list[int]:
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     found = found.get("prompt") if isinstance(found, dict) else found
     if isinstance(found, str) or (isinstance(found, list) and all(type(i) is int for i in found)):

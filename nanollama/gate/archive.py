@@ -33,14 +33,23 @@ def check(path: Path) -> None:
     """
     gate.require_file(path)
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        with path.open("rb") as file:
+            check_stream(path, file)
+    except FileNotFoundError:
+        raise gate.missing(path, "is missing: download it again") from None
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read ({error.strerror}): look at its disk and permissions") from None
+
+
+def check_stream(path: Path, file: BinaryIO) -> None:
+    """`check` of an archive that lies in `path`, or in a part of it."""
+    try:
+        with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
             if not _is_alone(file, records, archive.start_dir):
                 raise CheckpointError(path, "is refused: bytes before or behind the archive, where another may hide")
             found = _laid_out(path, file, records, archive.start_dir)
             _check_records(path, archive, found)
-    except FileNotFoundError:
-        raise gate.missing(path, "is missing: download it again") from None
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         if isinstance(error, CheckpointError):
             raise

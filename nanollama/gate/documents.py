@@ -66,17 +66,24 @@ def parse(data: bytes, where: str | Path) -> dict[str, Any]:
     if not data.strip():
         raise CheckpointError(where, "is not JSON (it is empty): download it again")
     try:
-        found = json.loads(
-            data, object_pairs_hook=_pairs, parse_constant=_refuse_constant, parse_int=_integer, parse_float=_number
-        )
-        _check_depth(found)
-    except RecursionError:
-        raise CheckpointError(where, f"is not JSON of a model: nested more than {MAX_DEPTH} deep") from None
-    except ValueError as error:  # JSON and Unicode errors are ValueErrors
+        found = strict_json(data)
+    except ValueError as error:
         mend = "; it is cut: download it again" if _is_cut(error) else ": mend it, or get it from its publisher"
         raise CheckpointError(where, f"is not JSON ({gate.reason(error)}){mend}") from None
     if not isinstance(found, dict):
         raise CheckpointError(where, f"holds a JSON {type(found).__name__}, expected an object {{...}}")
+    return found
+
+
+def strict_json(data: bytes) -> Any:
+    """The value in these bytes. Raises ValueError; JSON and Unicode errors are such."""
+    try:
+        found = json.loads(
+            data, object_pairs_hook=_pairs, parse_constant=_refuse_constant, parse_int=_integer, parse_float=_number
+        )
+    except RecursionError:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
+    _check_depth(found)
     return found
 
 

@@ -112,13 +112,13 @@ def _growth(step: Any) -> float:
     """How many times as long a text can become, rules after one another multiplied; infinite where it is not known."""
     if step is None:
         return 1.0
-    if not isinstance(step, dict):
+    if not isinstance(step, dict) or not isinstance(step.get("type"), str):
         return float("inf")
-    kind, pattern = step.get("type"), step.get("pattern")
+    kind, pattern = step["type"], step.get("pattern")
     if kind == "Sequence":
         grown = 1.0
-        for inner in next((step[key] for key in step if key != "type" and isinstance(step[key], list)), []):
-            grown *= _growth(inner)
+        for inner in (part for key in step if isinstance(step[key], list) for part in step[key]):  # of every list:
+            grown *= _growth(inner)  # the library knows one by its name, and passes over the others
         return grown
     if kind == "Prepend":
         return 1.0 if len(str(step.get("prepend"))) <= 8 else float("inf")

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nanollama.generation.logprobs import Top, log_probabilities, most_probable
 from nanollama.generation.sample import Sampler, keep_tokens, make_sampler, penalize_repetition, row_generator
 from nanollama.model import KVCache, Transformer
 from nanollama.speed.step import Step, last_logits
@@ -41,10 +42,13 @@ class Sampling:
     n: int = 1  # answers per prompt, each with random numbers of its own
     stop: Sequence[str] = ()  # texts that end an answer and are not part of it
     stop_ids: frozenset[int] | None = None  # None: the tokenizer's
+    top_logprobs: int = 0  # of the most probable tokens, told with each that is chosen
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.n < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens} and n is {self.n}: expected at least 1")
+        if self.top_logprobs < 0:
+            raise ValueError(f"top_logprobs is {self.top_logprobs}: expected 0 (none) or more")
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}: expected more than 0 (1 is off)")
         if isinstance(self.stop, str) or not all(self.stop):
@@ -65,6 +69,7 @@ class Event:
     text: str  # the characters that are certain with this token: whole ones, and not the start of a stop text
     logprob: float  # nats, under the model's own distribution: before temperature, filters and penalty
     finish: Literal["stop", "length"] | None  # set on an answer's last event
+    top: tuple[tuple[int, float], ...] = ()  # Sampling.top_logprobs tokens and their logprobs, the most probable first
 
 
 class Row:
@@ -89,7 +94,7 @@ class Row:
         self.text = AnswerText(tokenizer, ids, sampling.stop)
         self.n_tokens = tokenizer.vocab_size if tokenizer else sys.maxsize  # rows beyond them are never drawn
 
-    def add(self, token: int, logprob: float) -> Event:
+    def add(self, token: int, logprob: float, top: Top = ()) -> Event:
         self.position += 1
         self.tokens_left -= 1
         is_stop = token in self.stop_ids
@@ -101,7 +106,7 @@ class Row:
         elif not self.tokens_left:
             finish = "length"
             text += self.text.held  # and not the half of a character that the limit cut off
-        return Event(self.prompt, self.answer, token, text, logprob, finish)
+        return Event(self.prompt, self.answer, token, text, logprob, finish, top)
 
 
 @dataclass
@@ -160,12 +165,13 @@ def decode(model: Transformer, rows: list[Row], sampling: Sampling, step: Step) 
         # 2. Decide one token of each row.
         scores = scores_of(logits, seen, sampling, rows[0].n_tokens)  # (B, V)
         ids = sampler(scores, [row.generator for row in rows])  # (B,)
-        logprobs = logits.log_softmax(-1).gather(1, ids.unsqueeze(1)).squeeze(1)  # (B,)
+        table = log_probabilities(logits, exact=sampling.top_logprobs > 0)  # (B, V)
+        logprobs = table.gather(1, ids.to(table.device).unsqueeze(1)).squeeze(1)  # (B,)
         if seen is not None:
             seen[torch.arange(len(rows)), ids] = True
         # 3. Tell it, as far as its text is certain.
-        decided = zip(rows, ids.tolist(), logprobs.tolist(), strict=True)
-        events = [row.add(token, logprob) for row, token, logprob in decided]
+        decided = zip(rows, ids.tolist(), logprobs.tolist(), most_probable(table, sampling.top_logprobs), strict=True)
+        events = [row.add(token, logprob, top) for row, token, logprob, top in decided]
         yield from events
         # 4. Rows that have ended leave the batch.
         alive = [slot for slot, event in enumerate(events) if event.finish is None]
@@ -192,11 +198,7 @@ def prefill(model: Transformer, rows: list[Row]) -> tuple[KVCache, Tensor]:
 
     Prompts are read one after the other: none is padded, and each gets the numbers that it gets alone.
     """
-    embeddings = model.tok_embeddings.weight
-    max_len = max(len(row.ids) + row.tokens_left - 1 for row in rows)
-    if embeddings.is_cuda:
-        max_len = -(-max_len // MASK_SLOTS) * MASK_SLOTS
-    cache = KVCache(model.config, len(rows), max_len, dtype=embeddings.dtype, device=embeddings.device)
+    cache = new_cache(model, len(rows), max(len(row.ids) + row.tokens_left - 1 for row in rows))
     logits: list[Tensor] = []
     for slot, row in enumerate(rows):
         if slot and rows[slot - 1].prompt == row.prompt:  # another answer to it
@@ -207,6 +209,14 @@ def prefill(model: Transformer, rows: list[Row]) -> tuple[KVCache, Tensor]:
         logits.append(read_tokens(model, row.ids, cache_slots(cache, slot, slot + 1)))  # (1, V)
     cache.length = max(len(row.ids) for row in rows)
     return cache, torch.cat(logits)
+
+
+def new_cache(model: Transformer, rows: int, max_len: int) -> KVCache:
+    """An empty cache of `max_len` positions a row, or as many more as the device's kernels like."""
+    embeddings = model.tok_embeddings.weight
+    if embeddings.is_cuda:
+        max_len = -(-max_len // MASK_SLOTS) * MASK_SLOTS
+    return KVCache(model.config, rows, max_len, dtype=embeddings.dtype, device=embeddings.device)
 
 
 def read_tokens(model: Transformer, ids: list[int], cache: KVCache) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nanollama.generation.decode import Event, Row, Sampling, prefill, read_tokens, scores_of, seen_tokens
+from nanollama.generation.logprobs import Top, log_probabilities, most_probable
 from nanollama.generation.sample import Filter, draw, make_filter
 from nanollama.model import KVCache, Transformer
 from nanollama.tokenizer.base import common_length
@@ -113,8 +114,8 @@ def _answer(model: Transformer, row: Row, sampling: Sampling, drafter: Drafter, 
     judge = Judge(row, sampling, seen)
     ids, draft = list(row.ids), Draft([])
     while True:
-        for token, logprob in judge.decide(logits, draft):
-            event = row.add(token, logprob)
+        for token, logprob, top in judge.decide(logits, draft):
+            event = row.add(token, logprob, top)
             ids.append(token)
             yield event
             if event.finish is not None:
@@ -138,15 +139,16 @@ class Judge:
                 sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p
             )
 
-    def decide(self, logits: Tensor, draft: Draft) -> Iterator[tuple[int, float]]:
-        """(token, logprob) for each guess that stays, and for one token more; logits (1 + guesses, V)."""
+    def decide(self, logits: Tensor, draft: Draft) -> Iterator[tuple[int, float, Top]]:
+        """(token, logprob, top) for each guess that stays, and for one token more; logits (1 + guesses, V)."""
         for i in range(len(draft.tokens) + 1):
             scores = scores_of(logits[i : i + 1], self.seen, self.sampling, self.row.n_tokens)  # (1, V)
             guess = draft.tokens[i] if i < len(draft.tokens) else None
             token = self._choose(scores, guess, None if draft.probs is None or guess is None else draft.probs[i])
             if self.seen is not None:
                 self.seen[0, token] = True
-            yield token, float(logits[i].log_softmax(-1)[token])
+            table = log_probabilities(logits[i : i + 1], exact=self.sampling.top_logprobs > 0)  # (1, V)
+            yield token, float(table[0, token]), most_probable(table, self.sampling.top_logprobs)[0]
             if token != guess:
                 return
 

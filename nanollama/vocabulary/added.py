@@ -2,7 +2,7 @@
 
     tokenizer_config.json    added_tokens_decoder: {"32000": {"content": "<|im_end|>", "special": true}}
     added_tokens.json        {"<|im_end|>": 32000}
-    both NAMED files         bos_token, eos_token, additional_special_tokens: ordinary tokens that they make special
+    both NAMED files         bos_token, eos_token and lists (LISTED): ordinary tokens that they make special
 
 They are written into the tokenizer's own content, so that encoding and every export know them. What contradicts that
 content is left: the tokenizer has the last word.
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+LISTED = ("additional_special_tokens", "extra_special_tokens")  # of transformers 4 and 5; 5's may have names, too
 MARKED = ("bos_token", "eos_token")  # roles whose token is special, whatever it was
 
 
@@ -49,8 +50,12 @@ def declared(named: list[dict[str, Any]], added: dict[str, Any]) -> Declared:
         for key, entry in listed.items() if isinstance(listed, dict) else ():
             if isinstance(entry, dict) and isinstance(entry.get("content"), str) and key.isdecimal() and len(key) < 10:
                 by_id[int(key)] = {k: bool(entry.get(k)) for k in (*FLAGS, "special")} | {"content": entry["content"]}
-        more = content.get("additional_special_tokens")
-        names += [_name(value) for value in (*map(content.get, MARKED), *(more if isinstance(more, list) else ()))]
+        names += [_name(content.get(key)) for key in MARKED]
+        for more in (content.get(key) for key in LISTED):
+            names += [
+                _name(value)
+                for value in (more.values() if isinstance(more, dict) else more if isinstance(more, list) else ())
+            ]
     return Declared({i: entry for i, entry in by_id.items() if entry["content"]}, tuple(filter(None, names)))
 
 

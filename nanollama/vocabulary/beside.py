@@ -4,11 +4,13 @@
     tokenizer_config.json, added_tokens.json          tokens that the tokenizer does not list itself (`added`)
     config.json, generation_config.json               bos_token_id, eos_token_id (one or a list), pad_token_id
     chat_template.jinja, chat_template.json           the template
+    additional_chat_templates/NAME.jinja              others, such as tool_use
 
 A file that is missing or broken says nothing here: who opens the model says what is wrong with it.
 """
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ NAMED = ("tokenizer_config.json", "special_tokens_map.json")
 BY_ID = ("generation_config.json", "config.json")
 ADDED = "added_tokens.json"
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
+TEMPLATE_FOLDER, MOST_TEMPLATES = "additional_chat_templates", 32
 ROLES = ("bos", "eos", "pad")
 # What Llama's own names are, for files that stand alone; turns end by these whatever else is declared.
 USUAL = {
@@ -36,7 +39,9 @@ USUAL = {
 def files_beside(folders: list[Path]) -> dict[str, bytes]:
     """Those that say something, by name; of the first folder that has one."""
     names = (*NAMED, *BY_ID, *TEMPLATES, ADDED)
-    return {name: data for folder in reversed(folders) for name in names if (data := _read(folder / name))}
+    found = {name: data for folder in reversed(folders) for name in names if (data := _read(folder / name))}
+    paths = [path for folder in folders for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))]
+    return found | {f"{TEMPLATE_FOLDER}/{path.name}": _read(path) for path in paths[:MOST_TEMPLATES]}
 
 
 def declared_tokens(files: dict[str, bytes]) -> Declared:
@@ -59,6 +64,7 @@ def with_declared(vocabulary: Vocabulary, files: dict[str, bytes]) -> Vocabulary
     is_json = vocabulary.format == "json"
     says = vocabulary.add_bos if is_json or not declared else declared[0]
     alone = is_json and not any(named) and vocabulary.bos_id is None
+    templates = _templates(files)
     return replace(
         vocabulary,
         bos_id=chosen["bos"],
@@ -66,8 +72,10 @@ def with_declared(vocabulary: Vocabulary, files: dict[str, bytes]) -> Vocabulary
         pad_id=None if chosen["pad"] in (chosen["eos"], *ends) else chosen["pad"],  # a pad must not teach to go on
         ends=ends,
         add_bos=(says or alone) and chosen["bos"] is not None,
-        chat_template=vocabulary.chat_template or _template(files),
-        beside={name: data for name, data in files.items() if name != "config.json"},
+        chat_template=vocabulary.chat_template or templates.pop("default", None),
+        named_templates=vocabulary.named_templates or templates,
+        named_tokens=vocabulary.named_tokens or _named_tokens(named[0]),
+        beside={name: data for name, data in files.items() if name != "config.json" and "/" not in name},
     )
 
 
@@ -87,15 +95,30 @@ def _name(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _template(files: dict[str, bytes]) -> str | None:
-    alone = files.get("chat_template.jinja")
-    texts: list[Any] = [alone.decode("utf-8", "replace")] if alone else []
-    for text in (*texts, *(json_object(files.get(name)).get("chat_template") for name in TEMPLATES[1:] + NAMED[:1])):
-        if isinstance(text, list):  # several, by name
-            text = next((t.get("template") for t in text if isinstance(t, dict) and t.get("name") == "default"), None)
-        if isinstance(text, str) and text:
-            return text
-    return None
+def _templates(files: dict[str, bytes]) -> dict[str, str]:
+    """Name -> template; "default" is the one for any chat. Files of their own go before the tokenizer's settings."""
+    own = {"default": files.get(TEMPLATES[0], b"")} | {
+        name.partition("/")[2].removesuffix(".jinja"): data for name, data in files.items() if "/" in name
+    }
+    if any(own.values()):
+        return {name: data.decode("utf-8", "replace") for name, data in own.items() if data}
+    for content in (json_object(files.get(name)) for name in (TEMPLATES[1], NAMED[0])):
+        found = content.get("chat_template")
+        if isinstance(found, list):
+            found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = found if isinstance(found, dict) else {"default": found}
+        if texts := {name: text for name, text in found.items() if name and isinstance(text, str) and text}:
+            return texts
+    return {}
+
+
+def _named_tokens(settings: dict[str, Any]) -> dict[str, str]:
+    """What templates may call tokens besides BOS and the like, as transformers passes it to them."""
+    found = {key: settings[key] for key in settings if re.fullmatch(r"(?!bos|eos|pad|unk)\w+_token", key)}
+    for key in ("extra_special_tokens", "model_specific_special_tokens"):
+        more = settings.get(key)
+        found |= more if isinstance(more, dict) else {}
+    return {key: text for key, value in found.items() if (text := _name(value))}
 
 
 def _read(path: Path) -> bytes:

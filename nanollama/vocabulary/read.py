@@ -29,7 +29,7 @@ from nanollama.gate.charsmap import check_charsmap
 from nanollama.vocabulary import from_json
 from nanollama.vocabulary.added import Declared
 from nanollama.vocabulary.beside import declared_tokens, files_beside, with_declared
-from nanollama.vocabulary.spoken import pattern_of
+from nanollama.vocabulary.spoken import ALIASES, pattern_of
 from nanollama.vocabulary.value import (
     BYTE_PIECES,
     MAX_FILE_BYTES,
@@ -44,6 +44,7 @@ from nanollama.vocabulary.value import (
 )
 
 MAX_SCORE = 3.4e38  # float32's largest: what sentencepiece keeps
+NAMED_TEMPLATE = "tokenizer.chat_template."
 UNIGRAM, BPE = 1, 2  # sentencepiece's TrainerSpec.ModelType
 
 
@@ -274,22 +275,32 @@ def from_gguf(keys: dict[str, Any]) -> Vocabulary:
     part = {k.removeprefix("tokenizer.ggml."): v for k, v in keys.items()}
     kind = {"gpt2": "bpe", "llama": "spm"}.get(str(part.get("model")))
     if kind is None:
-        raise TokenizerError(f"its tokenizer.ggml.model is {part.get('model')!r:.40}: gpt2 and llama can be read")
-    texts, types = _gguf_list(part, "tokens", str), _gguf_list(part, "token_type", int)
+        what = f"its tokenizer.ggml.model is {part.get('model')!r:.40}: gpt2 and llama can be read"
+        raise TokenizerError(f"{what}; give the model's own tokenizer with --tokenizer")
+    texts = _gguf_list(part, "tokens", str)
+    types = _gguf_list(part, "token_type", int) if "token_type" in part else [TokenType.NORMAL] * len(texts)
+    if set(types) <= {TokenType.NORMAL}:  # of early converters
+        types = [_type_by_name(text, kind) for text in texts]
     check_count(len(texts))
     rows = len(texts)
     texts = texts[: without_padding([text.encode() for text in texts])]
     types = types[: len(texts)]
     ids = {name: part.get(f"{name}_token_id") for name in ("bos", "eos", "padding", "eot", "eom")}
+    ids = {name: None if i in (-1, 2**32 - 1) else i for name, i in ids.items()}  # how some converters say none
     for name, i in ids.items():
         if i is not None and not (type(i) is int and 0 <= i < rows):
             raise TokenizerError(f"its {name}_token_id is {i!r:.40}: expected an id below {rows}")
-    template = keys.get("tokenizer.chat_template")
+    template, pre = keys.get("tokenizer.chat_template"), str(part.get("pre"))
     shared: dict[str, Any] = {
         "bos_id": ids["bos"], "eos_id": ids["eos"], "pad_id": ids["padding"],
         "ends": tuple(ids[name] for name in ("eot", "eom") if ids[name] is not None),
         "chat_template": template if isinstance(template, str) and template else None,
-        "add_bos": part.get("add_bos_token", kind == "spm" or part.get("pre") in ("llama-bpe", "llama3", "llama-v3")),
+        "named_templates": {
+            name.removeprefix(NAMED_TEMPLATE): text
+            for name, text in keys.items()
+            if name.startswith(NAMED_TEMPLATE) and isinstance(text, str)
+        },
+        "add_bos": part.get("add_bos_token", kind == "spm" or ALIASES.get(pre, pre) == "llama-bpe"),
         "format": "gguf",
     }  # fmt: skip
     n_added = {i for i, t in enumerate(types) if t != TokenType.NORMAL}
@@ -300,7 +311,7 @@ def from_gguf(keys: dict[str, Any]) -> Vocabulary:
             raise TokenizerError("its tokenizer.huggingface.json has other tokens than its tokenizer.ggml.tokens")
         return replace(whole, **shared)
     if kind == "bpe":
-        return Vocabulary("bpe", tokens, types, merges=_gguf_merges(part), pre=str(part.get("pre")), **shared)
+        return Vocabulary("bpe", tokens, types, merges=_gguf_merges(part), pre=pre, **shared)
     found = Vocabulary(
         "spm", tokens, types, [float(score) for score in _gguf_list(part, "scores", (int, float))[: len(texts)]],
         add_dummy_prefix=bool(part.get("add_space_prefix", True)),
@@ -308,6 +319,15 @@ def from_gguf(keys: dict[str, Any]) -> Vocabulary:
     )  # fmt: skip
     check_pieces(found, needs_bytes=found.has_bytes)
     return found
+
+
+def _type_by_name(text: str, kind: str) -> int:
+    if kind == "spm" and text.encode() in BYTE_PIECES:
+        return TokenType.BYTE
+    if kind == "spm" and text == "<unk>":
+        return TokenType.UNKNOWN
+    is_control = re.fullmatch(r"</?s>" if kind == "spm" else r"<\|\w+\|>", text)
+    return TokenType.CONTROL if is_control else TokenType.NORMAL
 
 
 def without_padding(tokens: list[bytes]) -> int:
@@ -332,7 +352,8 @@ def _gguf_merges(part: dict[str, Any]) -> list[tuple[str, str]] | None:
 def _gguf_list(part: dict[str, Any], name: str, kind: Any) -> list[Any]:
     found = part.get(name)
     if not isinstance(found, list) or not all(isinstance(item, kind) for item in found):
-        raise TokenizerError(f"its tokenizer.ggml.{name} is missing or holds something else")
+        what = f"its tokenizer.ggml.{name} is missing or holds something else"
+        raise TokenizerError(f"{what}; give the model's own tokenizer with --tokenizer")
     if name in ("token_type", "scores") and len(found) != len(part["tokens"]):
         raise TokenizerError(f"its {len(found)} tokenizer.ggml.{name} do not fit its {len(part['tokens'])} tokens")
     return found

@@ -26,9 +26,11 @@ KNOWN = {
     "smollm": Pre((DIGIT, GPT2)),
     "qwen2": Pre((QWEN2,)),
     "tekken": Pre((TEKKEN,), whole=True),
+    "smaug-bpe": Pre((LLAMA3,)),
 }
-ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "pixtral": "llama-bpe"}
-ALIASES |= dict.fromkeys(("phi-2", "jais", "mpt", "olmo", "gigachat", "jina-es", "jina-de"), "gpt-2")
+ALIASES = dict.fromkeys(("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), "llama-bpe")
+ALIASES |= dict.fromkeys(("phi-2", "jais", "mpt", "olmo", "trillion", "gigachat", "jina-es", "jina-de"), "gpt-2")
+ALIASES |= {"dbrx": "smaug-bpe"}
 ALIASES |= dict.fromkeys(("starcoder", "refact", "command-r", "codeshell", "exaone"), "smollm")
 ALIASES |= dict.fromkeys(("stablelm2", "deepseek-r1-qwen", "megrez"), "qwen2")
 

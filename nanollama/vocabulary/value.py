@@ -55,6 +55,8 @@ class Vocabulary:
     add_dummy_prefix: bool = True  # "spm": a space before the text
     remove_extra_whitespaces: bool = False
     chat_template: str | None = None
+    named_templates: dict[str, str] = field(default_factory=dict)  # besides it, such as "tool_use"
+    named_tokens: dict[str, str] = field(default_factory=dict)  # what templates call other tokens: "image_token"
     format: str = ""  # of the file: "ranks", "sentencepiece", "llama2c", "json" or "gguf"
     data: bytes = field(default=b"", repr=False)  # the file as it stands, but for GGUF
     content: dict[str, Any] | None = field(default=None, repr=False)  # of a tokenizer.json, also one within a GGUF

@@ -67,9 +67,11 @@ def _is_llama3(vocabulary: Vocabulary) -> bool:
 def _said_beside(vocabulary: Vocabulary, data: bytes) -> dict[str, bytes]:
     """tokenizer_config.json and generation_config.json where the file alone would say something else."""
     alone = with_declared(parse(data), {})
-    template = None if vocabulary.chat_template == LLAMA3_TEMPLATE else vocabulary.chat_template
+    usual = vocabulary.chat_template == LLAMA3_TEMPLATE and not vocabulary.named_templates
+    template = None if usual else vocabulary.chat_template
     same = all(getattr(alone, name) == getattr(vocabulary, name) for name in ("bos_id", "eos_id", "pad_id", "add_bos"))
-    if same and set(alone.stop_ids) == set(vocabulary.stop_ids) and template is None:
+    same = same and set(alone.stop_ids) == set(vocabulary.stop_ids)
+    if same and template is None and not vocabulary.named_templates:
         return {}
     config = tokenizer_config(replace(vocabulary, chat_template=template))
     return {"tokenizer_config.json": _json(config), "generation_config.json": generation_config(vocabulary)}
@@ -152,6 +154,10 @@ def hf_files(vocabulary: Vocabulary) -> dict[str, bytes]:
     if vocabulary.format == "json":
         files = {"tokenizer.json": vocabulary.data} | vocabulary.beside
         files.setdefault("tokenizer_config.json", _json(tokenizer_config(vocabulary)))
+        if vocabulary.named_templates:  # whose own files would be a folder
+            files = {name: data for name, data in files.items() if not name.startswith("chat_template")}
+            settings = json_object(files["tokenizer_config.json"])
+            files["tokenizer_config.json"] = _json({**settings, "chat_template": _all_templates(vocabulary)})
         return files | {"generation_config.json": generation_config(vocabulary)}
     if vocabulary.rewrites:
         raise TokenizerError(
@@ -181,7 +187,17 @@ def tokenizer_config(vocabulary: Vocabulary) -> dict[str, Any]:
         config["add_bos_token"] = False
     config["clean_up_tokenization_spaces"] = False  # decoding must give the text back
     config["model_input_names"] = ["input_ids", "attention_mask"]
-    return config | ({"chat_template": vocabulary.chat_template} if vocabulary.chat_template else {})
+    config |= {"extra_special_tokens": vocabulary.named_tokens} if vocabulary.named_tokens else {}
+    templates = _all_templates(vocabulary)
+    return config | ({"chat_template": templates} if templates else {})
+
+
+def _all_templates(vocabulary: Vocabulary) -> str | list[dict[str, str]] | None:
+    """As tokenizer_config.json has them: one as it is, several by name."""
+    if not vocabulary.named_templates:
+        return vocabulary.chat_template
+    default = {"default": vocabulary.chat_template} if vocabulary.chat_template else {}
+    return [{"name": name, "template": text} for name, text in (default | vocabulary.named_templates).items()]
 
 
 def generation_config(vocabulary: Vocabulary) -> bytes:
@@ -198,9 +214,14 @@ def token_ids(vocabulary: Vocabulary) -> dict[str, Any]:
 
 def chat_template(vocabulary: Vocabulary) -> str | None:
     """The one that came with the vocabulary; for Llama 3's tokens else the published one of Llama 3."""
-    if vocabulary.chat_template is None and b"<|start_header_id|>" in vocabulary.tokens:
-        return LLAMA3_TEMPLATE
-    return vocabulary.chat_template
+    own = vocabulary.chat_template or vocabulary.named_templates
+    return LLAMA3_TEMPLATE if not own and b"<|start_header_id|>" in vocabulary.tokens else vocabulary.chat_template
+
+
+def _with_names(template: str, names: dict[str, str]) -> str:
+    """The template with the tokens that it calls by name, for a format that has no place for them."""
+    used = {name: text for name, text in names.items() if name.isidentifier() and name in template}
+    return "".join(f"{{%- set {name} = {json.dumps(text)} -%}}" for name, text in used.items()) + template
 
 
 def _json(value: dict[str, Any]) -> bytes:
@@ -239,8 +260,11 @@ def gguf_keys(vocabulary: Vocabulary, rows: int) -> dict[str, Any]:
     keys |= {f"{name}_token_id": i for name, i in ids.items() if i is not None and i < rows}
     keys |= {"add_bos_token": whole.add_bos, "add_eos_token": False}
     found = {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
-    if template := chat_template(vocabulary):
-        found["tokenizer.chat_template"] = template
+    named = {f"tokenizer.chat_template.{name}": text for name, text in vocabulary.named_templates.items()}
+    for key, template in ({"tokenizer.chat_template": chat_template(vocabulary)} | named).items():
+        if template:
+            found[key] = _with_names(template, vocabulary.named_tokens)
+    found |= {"tokenizer.chat_templates": list(vocabulary.named_templates)} if named else {}
     if not is_exact(vocabulary):
         found["tokenizer.huggingface.json"] = json.dumps(vocabulary.content, ensure_ascii=False)
     return found

@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,8 +25,20 @@ def named(value: Any) -> str:
     return "None" if value is None else type(value).__name__
 
 
+def of_array(value: Any) -> Any:
+    """Floats in an array of numpy's, or of what numpy takes for one (JAX, TensorFlow), as a Tensor; else as it is."""
+    if isinstance(value, Tensor) or not hasattr(value, "__array__"):
+        return value
+    array = np.asarray(value)
+    if array.dtype.name == "bfloat16":  # JAX's own type, every number of which float32 holds
+        array = array.astype(np.float32)
+    known = array.dtype.kind == "f" and array.dtype.itemsize <= 8
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="))) if known else value
+
+
 def floats(value: Any, asked: str, expected: str) -> Tensor:
     """A Tensor of floating-point numbers, detached."""
+    value = of_array(value)
     if not isinstance(value, Tensor):
         raise Wrong(f"{asked} returned {named(value)}: expected {expected}")
     if not value.is_floating_point() or value.is_meta:

@@ -21,6 +21,7 @@ from parity.candidates.crash import Crashed, Wrong
 from parity.candidates.interface import ATTRIBUTES, METHODS, accepted
 from parity.candidates.limits import OUTSIDE, PROGRAM, Limits
 from parity.candidates.nano.opening import open_checkpoint
+from parity.candidates.program import own_environment
 from parity.contract import UsageError
 
 PREFIX = "env:"
@@ -63,7 +64,7 @@ def environment() -> dict[str, str]:
     paths = [
         p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and Path(p).resolve() != Path(serve.ROOT)
     ]
-    rest = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    rest = {key: value for key, value in own_environment().items() if key != "PYTHONPATH"}
     return rest | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})
 
 

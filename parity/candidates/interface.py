@@ -59,8 +59,8 @@ class Attribute:
 
 NO_CACHE = "the candidate has no prefill() and decode()"
 METHODS: tuple[Method, ...] = (
-    Method("__call__", ("tokens",), "logits `(B, T, V)`, any float dtype, or an object with a field `logits`", "logits",
-           "G3", lacking="the candidate cannot be called: it has no logits"),
+    Method("__call__", ("tokens",), "logits `(B, T, V)`, a Tensor or array of any float dtype, or an object with a"
+           " field `logits`", "logits", "G3", lacking="the candidate cannot be called: it has no logits"),
     Method("next_tokens", ("ids", "n"), "the `n` greedy tokens after the list `ids`, in place of logits", "argmax",
            "G6"),
     Method("log_probs", ("ids", "positions"), "`{position: {id: log-probability of it as the next token}}`, of any ids,"

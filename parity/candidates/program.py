@@ -40,6 +40,11 @@ class Exceeded(Exception):
     """It did not keep to its limits; one line. The program has been ended."""
 
 
+def own_environment() -> dict[str, str]:
+    """Without what keeps our own processes from importing out of the folder that they are started in."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
+
+
 class Program:
     """A running program; `end` ends it and what it started."""
 
@@ -53,7 +58,7 @@ class Program:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT if own else subprocess.PIPE,
             bufsize=0,
-            env=environment,
+            env=environment or own_environment(),
             pass_fds=(outof,) if own else (),
             start_new_session=True,
         )

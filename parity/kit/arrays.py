@@ -19,10 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanollama.gate import CheckpointError, require_file, require_inside, shown
+from nanollama.gate.documents import read_text
 from parity.contract import UsageError
+from parity.kit.claims import FILES, read_table
 from parity.synth.checkpoint import sha256
 
 SCHEMA = "nanollama.kit/1"
+# How an error becomes a number; kit/check.py computes them.
+METRICS = ("rms", "max", "relative", "tokens", "kl_mean", "kl_p99", "kl_max")
 KINDS = {"f32": torch.float32, "f64": torch.float64, "i32": torch.int32}
 
 
@@ -116,12 +121,10 @@ def _settings(meta: dict[str, Any]) -> Iterator[str]:
 class Kit:
     """A kit that was written before. Raises UsageError when there is none, or its files are not what they were."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, flag: str = "--check") -> None:
         self.folder = folder
-        _verify(folder)
-        self.table: dict[str, Any] = json.loads((folder / "kit.json").read_text(encoding="utf-8"))
-        if self.table.get("schema") != SCHEMA:
-            raise UsageError(f"{folder / 'kit.json'} has schema {self.table.get('schema')!r}, expected {SCHEMA!r}")
+        _verify(folder, flag)
+        self.table = read_table(folder, SCHEMA, METRICS)
         rows = [{k: v for k, v in row.items() if k not in ("kind", "bound")} for row in self.table["arrays"]]
         self.arrays = {row["name"]: replace(Array(**row), shape=tuple(row["shape"])) for row in rows}
         self.gates = [Gate(**{k: v for k, v in row.items() if k != "bound"}) for row in self.table["gates"]]
@@ -145,15 +148,25 @@ def read(path: Path, kind: str, shape: tuple[int, ...], offset: int = 0) -> Tens
     return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
 
-def _verify(folder: Path) -> None:
+def _verify(folder: Path, flag: str) -> None:
     """Every file against SHA256SUMS: a kit is copied about, and a changed byte would be a wrong verdict."""
     manifest = folder / "SHA256SUMS"
     if not manifest.is_file() or not (folder / "kit.json").is_file():
-        raise UsageError(f"--check {folder}: is no kit; make one with python -m parity.kit --out {folder}")
-    listed = [line.split("  ", 1) for line in manifest.read_text(encoding="utf-8").splitlines()]
-    if "kit.json" not in (name for _, name in listed):
-        raise UsageError(f"{manifest}: does not list kit.json; copy the kit again")
-    for digest, name in listed:
-        path = folder / name
-        if not path.is_file() or sha256(path) != digest:
-            raise UsageError(f"{path}: is missing or changed (see SHA256SUMS); copy the kit again")
+        raise UsageError(f"{flag} {folder}: is no kit; make one with python -m parity.kit --out {folder}")
+    try:
+        listed = [line.partition("  ")[::2] for line in read_text(manifest).splitlines()]
+        names = [name for _, name in listed]
+        if missing := sorted({"kit.json", *(n for n in FILES if (folder / n).exists())} - {*names}):
+            raise UsageError(f"{manifest}: does not list {missing[0]}; copy the kit again")
+        for digest, name in listed:
+            path = folder / name
+            if Path(name).name != name or name in ("", ".."):
+                raise UsageError(f"{manifest}: lists {shown(name)}, which is no file beside it; copy the kit again")
+            require_file(path)
+            require_inside(path)
+            if not path.is_file() or sha256(path) != digest:
+                raise UsageError(f"{path}: is missing or changed (see SHA256SUMS); copy the kit again")
+    except CheckpointError as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        raise UsageError(f"{flag} {folder}: cannot be read ({error.strerror}); copy the kit again") from None

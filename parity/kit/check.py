@@ -15,7 +15,9 @@ from parity.contract import Result, Status, UsageError, judge
 from parity.explain.causes import View, probable_cause
 from parity.explain.localise import ABOUT
 from parity.kit.arrays import Gate, Kit, read
+from parity.kit.causes import cause
 from parity.kit.gates import KL
+from parity.kit.misread import layout
 from parity.machine import Clock, own_anonymous_bytes
 from parity.measure.metrics import TapError, logit_rows, oracle_rows, ratio
 from parity.measure.tolerances import KL_POSITIONS
@@ -23,6 +25,7 @@ from parity.report.model import CheckpointEntry, Divergence, NoiseFloor, Report,
 from reference.protocol import tap_names
 
 THE_KIT = "the kit"
+OTHER_ENDINGS = (".npy", ".txt", ".csv", ".bin", ".f64", ".f16", ".bf16", ".json")  # of arrays that would not be read
 GATES = {"taps": "G3", "logits": "G3", "rope": "G1", "training": "G8"}  # of results that are about a whole array
 
 
@@ -61,7 +64,11 @@ class Port:
         if self.dtype not in self.kit.table["dtypes"]:
             known = ", ".join(self.kit.table["dtypes"])
             raise UsageError(f"--dtype {self.dtype}: the kit has bounds for {known}; make one with --dtype")
-        for path in sorted(self.folder.glob("*.f32")):
+        for path in sorted(self.folder.iterdir()):
+            if path.suffix in OTHER_ENDINGS and path.stem in self.gates:
+                raise UsageError(f"{path}: write it as raw little-endian float32, {path.stem}.f32")
+            if path.suffix != ".f32":
+                continue
             name = path.name.removesuffix(".f32")
             if name not in self.gates:
                 near = difflib.get_close_matches(name, self.gates, n=1)
@@ -84,7 +91,15 @@ class Port:
         """Why a file that is there cannot be compared."""
         shape = self.kit.arrays[name].shape
         size, wanted = self.path(name).stat().st_size, 4 * prod(shape)
-        return None if size == wanted else f"{size} bytes for {wanted}: float32, shape {shape}"
+        if size == wanted:
+            return None
+        why = self.layout(name)
+        return f"{size} bytes for {wanted}: float32, shape {shape}" + (f"; {why}" if why else "")
+
+    def layout(self, name: str) -> str | None:
+        """How the file holds the expected numbers otherwise than it should, if it does."""
+        exact, lengths = self.kit.get(name), self.kit.table["sequences"]
+        return layout(self.path(name), exact, lengths if len(exact) == sum(lengths) else [])
 
     def get(self, name: str) -> Tensor:
         return read(self.path(name), "f32", self.kit.arrays[name].shape)
@@ -247,9 +262,20 @@ def describe(port: Port, tap: str, gate: Gate, mine: Tensor, exact: Tensor) -> D
     beyond = (~((error.error[0] / error.width).sqrt() <= gate.bound)).nonzero()
     row = int(beyond[0]) if len(beyond) else error.place.index[0]
     sequence, position = locate(port.kit, gate.first + row)
-    why = probable_cause(view(port, sequence), tap) or ABOUT[tap.split(".")[-1]]
+    odd, about = odd_numbers(mine), ABOUT[tap.split(".")[-1]]
+    why = port.layout(gate.array) or (f"{odd}; {about}" if odd else probable_cause(view(port, sequence), tap))
+    why = why or cause(port, tap, sequence) or about
     rho, place = ratio(error.rms(), gate.noise), error.place
     return Divergence(tap, THE_KIT, port.dtype, why, None, sequence, position, rho, place.value, place.expected)
+
+
+def odd_numbers(mine: Tensor) -> str | None:
+    """Where an array holds what is no number."""
+    odd = (~mine.isfinite()).flatten(1).any(1).nonzero().flatten()
+    if not len(odd):
+        return None
+    count = int((~mine.isfinite()).sum())
+    return f"{count} of {mine.numel()} are no numbers (NaN or infinite), in {len(odd)} rows, first in row {int(odd[0])}"
 
 
 def view(port: Port, sequence: int) -> View:

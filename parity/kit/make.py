@@ -5,6 +5,8 @@ Meta's code and transformers against a float64 oracle. See docs/kit.md, and test
 
     python -m parity.kit --out kit                  # prints: kit          kit: 10.6 MB ...
     python -m parity.kit --out kit --ckpt DIR --prompts prompts.jsonl
+    python -m parity.kit --set kits                 # six of them: Llama 2, 3, 3.1, 3.2, 70B's heads, packed documents
+    python -m parity.kit --unpack kit --out FOLDER  # its weights for transformers, Meta's code and llama2.c
     python -m parity.kit --check kit --port OUT     # OUT/logits.f32, OUT/layers.0.q.f32, ...; ends: verdict      PASS
     python -m parity.kit --check kit --candidate my_port.py:load        # the same, of a candidate of parity.check
 
@@ -13,32 +15,22 @@ Exit codes of --check: 0 pass, 1 a parity failure, 2 unusable input, 3 nothing f
 
 import json
 import os
-import sys
-from dataclasses import dataclass, replace
-from importlib.resources import files
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanollama.cli import execute, from_config
 from nanollama.printable import complain, printable
 from parity.contract import UsageError
+from parity.kit.gather import CHECKS, DEFAULT_DTYPES, fill, gather
 from parity.run.process import Crash
-from parity.run.request import Request, choose_within, require_installed, split_dtypes
-from parity.synth.shapes import Shape
+from parity.run.request import Request, require_installed, split_dtypes
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from parity.candidates.nano.checkpoint import Description
     from parity.kit.arrays import Kit
-    from parity.measure.evidence import Evidence
     from parity.report.model import Report
-
-DEFAULT_DTYPES = "fp32,bf16"
-CHECKS = ("weights", "rope", "taps", "logits", "kl", "argmax", "training")  # that a kit has arrays for
-SEEDED = "seeded, Llama 3.1-shaped"
-# Llama 3.1's features, small: heads in groups, scaled RoPE, an untied head, an eps that is no code's default.
-SHAPE = Shape(64, 2, 4, 2, 192, vocab_size=512, norm_eps=2e-5, rope_factor=8.0, multiple_of=32, context=131_072)
 
 
 @dataclass(frozen=True)
@@ -46,6 +38,8 @@ class Flags:
     """The command line of a kit, written or judged by."""
 
     out: Path | None = None  # folder to write the kit to
+    set: Path | None = None  # in place of --out: folder to write six kits to, one of each Llama
+    unpack: Path | None = None  # a kit to write as checkpoints and states that programs open, into --out
     ckpt: str | None = None  # Meta or HF folder, .gguf, .bin, hub id (default: a small seeded one)
     tokenizer: str | None = None  # a tokenizer file, where the checkpoint has none
     prompts: Path | None = None  # one prompt a line (\n escapes), or .jsonl of token lists; default: built-in ones
@@ -61,10 +55,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(flags: Flags) -> int:
-    if flags.out is not None and flags.check is None:
-        return write_kit(flags, flags.out)
-    if flags.check is None or flags.out is not None:
-        raise UsageError("give either --out DIR, to write a kit, or --check DIR --port DIR, to judge a port by one")
+    if flags.unpack is not None:
+        return unpack_kit(flags, flags.unpack)
+    if (flags.out, flags.set, flags.check).count(None) != 2:
+        raise UsageError(
+            "give either --out DIR, to write a kit, or --set DIR, for six, or --check DIR --port DIR, to judge a port"
+        )
+    if flags.check is None:
+        try:
+            return write_kit(flags, flags.out) if flags.out is not None else write_set(flags)
+        except Crash as crash:  # of a reference
+            complain(crash, " (NANOLLAMA_DEBUG=1 shows all of it)")
+            return 3
     if (flags.port is None) == (flags.candidate is None):
         raise UsageError("--check: give either --port DIR, files that a port wrote, or --candidate file.py:load")
     return check_port(flags, flags.check)
@@ -83,19 +85,51 @@ def write_kit(flags: Flags, out: Path) -> int:
     refuse(flags, ("port", "candidate", "json"), "--out")
     request = request_of(flags)
     from parity.machine import workspace
+
+    with writing("--out", out) as work, workspace() as folder:
+        table = fill(gather(request, folder), work)
+    print("\n".join(map(printable, describe_kit(table, out))))
+    return 0
+
+
+def write_set(flags: Flags) -> int:
+    """Six kits and their manifest, all at once: a broken run leaves nothing."""
+    out = flags.set
+    assert out is not None
+    refuse(flags, ("port", "candidate", "json", "ckpt", "tokenizer", "prompts", "dtype"), "--set")
+    from parity.kit.family import write_kits
+
+    with writing("--set", out) as work:
+        for line in write_kits(work):
+            print(printable(line), flush=True)
+    print(f"manifest     {printable(str(out / 'manifest.json'))}")
+    return 0
+
+
+def unpack_kit(flags: Flags, folder: Path) -> int:
+    refuse(flags, ("set", "ckpt", "tokenizer", "prompts", "dtype", "check", "port", "candidate", "json"), "--unpack")
+    if flags.out is None:
+        raise UsageError(f"--unpack {folder}: give --out DIR, the folder to write to")
+    from parity.kit.arrays import Kit
+    from parity.kit.unpack import unpack
+
+    kit = Kit(folder, "--unpack")
+    with writing("--out", flags.out) as work:
+        for line in unpack(kit, work):
+            print(printable(line))
+    return 0
+
+
+@contextmanager
+def writing(flag: str, out: Path) -> Iterator[Path]:
+    """A new folder that becomes `out` at the end. Raises UsageError where it cannot be written."""
     from parity.synth.checkpoint import new_folder
 
     try:
-        with new_folder(out) as work, workspace() as folder:
-            source = gather(request, folder)
-            table = fill(source, work)
+        with new_folder(out, flag) as work:
+            yield work
     except OSError as error:
-        raise UsageError(f"--out {out}: cannot be written ({error})") from None
-    except Crash as crash:  # of a reference
-        complain(crash, " (NANOLLAMA_DEBUG=1 shows all of it)")
-        return 3
-    print("\n".join(map(printable, describe_kit(table, out))))
-    return 0
+        raise UsageError(f"{flag} {out}: cannot be written ({error})") from None
 
 
 def request_of(flags: Flags) -> Request:
@@ -115,62 +149,6 @@ def request_of(flags: Flags) -> Request:
             raise UsageError(f"--{flag} {path}: no such file")
     require_installed(request.references)
     return request
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a kit is made from."""
-
-    name: str  # of the checkpoint
-    checkpoint: "Description"
-    evidence: "Evidence"  # with the oracle in the candidate's place
-    notices: list[str]
-
-
-def gather(request: Request, folder: Path) -> Source:
-    """Run the references and the oracle; their traces are left in `folder`."""
-    import torch
-
-    from parity.candidates.nano.checkpoint import describe
-    from parity.machine import SMALL_BYTES
-    from parity.run.request import plan
-    from parity.run.runner import Runner
-    from parity.synth.checkpoint import synthesise
-
-    ckpt = request.ckpt
-    if ckpt is None:
-        synthesise(SHAPE, folder / "checkpoint")
-    checkpoint = describe(ckpt or str(folder / "checkpoint"), request.tokenizer)
-    if checkpoint.stored_bytes > SMALL_BYTES:
-        raise UsageError(f"--ckpt {ckpt}: a kit of it would be too large to pass on; use python -m parity.check")
-    prompts, _ = choose_within(request.prompts, checkpoint, checkpoint.context, request.max_new_tokens)
-    made = plan(request, checkpoint, folder, prompts=replace(prompts, notices=[]))  # a kit's reader sees the ids
-    torch.set_num_threads(made.case.threads)  # sums, and so the bounds' last digits, are split alike in every run
-    runner = Runner(made, folder, sys.stderr.isatty())
-    ev = runner.run_references()
-    name = Path(ckpt).name if ckpt and Path(ckpt).exists() else ckpt  # a kit is passed on
-    return Source(name or SEEDED, checkpoint, ev.of_candidates({None: ev.oracle}), runner.log.notices)
-
-
-def fill(source: Source, out: Path) -> dict[str, Any]:
-    """Write a kit into an empty folder; returns kit.json's table without arrays and gates."""
-    from parity.candidates.nano.checkpoint import float32_weights
-    from parity.kit.arrays import KitWriter
-    from parity.kit.gates import table_of, write_forward, write_training
-    from parity.synth.checkpoint import write_manifest
-
-    ev, writer, weights = source.evidence, KitWriter(out), dict[str, "Tensor"]()
-    for name, weight in float32_weights(source.checkpoint, ev.references["meta"].meta["weights"]):
-        writer.add(name, "weights.f32", weight, "a weight, in Meta's layout")
-        weights |= {name: weight} if ev.case.training else {}
-    write_forward(ev, writer)
-    write_training(ev, writer, weights)
-    table = table_of(ev, source.notices)
-    table["checkpoint"] |= {"path": source.name, "format": source.checkpoint.format}
-    writer.finish(table)
-    (out / "README.md").write_text(files("parity.kit").joinpath("readme.txt").read_text("utf-8"), encoding="utf-8")
-    write_manifest(out)
-    return table
 
 
 def describe_kit(table: dict[str, Any], out: Path) -> list[str]:
@@ -198,6 +176,16 @@ def describe_kit(table: dict[str, Any], out: Path) -> list[str]:
 
 
 def check_port(flags: Flags, folder: Path) -> int:
+    from parity.checks.verdict import EXIT_CODES
+    from parity.report import terminal
+
+    found = judge(flags, folder)
+    print(terminal.render(found))
+    return EXIT_CODES[found.verdict]
+
+
+def judge(flags: Flags, folder: Path) -> "Report":
+    """The report of --check, of files that a port wrote or of a candidate; --json is written. Raises UsageError."""
     refuse(flags, ("ckpt", "tokenizer", "prompts"), "--check")
     dtypes = split_dtypes(flags.dtype or "fp32")
     if len(dtypes) > 1:
@@ -206,10 +194,8 @@ def check_port(flags: Flags, folder: Path) -> int:
         raise UsageError(f"--port {flags.port}: give the folder that holds the port's NAME.f32 files")
     if flags.json is not None and not os.access(flags.json.resolve().parent, os.W_OK):
         raise UsageError(f"--json {flags.json}: its folder does not exist or cannot be written")
-    from parity.checks.verdict import EXIT_CODES
     from parity.kit.arrays import Kit
     from parity.kit.check import report
-    from parity.report import terminal
 
     kit = Kit(folder)
     if flags.port is not None:
@@ -217,10 +203,9 @@ def check_port(flags: Flags, folder: Path) -> int:
     else:
         assert flags.candidate is not None
         found = check_candidate(kit, flags.candidate, dtypes[0])
-    print(terminal.render(found))
     if flags.json is not None:
         flags.json.write_text(json.dumps(found.as_json(), indent=1) + "\n")
-    return EXIT_CODES[found.verdict]
+    return found
 
 
 def check_candidate(kit: "Kit", name: str, dtype: str) -> "Report":

@@ -9,7 +9,6 @@ vLLM      prompt_logprobs: [null, {"2": {"logprob": -0.1, ...}, ...}, ...]: the 
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanollama.gate import CheckpointError, require_file, shown
 from parity.contract import UsageError
 
 IDS = ("tokens", "token_ids", "ids", "input_ids", "prompt_token_ids", "response_ids", "completion_ids")
@@ -27,6 +27,7 @@ VALUES = (
     *("trainer_logprobs", "inference_logprobs"),  # prime-rl
     *("sampling_per_token_logps", "old_per_token_logps", "per_token_logps"),  # TRL
 )
+MAX_ID = 1 << 31  # no vocabulary has so many
 NOT_LISTED = -1e6  # below it a value is a mask's
 
 
@@ -66,17 +67,22 @@ def read(tokens: Path, a: Path, b: Path) -> Columns:
 
 
 def _rows(path: Path) -> list[tuple[str, Any]]:
-    found = []
+    """(where, value) of each line that holds one. Raises UsageError for a file that is none."""
+    found, number = [], 0
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-            if line.strip():
-                found.append((f"{path} line {number}", json.loads(line)))
+        require_file(path)
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    found.append((f"{path} line {number}", json.loads(line)))
+    except CheckpointError as error:
+        raise UsageError(str(error)) from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path}: not UTF-8: expected .jsonl, a sequence a line") from None
     except (ValueError, RecursionError):
-        raise UsageError(f"{path} line {len(found) + 1}: not JSON: expected a sequence a line") from None
+        raise UsageError(f"{path} line {number}: not JSON: expected a sequence a line") from None
     if not found:
         raise UsageError(f"{path} is empty")
     return found
@@ -87,8 +93,8 @@ def _ids(row: Any, where: str) -> list[int]:
         prompt, answer = row.get("prompt_token_ids"), row.get("response_ids", row.get("completion_ids"))
         joined = [*prompt, *answer] if isinstance(prompt, list) and isinstance(answer, list) else None
         row = joined or _of(row, IDS, where)
-    if not isinstance(row, list) or len(row) < 2 or not all(type(i) is int and i >= 0 for i in row):
-        raise UsageError(f"{where}: expected a list of at least two token ids, got {str(row)[:60]}")
+    if not isinstance(row, list) or len(row) < 2 or not all(type(i) is int and 0 <= i < MAX_ID for i in row):
+        raise UsageError(f"{where}: expected a list of at least two token ids, got {shown(row)}")
     return row
 
 
@@ -102,7 +108,7 @@ def _of(row: dict[str, Any], keys: Sequence[str], where: str) -> Any:
 def _values(row: Any, where: str) -> list[Any]:
     row = _of(row, VALUES, where) if isinstance(row, dict) else row
     if not isinstance(row, list) or not row:
-        raise UsageError(f"{where}: expected a list of log-probabilities, got {str(row)[:60]}")
+        raise UsageError(f"{where}: expected a list of log-probabilities, got {shown(row)}")
     return row
 
 
@@ -116,8 +122,9 @@ def _at_tokens(row: list[Any], ids: list[int], where: str) -> dict[int, float]:
         value = _own(value, ids[position], f"{where}, token {position}") if isinstance(value, dict) else value
         if value is None or position == 0:
             continue
-        if type(value) not in (int, float) or math.isnan(value):
-            raise UsageError(f"{where}, token {position}: {str(value)[:40]} is no log-probability")
+        # -Infinity is a mask's. A whole number may be larger than any float.
+        if type(value) not in (int, float) or not value < -NOT_LISTED:
+            raise UsageError(f"{where}, token {position}: {shown(value)} is no log-probability")
         if value > NOT_LISTED:
             found[position] = float(value)
     return found

@@ -58,10 +58,16 @@ def curves_of(report: Report, dtype: str) -> dict[str, dict[str, float]]:
 
 
 def plot(curves: dict[str, dict[str, float]], report: Report) -> str:
-    """An SVG element; a note where there is nothing to draw."""
+    """An SVG element and its legend; a note where there is nothing to draw."""
+    drawn = draw(curves, report)
+    return drawn + _legend(list(curves)) if drawn else "<p class='quiet'>No taps were compared.</p>"
+
+
+def draw(curves: dict[str, dict[str, float]], report: Report) -> str:
+    """The SVG element alone; empty where there is nothing to draw."""
     order = [t for t in tap_names(report.checkpoint.config["n_layers"]) if any(t in c for c in curves.values())]
     if not order:
-        return "<p class='quiet'>No taps were compared.</p>"
+        return ""
     x_of = {tap: LEFT + (WIDTH - LEFT - RIGHT) * (i + 0.5) / len(order) for i, tap in enumerate(order)}
     top = max(10.0, max((_size(v) for c in curves.values() for v in c.values()), default=1.0)) * 1.3
     y_of = lambda rho: _y(rho, min(top, CEILING))
@@ -69,7 +75,7 @@ def plot(curves: dict[str, dict[str, float]], report: Report) -> str:
     parts += _axes(order, x_of, y_of, min(top, CEILING))
     for n, (label, curve) in enumerate(curves.items()):
         parts += _line(label, curve, COLOURS[n % len(COLOURS)], x_of, y_of)
-    return "".join([*parts, "</svg>", _legend(list(curves))])
+    return "".join([*parts, "</svg>"])
 
 
 def _size(rho: float) -> float:

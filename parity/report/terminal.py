@@ -37,7 +37,7 @@ def render(report: Report) -> str:
         f"tokens       {tokens.positions} positions in {tokens.prompts} prompts, longest {tokens.longest}; "
         f"decided: {decided}",
         "",
-        *table([("check", "gate", "what", "dtype", "worst", "bound", "", "of", ""), *_rows(report)]),
+        *table([("check", "gate", "what", "dtype", "worst", "bound", "", "of", ""), *rows_of(report)]),
         "",
     ]
     if report.training:
@@ -76,7 +76,7 @@ def noise_lines(floors: list[NoiseFloor]) -> list[str]:
     ]
 
 
-def _rows(report: Report) -> Iterator[tuple[str, ...]]:
+def rows_of(report: Report) -> Iterator[tuple[str, ...]]:
     """Judgements of one kind and dtype in one row: the worst of them, and how many there are."""
     groups: dict[tuple[str, ...], list[Result]] = {}
     for r in report.results:

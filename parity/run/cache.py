@@ -53,11 +53,16 @@ CODE = Path(__file__).resolve().parents[2] / "reference"
 
 @dataclass
 class TraceCache:
-    """`limit_bytes`: of all entries together. `code`: the folder of our reference implementations."""
+    """`limit_bytes`: of all entries together. `code`: the folder of our reference implementations.
+
+    `named`: by the user (`--keep`), so that a long run goes on where it was interrupted: everything is kept, of any
+    checkpoint and device. Of files that are too many to be hashed, size and time of change stand for the bytes.
+    """
 
     folder: Path
     limit_bytes: int = LIMIT_BYTES
     code: Path = CODE
+    named: bool = False
     hashes: dict[str, str] = field(default_factory=dict)  # of files, by path and time stamps
     news: bool = False  # among them, since they were written
 
@@ -67,21 +72,22 @@ class TraceCache:
         arguments: those beside the case and the folder to write to; the paths among them stand for what lies there.
         run: the temporary folder of the run, whose name tells nothing.
         """
-        if case["device"] != "cpu":
+        if case["device"] != "cpu" and not self.named:
             return None
         files = [Path(case["checkpoint"]), *(Path(a) for a in arguments if a.startswith(str(run)))]
         found = [path for folder in files for path in _within(folder)]
         if case.get("tokenizer"):
             found += _beside(Path(case["tokenizer"]))
         try:
-            if sum(path.stat().st_size for path in found) > FILES_BYTES:
+            small = sum(path.stat().st_size for path in found) <= FILES_BYTES
+            if not small and not self.named:
                 return None
-            content = {_plain(str(path), run): self._hash(path) for path in found}
+            content = {_plain(str(path), run): self._hash(path) if small else _stamp(path) for path in found}
         except OSError:
             return None
         what = {"module": module, "arguments": [_plain(a, run) for a in arguments], "files": content}
         what |= {"case": {k: _plain(v, run) if isinstance(v, str) else v for k, v in case.items()}}
-        what |= {"code": self._code(), "machine": machine()}
+        what |= {"code": hash_code(self.code), "machine": machine() | _accelerator(case["device"])}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     def has(self, key: str | None) -> bool:
@@ -95,7 +101,7 @@ class TraceCache:
         try:
             for name in _checked(entry, key):
                 (out / name).parent.mkdir(parents=True, exist_ok=True)
-                _link(entry / name, out / name)
+                _put(entry / name, name, out / name)
             os.utime(entry)  # it was used now
             self._write_hashes()
             return True
@@ -111,16 +117,17 @@ class TraceCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         files = {str(path.relative_to(out)): path for path in _within(out)}
         size = sum(path.stat().st_size for path in files.values())
-        limit = min(self.limit_bytes, int(SHARE_OF_FREE * shutil.disk_usage(self.folder).free))
-        if size > limit:
-            return
-        self._trim(limit - size)
+        if not self.named:
+            limit = min(self.limit_bytes, int(SHARE_OF_FREE * shutil.disk_usage(self.folder).free))
+            if size > limit:
+                return
+            self._trim(limit - size)
         self._write_hashes()
         made = Path(tempfile.mkdtemp(prefix=".part-", dir=self.folder))
         try:
             for name, path in files.items():
                 (made / name).parent.mkdir(parents=True, exist_ok=True)
-                _link(path, made / name)
+                _put(path, name, made / name)
             listed = {name: [path.stat().st_size, _crc(path)] for name, path in files.items()}
             (made / ENTRY).write_text(json.dumps({"key": key, "files": listed}))
             made.rename(self.folder / key)
@@ -152,8 +159,7 @@ class TraceCache:
 
     def _hash(self, path: Path) -> str:
         """SHA-256 of a file's bytes; of a file that did not change since, as it was."""
-        stat = path.stat()
-        stamp = f"{path}:{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+        stat, stamp = path.stat(), _stamp(path)
         if stamp not in self.hashes:
             found = _sha256(path)
             if time.time() - max(stat.st_mtime, stat.st_ctime) < SETTLED_S:
@@ -176,9 +182,6 @@ class TraceCache:
             made.replace(self.folder / "hashes.json")
             self.news = False
 
-    def _code(self) -> dict[str, str]:
-        return {str(path.relative_to(self.code)): _sha256(path) for path in sorted(self.code.rglob("*.py"))}
-
 
 def trace_cache(folder: Path) -> TraceCache | None:
     """The one in the user's cache folder: at most $NANOLLAMA_TRACE_BYTES, of which 0 keeps none. Raises UsageError."""
@@ -190,6 +193,30 @@ def trace_cache(folder: Path) -> TraceCache | None:
     cache = TraceCache(folder / "traces", int(said))
     cache.read_hashes()
     return cache
+
+
+def kept_in(folder: Path) -> TraceCache:
+    """The one that the user names, made where there is none. Raises UsageError."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--keep {folder}: is a file; give a folder, which is made where there is none")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--keep {folder}: cannot be made ({error.strerror}); give another folder") from None
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"--keep {folder}: cannot be written into; give another folder")
+    cache = TraceCache(folder, named=True)
+    cache.read_hashes()
+    return cache
+
+
+def _accelerator(device: str) -> dict[str, str]:
+    return {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
+
+
+def hash_code(folder: Path) -> dict[str, str]:
+    """The hash of each module of a folder."""
+    return {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*.py"))}
 
 
 def machine() -> dict[str, Any]:
@@ -216,6 +243,12 @@ def _beside(tokenizer: Path) -> Iterator[Path]:
     """A tokenizer's file and those that transformers may read beside it."""
     yield tokenizer
     yield from sorted(p for p in tokenizer.parent.iterdir() if p != tokenizer and p.suffix in BESIDE and p.is_file())
+
+
+def _stamp(path: Path) -> str:
+    """Changes with the file."""
+    stat = path.stat()
+    return f"{path}:{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
 
 
 def _plain(path: str, run: Path) -> str:
@@ -254,8 +287,18 @@ def _checked(entry: Path, key: str) -> list[str]:
 
 
 def _link(path: Path, to: Path) -> None:
-    """The same bytes under another name; a copy where the file system is another one."""
+    """The same bytes under another name, in the place of what was there; a copy on another file system."""
+    to.unlink(missing_ok=True)
     try:
         os.link(path, to)
     except OSError:
+        shutil.copyfile(path, to)
+
+
+def _put(path: Path, name: str, to: Path) -> None:
+    """A trace's file. A later round writes those beside the dtypes' folders again: they are copied."""
+    if "/" in name:
+        _link(path, to)
+    else:
+        to.unlink(missing_ok=True)
         shutil.copyfile(path, to)

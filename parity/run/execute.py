@@ -54,6 +54,7 @@ class Executor:
         self.at_once = cores() if threads == 1 else 1
         self.log = RunLog()
         self.traces: dict[str, Trace] = {}  # by job label
+        self.keys: dict[str, str | None] = {}  # by job label: the cache's entry that its trace is, for sure
         self.waiting = dict(waiting)
 
     @contextmanager
@@ -120,6 +121,7 @@ class Executor:
         if self.cache is None or not self.cache.restore(key, job.out):
             return False
         self.log.cached.append(job.label)
+        self.keys[job.label] = key
         self.bar(job.label, "from the cache", 1.0)
         return True
 
@@ -127,6 +129,7 @@ class Executor:
         """For the next run, unless a file changed while this one read it."""
         if self.cache is None or key is None or key != self._key(job):
             return
+        self.keys[job.label] = key
         try:
             self.cache.keep(key, job.out)
         except OSError as error:

@@ -115,7 +115,9 @@ def start_process(
     hostile = module.startswith("parity.candidates")
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
-    quiet = {"PYTHONPATH": path, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # A folder `reference` or `parity` of the user's, where the command is typed, is not ours.
+    quiet = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    quiet["TOKENIZERS_PARALLELISM"] = "false"
     work = log.with_suffix(".work")
     if hostile:
         work.mkdir(exist_ok=True)

@@ -45,6 +45,7 @@ class Request:
     texts: bool = True  # the corpus and the dialogs are asked for, too
     twin: bool = True
     cache: bool = True
+    keep: Path | None = None  # where the traces are kept instead, of a checkpoint of any size
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from parity.checks.verdict import run_checks
 from parity.contract import Case, Status, UsageError
 from parity.machine import cores, own_anonymous_bytes
 from parity.measure import precision
-from parity.measure.evidence import Evidence
+from parity.measure.evidence import Evidence, Kept
 from parity.measure.rope_table import has_worse_table
 from parity.measure.tolerances import TABLE_ULP
 from parity.run.cache import TraceCache
 from parity.run.execute import TEXTS, Executor, RunLog
+from parity.run.floors import StoredFloors
 from parity.run.jobs import NO_IDENTITY, Job, candidate_job, reference_job
 from parity.run.process import Crash, Process
 from parity.run.request import Plan
@@ -43,9 +44,11 @@ class Runner:
         cache: TraceCache | None = None,
         waiting: Mapping[str, Process] = {},
     ) -> None:
-        """cache: of the references' and the oracle's traces; not used for large checkpoints. waiting: see Executor."""
+        """cache: of the references' and the oracle's traces; for large checkpoints one that the user has named alone.
+        waiting: see Executor."""
         self.plan, self.folder = plan, folder
-        self.executor = Executor(folder, plan.case.threads, progress, None if plan.large else cache, waiting)
+        cache = cache if cache is None or cache.named or not plan.large else None
+        self.executor = Executor(folder, plan.case.threads, progress, cache, waiting)
         self.log.notices += plan.notices
 
     @property
@@ -108,7 +111,13 @@ class Runner:
             witnesses=tuple(traces[job.label] for job in asked if job.label in traces),
             forced=self._cut_short(case, references),
             untrained=plan.untrained,
+            floors=self._floors(),
         )
+
+    def _floors(self) -> Kept:
+        """What is measured on the references is kept as their traces are."""
+        ran = self.executor
+        return Kept() if ran.cache is None else StoredFloors(ran.cache, ran.keys, self.folder)
 
     def _fix_sequences(self, made: Trace) -> Case:
         """The case that everybody after the first reference gets: its token ids, prompts and greedy text together."""

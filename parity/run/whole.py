@@ -35,6 +35,9 @@ class WholeRun:
         self.large = case.positions is not None
         self.vocab_size = case.vocab_size  # where the case does not say: of the first answer
         self.last_only = self.candidate.declared("last_only")
+        self.choices: list[
+            list[int]
+        ] = []  # per sequence: the whole pass' token in place of each that follows the prompt
         self.out = Recording(dtype)
 
     def record(self) -> Recording:
@@ -76,7 +79,8 @@ class WholeRun:
     def _forward(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for i, ids in enumerate(self.sequences):
-            found[f"{i}/logits"] = self._call(self._tokens(ids))[0].cpu()
+            found[f"{i}/logits"] = logits = self._call(self._tokens(ids))[0].cpu()
+            self.choices.append(logits[self.prompt_lengths[i] - 1 : -1].argmax(-1).tolist())
             self.progress(f"{self.dtype} forward", (i + 1) / len(self.sequences))
         return found
 
@@ -205,28 +209,42 @@ class WholeRun:
 
     def _greedy(self, chosen: list[int]) -> None:
         """The candidate's own greedy text after each prompt, through its cache where it has one."""
-        generated: list[list[int]] = []
-        for i, ids in enumerate(self.sequences):
-            n = len(ids) - self.prompt_lengths[i] if i in chosen or not self.large else 0
-            prompt = ids[: self.prompt_lengths[i]]
-            generated.append(self._continue(prompt, n) if n > 0 else [])
-            self.progress(f"{self.dtype} greedy", (i + 1) / len(self.sequences))
-        self.out.generated = generated
-
-    def _continue(self, prompt: list[int], n: int) -> list[int]:
         cached = "cached" in self.out.extra  # one that fails is said to, and does not fail this as well
+        follow = self._decode_text if cached else self._draft_text
+        self.out.generated = []
+        for i in range(len(self.sequences)):
+            self.out.generated.append(follow(i, chosen[0]) if i in chosen or not self.large else [])
+            self.progress(f"{self.dtype} greedy", (i + 1) / len(self.sequences))
+
+    def _decode_text(self, sequence: int, shortest: int) -> list[int]:
+        """Prefill the prompt, then feed each chosen token."""
+        ids, n = self.sequences[sequence], self.prompt_lengths[sequence]
         new: list[int] = []
-        while len(new) < n:
-            if not cached:
-                logits = self._logits("__call__", self._tokens(prompt + new), last=self.last_only)
-            elif not new:
-                logits = self._logits("prefill", self._tokens(prompt), last=True)
-            else:
-                logits = self._logits("decode", self._tokens(new[-1:]), last=True)
-            if torch.isnan(logits[0, -1]).any():
-                raise Wrong(f"the logits that choose token {len(new)} of the greedy text hold NaN")
-            new.append(int(logits[0, -1].argmax()))
+        while len(new) < len(ids) - n:
+            tokens = self._tokens(new[-1:] or ids[:n])
+            new.append(self._choose("decode" if new else "prefill", tokens, len(new)))
         return new
+
+    def _draft_text(self, sequence: int, shortest: int) -> list[int]:
+        """Without a cache each token costs a pass over all before it, though a pass over the text that is asked for has
+        chosen in place of each of its tokens. So a prefix is run where it may say something else: at every length of
+        the shortest sequence, at the first and the last of another, and where the whole pass chose otherwise. A
+        text ends where it leaves the one asked for, behind which nothing is judged.
+        """
+        ids, n = self.sequences[sequence], self.prompt_lengths[sequence]
+        new: list[int] = []
+        for step, (drafted, wanted) in enumerate(zip(self.choices[sequence], ids[n:], strict=True)):
+            asked = sequence == shortest or step in (0, len(ids) - n - 1) or drafted != wanted
+            new.append(self._choose("__call__", self._tokens(ids[: n + step]), step) if asked else drafted)
+            if new[-1] != wanted:
+                break
+        return new
+
+    def _choose(self, method: str, tokens: Tensor, step: int) -> int:
+        logits = self._logits(method, tokens, last=method != "__call__" or self.last_only)
+        if torch.isnan(logits[0, -1]).any():
+            raise Wrong(f"the logits that choose token {step} of the greedy text hold NaN")
+        return int(logits[0, -1].argmax())
 
 
 def largest(a: Tensor, b: Tensor) -> float:

@@ -290,10 +290,10 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, flag: str = "--out") -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` at the end: a broken run leaves nothing. Raises UsageError."""
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise UsageError(f"--out {out} exists and is not empty: give a new folder")
+        raise UsageError(f"{flag} {out} exists and is not empty: give a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:

@@ -13,7 +13,7 @@ import pytest
 
 from finetune.prepare.stories import stories
 from finetune.resume import checkpoints
-from rank_processes import Ranks, losses, steps_done
+from rank_processes import ROWS, Ranks, losses, rows_of_steps, steps_done
 
 SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 48}
 MANY = "100000"  # steps: more than are waited for
@@ -86,6 +86,26 @@ def test_shards_are_continued_on_other_meshes(home: Path, straight: dict[int, fl
 
 
 @pytest.mark.slow
+def test_a_run_on_two_by_two_ranks_goes_on_on_two_one_and_four(home: Path, straight: dict[int, float]) -> None:
+    out, resume = home / "meshes", ["--out", str(home / "meshes"), "--resume"]
+    noted = [home / f"rows{n}" for n in range(5)]
+    first = line(home, out, "--fsdp", "2", "--tp", "2", "--accumulate", "2", "--save", "sharded")
+    runs = [(4, first), (2, [*resume, "--fsdp", "2"]), (1, [*resume, "--save", "whole"])]
+    for n, (size, argv) in enumerate(runs):
+        ranks = Ranks(size, argv, home / f"meshes{n}.log", **{ROWS: str(noted[n])})
+        while ranks.alive and last_save(out) <= 4 * n:
+            time.sleep(0.002)
+        ranks.kill(size - 1)
+        assert ranks.join(timeout_s=30) == [1] * (size - 1) + [-signal.SIGKILL], ranks.said()
+    four = Ranks(4, [*resume, "--dp", "4"], home / "meshes3.log", **{ROWS: str(noted[3])})
+    assert four.join() == [0] * 4, four.said()
+    assert losses(out) == pytest.approx(straight, rel=1e-5)
+    alone = Ranks(1, line(home, home / "noted", "--accumulate", "4"), home / "noted.log", **{ROWS: str(noted[4])})
+    assert alone.join() == [0], alone.said()
+    assert rows_of_steps(*noted[:4]) == rows_of_steps(noted[4])
+
+
+@pytest.mark.slow
 def test_ten_kills_of_a_random_rank_at_random_moments_lose_nothing(home: Path) -> None:
     rng, out, seed = random.Random(time.time_ns()), home / "ten", "the kills were"
     flags = ["--save_every", "2", "--max_steps", "80"]
@@ -133,6 +153,11 @@ def test_torchrun_starts_a_killed_run_again_and_it_goes_on(home: Path) -> None:
     typed = " ".join(argv[3:])
     assert complaint.endswith(f"continue with torchrun {typed} --resume")
     assert sorted(losses(out)) == list(range(1, 61))
+
+
+def last_save(out: Path) -> int:
+    """Its step."""
+    return max((int(path.name.removeprefix("step_")) for path in checkpoints(out)), default=0)
 
 
 def child_of(launcher: int, rank: str) -> int:

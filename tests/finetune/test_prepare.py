@@ -229,7 +229,7 @@ def test_damaged_shards_are_refused(folder: Path, tmp_path: Path, damage: object
         ("field.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', 'line 3: expected an object with a text under "text"'),
         ("blank.txt", b" \n <|endoftext|> \n", "no text in it"),
         ("data.csv", b"a,b", "no column \"text\": it has 'a', 'b'"),
-        ("data.docx", b"PK\x03\x04", "a zip archive: unpack it"),
+        ("data.docx", b"PK\x03\x04", "is no plain text: save it as .txt"),
         ("data.xlsx", b"PK\x03\x04", "an Excel workbook: save its sheet as CSV UTF-8"),
         ("data.rst", b"text", "expected a .txt, .md, .jsonl, .csv"),
     ],

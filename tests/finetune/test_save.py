@@ -11,7 +11,6 @@ import torch.distributed.checkpoint as dcp
 import tiny
 from finetune.config import TrainConfig, resolve
 from finetune.data.packing import Cursor, Packer
-from finetune.errors import UserError
 from finetune.mesh import MeshSizes
 from finetune.optim import make_optimizer, trained
 from finetune.parallelize import World
@@ -109,22 +108,3 @@ def test_a_step_has_the_same_documents_on_any_number_of_ranks(tmp_path: Path, ra
         numbers.add(len(data.batches))
     assert valid == packer.batch(expected).valid
     assert len(numbers) == 1
-
-
-def test_a_list_of_shards_runs_no_code(tmp_path: Path) -> None:
-    """The library's .metadata is a pickle, and a run's folder may be a stranger's."""
-    import pickle
-
-    from finetune.shards import described
-
-    class Planted:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return Path.touch, (tmp_path / "ran",)  # type: ignore[return-value]
-
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(Planted()))
-    with pytest.raises(UserError, match=r"its \.metadata asks for .*: it is not as a run wrote it"):
-        described(tmp_path)
-    assert not (tmp_path / "ran").exists()
-    (tmp_path / ".metadata").write_bytes(b"\x80\x04.")
-    with pytest.raises(UserError, match="cannot be read"):
-        described(tmp_path)

@@ -44,6 +44,11 @@ KINDS: dict[str, tuple[Edit, str]] = {
     "normalizers nested 300 deep": (lambda t: t.update(normalizer=nested(300)), "nested more than 32 deep"),
     "pre-tokenizers nested 40 deep": (lambda t: t.update(pre_tokenizer=nested(40)), "nested more than 32 deep"),
     "50 rules that double a text": (lambda t: t.update(normalizer=replaced("oo", 50)), "8 times its length|makes"),
+    "rules behind a list that is not read": (
+        lambda t: t.update(normalizer={"type": "Sequence", "a": [], **replaced("oo", 50)}),
+        "8 times its length|makes",
+    ),
+    "a kind that is an object": (lambda t: t.update(normalizer={"type": {}}), "not a usable|cannot read"),
     "one rule that makes a thousand": (lambda t: t.update(normalizer=replaced("o" * 4000, 1)), "makes"),
     "a thousand steps": (lambda t: t.update(normalizer=replaced("o", 1000)), "at most 64"),
     "a prefix of 10^6 letters": (

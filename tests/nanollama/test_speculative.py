@@ -104,7 +104,7 @@ def test_a_judged_token_is_distributed_as_the_models_own(certain: bool, filters:
     counts, following = torch.zeros(vocab, dtype=torch.long), torch.zeros(vocab, dtype=torch.long)
     for guess in guesses:
         draft = Draft([4 if certain else guess], None if certain else q.unsqueeze(0))
-        decided = [token for token, _ in judge.decide(logits, draft)]
+        decided = [token for token, *_ in judge.decide(logits, draft)]
         counts[decided[0]] += 1
         if len(decided) == 2:
             following[decided[1]] += 1

@@ -13,9 +13,10 @@ from parity import machine
 from parity.candidates import probe
 from parity.check import main
 from parity.contract import UsageError
+from parity.measure import evidence
 from parity.run import cache as cache_module
 from parity.run import execute
-from parity.run.cache import CODE, TraceCache, trace_cache
+from parity.run.cache import CODE, TraceCache, kept_in, trace_cache
 from ports import plain_port
 
 OLD = 1_600_000_000  # seconds since 1970: a file that was not touched just now
@@ -115,6 +116,38 @@ def test_nothing_is_kept_of_an_accelerator(made: Made) -> None:
     assert not made.cache.folder.exists() and not made.cache.restore(None, made.run / "again")
 
 
+def test_a_folder_that_the_user_names_keeps_everything(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    made.cache.named = True
+    small = made.key()
+    monkeypatch.setattr(cache_module, "FILES_BYTES", 10)
+    monkeypatch.setattr(cache_module, "_sha256", lambda path: "0" if path.suffix == ".py" else pytest.fail("hashed"))
+    key = made.key()
+    assert key not in (None, small) and made.key() == key
+    os.utime(made.checkpoint / "params.json", (OLD + 1, OLD + 1))
+    assert made.key() != key
+    made.cache.limit_bytes = 10
+    made.cache.keep(key, made.out)
+    assert made.cache.restore(key, made.run / "again")
+
+
+def test_a_later_round_in_the_same_folder_leaves_the_entry_as_it_was(made: Made) -> None:
+    """Of a large checkpoint one dtype runs after the other, and each rewrites trace.json."""
+    key = made.key()
+    made.cache.keep(key, made.out)
+    (made.out / "trace.json").write_text('{"dtypes": 2}')
+    assert made.cache.restore(key, made.out)  # in the place of what is there
+    assert (made.out / "trace.json").read_text() == "{}"
+    (made.out / "trace.json").write_text('{"dtypes": 2}')
+    assert made.cache.restore(key, made.run / "again")
+
+
+@pytest.mark.parametrize("what", ["a file", "no place"])
+def test_a_folder_that_cannot_be_kept_in_is_one_line(what: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"--keep .*: (is a file|cannot be made)"):
+        kept_in(tmp_path / "file" if what == "a file" else tmp_path / "file" / "within")
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "a byte": lambda entry: flip(entry / "fp32" / "head.safetensors", 500),
     "half a file": lambda entry: os.truncate(entry / "fp32" / "head.safetensors", 500),
@@ -185,12 +218,15 @@ def test_a_second_try_runs_no_reference_and_judges_alike(
 ) -> None:
     monkeypatch.setenv("NANOLLAMA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NANOLLAMA_TRACE_BYTES", "100000000")
-    checkpoint, started = tmp_path / "meta", list[str]()
+    checkpoint, started, measured = tmp_path / "meta", list[str](), list[str]()
     tiny.checkpoint(checkpoint, n_layers=4)
     note_processes(monkeypatch, started)
+    real = evidence.measure
+    monkeypatch.setattr(evidence, "measure", lambda t, *rest: measured.append(t.folder.name) or real(t, *rest))  # type: ignore[func-returns-value]
 
     def run(attribute: str, *flags: str) -> dict:
         started.clear()
+        measured.clear()
         out, name = tmp_path / "report.json", f"{plain_port.__file__}:{attribute}"
         common = ("--references", "meta", "--dtype", "fp32", "--max_new_tokens", "2", "--checks", "taps,logits")
         main(["--ckpt", str(checkpoint), "--candidate", name, "--json", str(out), *common, *flags])
@@ -198,16 +234,53 @@ def test_a_second_try_runs_no_reference_and_judges_alike(
 
     first = run("load")
     assert first["cached"] == [] and {"reference.meta", "reference.oracle"} <= set(started)
+    assert sorted(measured) == ["candidate", "meta"]
     second = run("load")
     assert second["cached"] == ["meta", "oracle"]
     assert started == ["parity.candidates.probe"]  # which stays to be run: torch is imported once, by it
+    assert measured == ["candidate"]
     assert second["results"] == first["results"] and second["verdict"] == first["verdict"] == "pass"
+    floors = [f for f in (tmp_path / "cache" / "traces").rglob("measured.safetensors") if f.stat().st_size > 20_000]
+    for floor in floors:
+        flip(floor, floor.stat().st_size // 2)
+    assert floors and run("load")["results"] == first["results"] and measured[0] == "meta"
     assert "from the cache, not run again: meta, oracle" in capsys.readouterr().out
     assert run("load", "--cache", "off")["cached"] == [] and "reference.meta" in started
     weights = checkpoint / "consolidated.00.pth"
     flip(weights, weights.stat().st_size // 2)
     (checkpoint / "SHA256SUMS").unlink(missing_ok=True)
     assert run("load")["cached"] == [] and "reference.meta" in started
+
+
+def test_a_large_check_goes_on_behind_what_it_has_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "SMALL_BYTES", 0)  # of every checkpoint one process and one dtype after the other
+    checkpoint, kept, started = tmp_path / "meta", tmp_path / "kept", list[str]()
+    tiny.checkpoint(checkpoint, n_layers=2)
+    note_processes(monkeypatch, started)
+
+    def run() -> tuple[int, dict]:
+        """How many references and oracles ran, and the results."""
+        started.clear()
+        out, name = tmp_path / "report.json", f"{plain_port.__file__}:load"
+        flags = ["--references", "meta", "--max_new_tokens", "2", "--checks", "taps,logits", "--twin", "off"]
+        main(["--ckpt", str(checkpoint), "--candidate", name, "--json", str(out), "--keep", str(kept), *flags])
+        return sum(module.startswith("reference.") for module in started), json.loads(out.read_text())["results"]
+
+    ran, results = run()
+    assert ran == len(list(kept.glob("*/entry.json"))) > 1
+    assert run() == (0, results)
+    shutil.rmtree(next(kept.glob("*/entry.json")).parent)  # the run was interrupted before this one was there
+    assert run() == (1, results)
+
+
+def test_keep_and_no_cache_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code: object = main(["--keep", str(tmp_path), "--cache", "off"])
+    except SystemExit as stop:
+        code = stop.code
+    assert (code, capsys.readouterr().err.count("\n")) == (2, 1)
 
 
 def test_a_second_try_names_the_cause_as_the_first_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

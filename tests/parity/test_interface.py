@@ -4,11 +4,13 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from hostile_cases import Model, judge
-from parity.candidates.crash import Crashed
+from parity.candidates import answers
+from parity.candidates.crash import Crashed, Wrong
 from parity.candidates.interface import (
     ATTRIBUTES,
     METHODS,
@@ -207,3 +209,18 @@ class Layered:
 def test_what_says_streamed_and_has_no_stream_is_refused_when_it_is_loaded() -> None:
     with pytest.raises(Crashed, match=r"returned a Layered, which has no stream\(sequences, positions\)"):
         load_candidate(lambda checkpoint, dtype, device: Layered(), "-", "fp32", "cpu")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
+def test_an_array_is_an_answer(dtype: Any) -> None:
+    given = np.arange(12, dtype=dtype).reshape(1, 3, 4)
+    given.flags.writeable = False  # as JAX's are
+    assert torch.equal(
+        answers.logits(given, "model(tokens)", 1, 3, 4).double(), torch.arange(12.0).view(1, 3, 4).double()
+    )
+
+
+@pytest.mark.parametrize("given", [np.zeros((1, 3, 4), dtype=int), np.full((1, 3, 4), None), np.array("x"), [[1.0]]])
+def test_an_array_of_no_floats_is_none(given: Any) -> None:
+    with pytest.raises(Wrong, match=r"model\(tokens\) returned (ndarray|list): expected logits \(1, 3, 4\)"):
+        answers.logits(given, "model(tokens)", 1, 3, 4)

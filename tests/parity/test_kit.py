@@ -17,6 +17,7 @@ from parity.kit import make as command
 from parity.kit.arrays import Gate, Kit, KitWriter
 from parity.kit.check import METRICS, Port, apply_gate
 from parity.kit.gates import Floors, write_training
+from parity.kit.gather import Source
 from parity.measure.evidence import Kept, Pair, groups_of
 from parity.measure.metrics import noise_rms, ratio
 from parity.run.training import FILE, read
@@ -36,7 +37,7 @@ def failed(report: dict[str, Any]) -> set[str]:
     return {r["check"] for r in report["results"] if r["status"] != "pass" and r["status"] != "skip"}
 
 
-def reference(source: command.Source, name: str, dtype: str, kit: Kit) -> Arrays:
+def reference(source: Source, name: str, dtype: str, kit: Kit) -> Arrays:
     """What a reference computed, as a port writes it."""
     trace, port, found = source.evidence.references[name], Port(kit, Path(), dtype), Arrays()
     for tap in (t for t in source.evidence.measured(trace, dtype).taps):

@@ -1,4 +1,4 @@
-"""JUnit and HTML reports, and the pytest plugin; the HTML as a browser shows it."""
+"""JUnit, HTML and SVG reports, and the pytest plugin; the HTML as a browser shows it."""
 
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ from parity.contract import Status
 from parity.mutants.edits import MUTANTS
 from parity.mutants.edits.edit import Load, edited
 from parity.mutants.edits.forward import NOTHING
-from parity.report import html, summary
+from parity.report import html, summary, svg
 from parity.report.junit import junit
 from parity.report.model import CheckpointEntry, Report
 from parity.run.execute import RunLog
@@ -63,6 +63,19 @@ def test_html_needs_no_network_and_escapes_its_input(failing: Report) -> None:
     assert failing.first_divergence is not None and failing.first_divergence.probable_cause in page.replace(
         "&#39;", "'"
     )
+
+
+@pytest.mark.parametrize("verdict", ["fail", "pass"])
+def test_the_picture_is_one_svg_that_names_cause_and_curve(verdict: str, request: pytest.FixtureRequest) -> None:
+    report = request.getfixturevalue(f"{verdict}ing")
+    drawn = svg.render(report)
+    root = ET.fromstring(drawn)
+    texts = [t.text or "" for t in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert root.tag.endswith("svg") and verdict.upper() in texts
+    points = len(list(root.iter("{http://www.w3.org/2000/svg}circle")))
+    assert points == sum(len(c.ratios) for c in (report.rho or {}).values() if c.dtype == "fp32")
+    assert any("first departs" in text for text in texts) == (verdict == "fail")
+    assert "http" not in drawn.replace("http://www.w3.org", "")
 
 
 def chromium(*arguments: str) -> str:

@@ -4,7 +4,8 @@
      cc -O2 -o kit_port kit_port.c -lm && ./kit_port KIT OUT
      PASS: 33 arrays within their bounds, the worst at 50% (rope.sin)
 
-   A third argument plants one mistake: theta, scaling, eps, swapped, heads, mask, scale, residual or nan. */
+   A third argument plants one mistake: theta, scaling, pairing, eps, bf16, swapped, heads, mask, document, scale, residual
+   or nan. */
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -127,10 +128,17 @@ static void norm(float *y, const float *x, const char *prefix, const char *weigh
     for (int r = 0; r < N; r++, x += dim, y += dim) {
         float square = 0;
         for (int i = 0; i < dim; i++) square += x[i] * x[i];
-        float scale = 1 / sqrtf(square / dim + (float)(wrong("eps") ? 1e-5 : eps));
+        float scale = 1 / sqrtf(square / dim + (float)(wrong("eps") ? 1e-6 : eps));
         for (int i = 0; i < dim; i++) y[i] = x[i] * scale * w[i];
     }
     free(w);
+}
+
+static float bf16(float x) {
+    uint32_t word;
+    memcpy(&word, &x, 4);
+    word = (word + 0x7fff + (word >> 16 & 1)) & 0xffff0000;
+    return memcpy(&x, &word, 4), x;
 }
 
 /* y (N, rows) = x (N, columns) W^T. Four sums side by side: one of thousands of terms rounds more than the references do. */
@@ -143,7 +151,8 @@ static void linear(float *y, const float *x, const char *prefix, const char *wei
             const float *a = x + (size_t)r * columns, *b = w + (size_t)o * columns;
             float sum[4] = {0};
             for (int i = 0; i < columns; i++) sum[i % 4] += a[i] * b[i];
-            y[(size_t)r * rows + o] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+            float total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+            y[(size_t)r * rows + o] = wrong("bf16") ? bf16(total) : total;
         }
     free(w);
 }
@@ -164,10 +173,11 @@ static void rotate(float *y, const float *x, int n_heads) {
         for (int t = 0; t < tokens_of[s]; t++)
             for (int h = 0; h < n_heads; h++)
                 for (int j = 0; j < head_dim / 2; j++) {
-                    size_t at = ((size_t)(first_row[s] + t) * n_heads + h) * head_dim + 2 * j;
-                    float c = cosf(angle(t, j)), d = sinf(angle(t, j)), even = x[at], odd = x[at + 1];
+                    int apart = wrong("pairing") ? head_dim / 2 : 1;
+                    size_t at = ((size_t)(first_row[s] + t) * n_heads + h) * head_dim + (apart > 1 ? j : 2 * j);
+                    float c = cosf(angle(t, j)), d = sinf(angle(t, j)), even = x[at], odd = x[at + apart];
                     y[at] = even * c - odd * d;
-                    y[at + 1] = even * d + odd * c;
+                    y[at + apart] = even * d + odd * c;
                 }
 }
 
@@ -178,20 +188,20 @@ static void attention(float *y, const float *q, const float *k, const float *v) 
         for (int h = 0; h < heads; h++)
             for (int t = 0; t < tokens_of[s]; t++) {
                 int kv = wrong("heads") ? h % kv_heads : h / group, seen = t + 1 + (wrong("mask") && t + 1 < tokens_of[s]);
+                int from = wrong("document") ? 0 : first_row[s], to_row = first_row[s] + seen;   /* rows that are seen */
                 const float *query = q + ((size_t)(first_row[s] + t) * heads + h) * head_dim;
                 float *to = y + ((size_t)(first_row[s] + t) * heads + h) * head_dim, most = -INFINITY, total = 0;
-                for (int u = 0; u < seen; u++) {
-                    const float *key = k + ((size_t)(first_row[s] + u) * kv_heads + kv) * head_dim;
+                for (int u = from; u < to_row; u++) {
+                    const float *key = k + ((size_t)u * kv_heads + kv) * head_dim;
                     float sum = 0;
                     for (int i = 0; i < head_dim; i++) sum += query[i] * key[i];
                     p[u] = wrong("scale") ? sum : sum / sqrtf((float)head_dim);
                     if (p[u] > most) most = p[u];
                 }
-                for (int u = 0; u < seen; u++) total += p[u] = expf(p[u] - most);
+                for (int u = from; u < to_row; u++) total += p[u] = expf(p[u] - most);
                 memset(to, 0, sizeof *to * head_dim);
-                for (int u = 0; u < seen; u++)
-                    for (int i = 0; i < head_dim; i++)
-                        to[i] += p[u] / total * v[((size_t)(first_row[s] + u) * kv_heads + kv) * head_dim + i];
+                for (int u = from; u < to_row; u++)
+                    for (int i = 0; i < head_dim; i++) to[i] += p[u] / total * v[((size_t)u * kv_heads + kv) * head_dim + i];
             }
     free(p);
 }

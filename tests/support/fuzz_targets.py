@@ -6,13 +6,13 @@ targets(Path("work"))["tiktoken"].attempt(data)      # None, or the line that re
 import base64
 import json
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from finetune.data.dialogs import read_dialogs
-from mutators import Rng, mutate_json, mutate_lines
+from fuzz_tables import parquet_target
+from fuzz_target import Target
+from mutators import mutate_json, mutate_lines
 from mutators_text import mutate_bin_tokens, mutate_protobuf, mutate_ranks, varint
 from nanollama import vocabulary
 from nanollama.gate import documents
@@ -20,33 +20,6 @@ from nanollama.tokenizer import open_tokenizer
 from nanollama.vocabulary import write as vocabulary_files
 
 SENTENCE = "once on a dance, 12 é"
-# The classes whose message is one line for the user, by name: three packages have their own.
-REFUSALS = ("CheckpointError", "TokenizerError", "UserError", "UsageError", "Unusable", "ChatError", "Wrong")
-
-
-@dataclass(frozen=True)
-class Target:
-    """file: where the changed bytes go. open: reads all of it. refusals: more names of errors that are refusals."""
-
-    file: Path
-    change: Callable[[bytes, Rng], bytes]
-    open: Callable[[], object]
-    refusals: tuple[str, ...] = ()
-
-    def attempt(self, data: bytes) -> str | None:
-        """The line that refuses these bytes, None where they open; what else it raises is a finding."""
-        self.file.write_bytes(data)
-        try:
-            self.open()
-        except Exception as error:
-            names = {kind.__name__ for kind in type(error).__mro__}
-            if not names & {*REFUSALS, *self.refusals}:
-                raise
-            line = str(error)
-            if "\n" in line or len(line) > 1500 or not line:
-                raise AssertionError(f"not one short line: {line[:300]!r}") from error
-            return line
-        return None
 
 
 def read_tokens(path: Path) -> None:
@@ -113,8 +86,10 @@ def targets(folder: Path) -> dict[str, Target]:
     chat.write_text("".join(json.dumps(d) + "\n" for d in DIALOGUES))
     config.write_text(json.dumps(CONFIG))
     speaker = open_tokenizer(texts["tiktoken"])
+    table = parquet_target(folder / "rows.parquet")
     return {
         **{name: Target(path, TEXTS[name], partial(read_tokens, path)) for name, path in texts.items()},
         "chat": Target(chat, mutate_lines, lambda: read_dialogs(chat, speaker, 64, on_bad="skip")),
         "json of a checkpoint": Target(config, mutate_json, lambda: documents.read_json(config)),
+        **({"parquet": table} if table else {}),
     }

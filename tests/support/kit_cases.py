@@ -12,10 +12,11 @@ from torch import Tensor
 
 from nanollama.cli import read
 from parity.kit import make as command
+from parity.kit.gather import SHAPE, Source, fill, gather
 from parity.synth.checkpoint import synthesise
 
 Arrays = dict[str, Tensor]
-Made = tuple[command.Source, Path]
+Made = tuple[Source, Path]
 
 
 def folder() -> Path:
@@ -28,8 +29,8 @@ def make(root: Path, *argv: str) -> Made:
     for part in ("work", "kit"):
         (root / part).mkdir()
     args = read(command.Flags, ["--out", str(root / "kit"), *argv])
-    source = command.gather(command.request_of(args), root / "work")
-    command.fill(source, root / "kit")
+    source = gather(command.request_of(args), root / "work")
+    fill(source, root / "kit")
     return source, root / "kit"
 
 
@@ -43,9 +44,17 @@ def made() -> Made:
 def rounded() -> Made:
     """Of a Hugging Face folder whose weights bf16 rounds, on few tokens."""
     root = folder()
-    synthesise(command.SHAPE, root / "checkpoint", format="hf", dtype="fp32")
+    synthesise(SHAPE, root / "checkpoint", format="hf", dtype="fp32")
     (root / "prompts.jsonl").write_text("[1, 2, 3, 4, 5]\n[7, 8, 9]\n")
     return make(root, "--ckpt", str(root / "checkpoint"), "--prompts", str(root / "prompts.jsonl"))
+
+
+@functools.cache
+def family() -> Path:
+    """The six kits of --set. Slow: each takes three processes some ten seconds."""
+    out = folder() / "kits"
+    assert command.main(["--set", str(out)]) == 0
+    return out
 
 
 def check(kit: Path, arrays: Arrays, port: Path, *argv: str) -> tuple[int, dict[str, Any]]:

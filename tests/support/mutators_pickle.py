@@ -10,6 +10,8 @@ from io import BytesIO
 
 from mutators import BYTES, INTS, Rng, pack
 
+NAMES = (b"os", b"system", b"pathlib", b"Path.write_text", b"FileSystem.rm_file", b"../x", b"builtins", b"eval")
+
 
 def operations(pickled: bytes) -> list[bytes]:
     at = [position for _, _, position in pickletools.genops(pickled)]
@@ -28,6 +30,9 @@ def other_operation(code: bytes, rng: Rng) -> bytes:
     if name == b"X":
         text = rng.choice((argument[4:] + b"x", argument[4:-1], *BYTES))
         return b"X" + pack("<I", len(text)) + text
+    if name == b"\x8c":
+        text = rng.choice((argument[1:] + b"x", argument[1:-1], *NAMES))[:255]
+        return b"\x8c" + bytes([len(text)]) + text
     if name == b"c":
         return b"c" + rng.choice(
             (b"os\nsystem\n", b"builtins\neval\n", b"collections\nOrderedDict\n", b"torch\nload\n")

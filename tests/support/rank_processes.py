@@ -6,6 +6,7 @@ ranks.kill(1)
 codes = ranks.join()
 """
 
+import json
 import multiprocessing
 import os
 import socket
@@ -14,19 +15,51 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from finetune.metrics import read_metrics
+from finetune.metrics import StepMetrics, read_metrics
 from finetune.run import run_entry
 from finetune.text import ENTRY
+from finetune.train import Loop
+
+ROWS = "TEST_ROWS"  # where to note the rows of each step that each rank was given
 
 
 def child(argv: list[str], log: Path, environment: dict[str, str]) -> None:
     """One rank: its output goes to `log`."""
     os.environ.update(environment)
+    if ROWS in environment:
+        note_rows_(Path(environment[ROWS]))
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["text", *argv]
     run_entry(ENTRY)
+
+
+def note_rows_(noted: Path) -> None:
+    """From here on each step adds a line to the file: its number, this rank's place in the mesh, its tokens by row."""
+    plain = Loop.step
+
+    def step(loop: Loop, stop: int) -> tuple[StepMetrics, int]:
+        loop.ahead = loop.ahead or loop._take(loop.progress.cursor)
+        rows = [row for batch in loop.ahead.batches for row in batch.tokens.tolist() if any(row)]
+        line = [loop.progress.step + 1, loop.world.data_rank, rows]
+        with noted.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        return plain(loop, stop)
+
+    Loop.step = step  # type: ignore[method-assign]
+
+
+def rows_of_steps(*runs: Path) -> dict[int, list[list[int]]]:
+    """Of each step what all ranks saw of it, in one order; a later run does some steps of an earlier one again."""
+    steps: dict[int, list[list[int]]] = {}
+    for noted in runs:
+        seen: dict[int, dict[int, list[list[int]]]] = {}
+        for line in noted.read_text().splitlines():
+            step, data_rank, rows = json.loads(line)
+            seen.setdefault(step, {})[data_rank] = rows  # ranks that share a matrix see the same
+        steps |= {step: sorted(row for rows in ranks.values() for row in rows) for step, ranks in seen.items()}
+    return steps
 
 
 def free_port() -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,10 @@ import nanollama.chat as chat_module
 import nanollama.model as model_module
 from nanollama.checkpoint import Checkpoint, open_checkpoint
 from nanollama.model import KVCache, ModelConfig, Transformer, TransformerBlock
-from parity.candidates.nano import training
 from parity.candidates.nano.taps import at_taps, keep_in, put_from, taps_of
+
+if TYPE_CHECKING:
+    from parity.candidates.nano.training import NanoTrainer
 
 SMALL_BYTES = 2 * 2**30
 HEAD_BLOCK_ROWS = 8192
@@ -131,9 +133,13 @@ class Nano:
         return F.linear(self.model.norm(h), self.model.head()).float()
 
     def loss_and_grads(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        from parity.candidates.nano import training  # finetune and all that it needs: a second more to import
+
         return training.loss_and_grads(self, tokens, targets)
 
-    def trainer(self) -> "training.NanoTrainer":
+    def trainer(self) -> "NanoTrainer":
+        from parity.candidates.nano import training
+
         return training.NanoTrainer(self)
 
     def stream(

@@ -1,0 +1,132 @@
+"""`nanollama serve`: a checkpoint behind OpenAI's completions interface, on this machine unless told otherwise.
+
+$ python -m nanollama.serve --ckpt Meta-Llama-3.1-8B-Instruct
+serving Meta-Llama-3.1-8B-Instruct at http://127.0.0.1:8000/v1 (context 8,192 of 131,072 tokens; Ctrl-C ends it)
+"""
+
+import importlib.util
+import ipaddress
+import itertools
+import os
+import re
+import socket
+from pathlib import Path
+
+from nanollama.cli import UsageError
+from nanollama.options import Drawing, ModelOptions, say
+
+LOCAL = ("127.0.0.1", "localhost", "[::1]")
+CONTEXT_TOKENS = 8192  # where nobody says: a cache of 1 GiB for an 8B in bf16, and the caller chooses how much of it
+
+
+def serve(
+    ckpt: str,  # Meta folder, Hugging Face folder or hub id, .gguf or .bin
+    *,
+    host: str = "127.0.0.1",  # address to listen on; another than this machine's own needs --api_key_env
+    port: int = 8000,  # 0: any that is free
+    name: str = "",  # of the model, in requests and answers; default: that of the checkpoint's file or folder
+    api_key_env: str = "",  # environment variable that holds the key which clients have to send; default: no key
+    without_key: bool = False,  # listen on other addresses though there is no key: whoever reaches them is answered
+    context: int | None = None,  # tokens of a prompt and its answer, at most; default: the model's, up to 8192
+    waiting: int = 16,  # requests that may wait while one is answered; more are told to come again
+    body_mb: float = 4.0,  # largest request, in MiB
+    drawing: Drawing = Drawing(max_new_tokens=1024, temperature=1.0),
+    model: ModelOptions = ModelOptions(),
+) -> None:
+    """Answer requests of OpenAI's shape: /v1/completions, /v1/chat/completions, /v1/models. One at a time."""
+    require_extra()
+    key = read_key(api_key_env) if api_key_env else None
+    refuse_open(host, key, without_key)
+    refuse_ranges(port, context, waiting, body_mb)
+    if model.tp != 1:
+        raise UsageError("--tp: one process serves; leave it out, or use generate under torchrun")
+    # Before the model is loaded: an address that is taken is known at once, and whoever asks meanwhile waits.
+    listening = listen(host, port)
+
+    from nanollama.generation.llama import Sampling
+    from nanollama.serve.app import Server, Service
+    from nanollama.serve.engine import Engine
+    from nanollama.serve.request import Reader
+
+    Sampling(**vars(drawing))  # raises ValueError for what is out of range
+    llama = model.load(ckpt)
+    most = llama.config.max_seq_len
+    if context is not None and context > most:
+        raise UsageError(f"--context {context}: the model's is {most}")
+    size = context or min(most, CONTEXT_TOKENS)
+    seeds = itertools.count(drawing.seed)
+    reader = Reader(llama, name or model_name(ckpt), size, drawing, lambda: next(seeds))
+    engine = Engine(llama.model.layers, waiting)
+    hosts = None if key or without_key else (*LOCAL, host)
+    service = Service(reader, engine, int(body_mb * 2**20), key, hosts)
+    place = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
+    say(f"serving {reader.name} at {place} (context {size:,} of {most:,} tokens; Ctrl-C ends it)")
+    try:
+        Server(service).run(sockets=[listening])
+    except KeyboardInterrupt:  # how a server ends
+        say("ended")
+    finally:
+        engine.end()
+        engine.join(10.0)
+
+
+def require_extra() -> None:
+    """Raises UsageError without the packages of the extra."""
+    for package in ("starlette", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"serving needs the package {package}: pip install 'llama-parity[serve]'")
+
+
+def read_key(variable: str) -> str:
+    """The key that an environment variable holds. Raises UsageError, which shows neither: it may be the key itself."""
+    key = os.environ.get(variable, "").strip() if re.fullmatch(r"[A-Za-z_]\w*", variable) else ""
+    if not key:
+        raise UsageError(
+            "--api_key_env: expected the name of an environment variable that holds the key; it holds none"
+        )
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise UsageError(
+            "--api_key_env: what the variable holds cannot be a key: it has spaces or characters beyond ASCII"
+        )
+    return key
+
+
+def refuse_open(host: str, key: str | None, without_key: bool) -> None:
+    """Raises UsageError for an address that others reach, where anybody could ask."""
+    if key is None and not without_key and not is_local(host):
+        raise UsageError(
+            f"--host {host} is reached from other machines: give --api_key_env NAME, the variable that holds a key, or "
+            "--without_key to answer anybody"
+        )
+
+
+def is_local(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def refuse_ranges(port: int, context: int | None, waiting: int, body_mb: float) -> None:
+    if not 0 <= port < 2**16:
+        raise UsageError(f"--port {port}: expected 0 (any) to 65535")
+    if context is not None and context < 1:
+        raise UsageError(f"--context {context}: expected 1 token or more")
+    if waiting < 0:
+        raise UsageError(f"--waiting {waiting}: expected 0 or more")
+    if not 0 < body_mb <= 1024:
+        raise UsageError(f"--body_mb {body_mb:g}: expected more than 0, up to 1024")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Raises UsageError for an address that cannot be listened on."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UsageError(f"--host {host} --port {port}: {error.strerror or error}; choose another") from None
+
+
+def model_name(ckpt: str) -> str:
+    """Of a folder or file its name, with nothing of where it is; a hub id as it stands."""
+    path = Path(ckpt)
+    return path.resolve().name if path.exists() else ckpt
