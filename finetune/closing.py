@@ -79,7 +79,8 @@ def of_pairs(out: Path, outcome: Outcome) -> dict[str, float]:
         return {}
     lines = [e for e in read_metrics(out / "metrics.jsonl") if "val_loss" in e and e["step"] == outcome.step]
     known = ("step", "val_loss", "val_bpb")
-    return {name: value for line in lines[-1:] for name, value in line.items() if name not in known}
+    found = {name: value for line in lines[-1:] for name, value in line.items() if name not in known}
+    return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
 
 def _without_curves(out: Path) -> str:
