@@ -65,6 +65,7 @@ class Work:
 
     ckpt: Path
     folder: Path
+    remarks: str = ""  # stderr of the last command
 
     def command(self, *arguments: object, stdin: str = "") -> str:
         """stdout of `python -m ARGUMENTS`, which has to succeed."""
@@ -73,6 +74,7 @@ class Work:
         done = subprocess.run(line, input=stdin, capture_output=True, text=True, cwd=self.folder, env=where)
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
         claim(done.returncode == 0, f"{' '.join(line[1:])}: exit code {done.returncode}: {' '.join(said)}")
+        self.remarks = done.stderr
         return done.stdout
 
     def plain(self, format: str) -> Path:
@@ -155,8 +157,8 @@ def chat(work: Work) -> dict[str, Any]:
     """The file's own chat template: a plain question gets its answer, and the answer ends."""
     said = work.command("nanollama", "chat", work.ckpt, "--temperature", 0, "--max_new_tokens", 200, stdin=QUESTION)
     claim("Paris" in said, f"{QUESTION} -> {said}")
-    claim("cut after" not in said, f"the answer does not stop: {said}")
-    return {"question": QUESTION, "answer": said.split("\n", 1)[1].strip("> \n")}
+    claim("cut after" not in work.remarks, f"the answer does not stop: {said}")
+    return {"question": QUESTION, "answer": said.strip()}
 
 
 def convert(work: Work) -> dict[str, Any]:
@@ -234,8 +236,8 @@ def chat_tune(work: Work) -> dict[str, Any]:
     after = work.command(*line, "--adapter", out / "adapter", stdin=question)
     losses = metric(out, "loss")
     claim("Arr, matey!" in after and "Arr" not in before, f"before: {before}; after: {after}")
-    claim("cut after" not in after, f"the answer does not stop: {after}")
-    return {"first_loss": losses[0], "last_loss": losses[-1], "answer": after.split("\n", 1)[1].strip("> \n")}
+    claim("cut after" not in work.remarks, f"the answer does not stop: {after}")
+    return {"first_loss": losses[0], "last_loss": losses[-1], "answer": after.strip()}
 
 
 def mutants(work: Work) -> dict[str, Any]:

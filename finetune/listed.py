@@ -34,9 +34,11 @@ LIST = ".metadata"
 MAX_BYTES = 1 << 28  # 405B with three tensors a weight on 128 ranks: 40 MB
 FILE = re.compile(r"\w+\.distcp")
 LIBRARY = "torch.distributed.checkpoint"
-RECORDS = ("metadata Metadata", "metadata TensorStorageMetadata", "metadata BytesStorageMetadata")
-RECORDS += ("metadata ChunkStorageMetadata", "metadata TensorProperties", "metadata MetadataIndex")
-RECORDS += ("metadata StorageMeta", "metadata _MEM_FORMAT_ENCODING", "filesystem _StorageInfo")
+RECORDS = (
+    *("metadata Metadata", "metadata TensorStorageMetadata", "metadata BytesStorageMetadata"),
+    *("metadata ChunkStorageMetadata", "metadata TensorProperties", "metadata MetadataIndex"),
+    *("metadata StorageMeta", "metadata _MEM_FORMAT_ENCODING", "filesystem _StorageInfo"),
+)
 DTYPES = {f"torch {str(d).removeprefix('torch.')}": d for d in (torch.float32, torch.bfloat16, torch.float16)}
 DTYPES |= {f"torch {str(d).removeprefix('torch.')}": d for d in (torch.float64, torch.int8, torch.uint8, torch.int64)}
 SIZE = "torch Size"
@@ -101,7 +103,7 @@ def _values(data: bytes) -> Any:
     """Of a pickle its value, made of plain ones, Name, Made and Pairs."""
     stack: list[Any] = []
     marks: list[int] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
     for opcode, argument, _ in pickletools.genops(data):
         kind = opcode.name
         if kind in VALUES:
@@ -265,16 +267,22 @@ def _tiles(chunks: list[ChunkStorageMetadata], size: torch.Size) -> bool:
     if any(len(offsets) != len(size) or len(sizes) != len(size) for offsets, sizes in parts):
         return False
     parts = [part for part in parts if math.prod(part[1])]
+    if not parts:
+        return not math.prod(size)
     starts = [sorted({offsets[d] for offsets, _ in parts}) for d in range(len(size))]
-    ends = [dict(zip(at, [*at[1:], n], strict=True)) for at, n in zip(starts, size, strict=True)] if parts else []
-    whole = not math.prod(size) or (bool(parts) and all(at[0] == 0 for at in starts))
-    distinct = len({offsets for offsets, _ in parts}) == len(parts) == (math.prod(map(len, starts)) if parts else 0)
-    return whole and distinct and all(o + n == end[o] for p in parts for o, n, end in zip(*p, ends, strict=True))
+    if any(at[0] for at in starts) or len({offsets for offsets, _ in parts}) < len(parts):
+        return False
+    # Of each dimension: where a part begins -> where it has to end.
+    ends = [dict(zip(at, [*at[1:], n], strict=True)) for at, n in zip(starts, size, strict=True)]
+    fits = (o + n == end[o] for offsets, sizes in parts for o, n, end in zip(offsets, sizes, ends, strict=True))
+    return len(parts) == math.prod(map(len, starts)) and all(fits)
 
 
 def _place(info: dict[str, Any], folder: Path, files: dict[str, int]) -> _StorageInfo:
     """files: the bytes of those that were seen."""
-    name, offset, length = _text(info, "relative_path"), info.get("offset"), info.get("length")
+    name = _text(info, "relative_path")
+    offset: Any = info.get("offset")
+    length: Any = info.get("length")
     if not FILE.fullmatch(name):
         raise Refused(f"{gate.shown(name)} is no name of a file beside it")
     if name not in files:
@@ -283,8 +291,8 @@ def _place(info: dict[str, Any], folder: Path, files: dict[str, int]) -> _Storag
         if not (folder / name).is_file():
             raise Refused(f"{name} is missing")
         files[name] = (folder / name).stat().st_size
-    fits = type(offset) is type(length) is int and offset >= 0 and length > 0 and offset + length <= files[name]
-    if not fits or info.get("transform_descriptors"):
+    are_numbers = type(offset) is int and type(length) is int  # a bool is none
+    if not are_numbers or info.get("transform_descriptors") or not 0 <= offset < offset + length <= files[name]:
         raise Refused(
             f"it asks for bytes {gate.shown(offset)} + {gate.shown(length)} of {name}, which has {files[name]:,}"
         )

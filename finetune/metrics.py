@@ -234,8 +234,9 @@ def _is_entry(found: Any) -> bool:
     """A step, and numbers but for what is a text."""
     if type(found) is not dict or type(found.get("step")) is not int or not 0 <= found["step"] < 1 << 53:
         return False
-    numbers = {key: value for key, value in found.items() if key not in TEXTS}
-    return all(value is None or (type(value) in (int, float) and not abs(value) > 1e300) for value in numbers.values())
+    numbers = [value for key, value in found.items() if key not in TEXTS and value is not None]
+    # A loss may be infinite or none: a run that diverged says so. A whole number may be larger than any float.
+    return all(type(value) is float or (type(value) is int and abs(value) < 1 << 63) for value in numbers)
 
 
 def keep_until_(path: Path, step: int) -> None:

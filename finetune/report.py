@@ -29,7 +29,8 @@ from finetune.parallelize import World
 from finetune.restore import check_config_types, read_file
 from nanollama import __version__
 from nanollama.cli import run
-from nanollama.gate import shown
+from nanollama.gate import CheckpointError, shown
+from nanollama.gate.documents import read_bytes
 
 NAME = "report.html"
 ENVIRONMENT = "environment.json"
@@ -116,12 +117,19 @@ def read_config(out: Path) -> dict[str, Any]:
 
 
 def read_summary(out: Path) -> dict[str, Any]:
-    """Raises UserError."""
+    """summary.json, in which a run that diverged has numbers that strict JSON does not know. Raises UserError."""
     path = out / "summary.json"
-    found = read_file(path) if path.exists() else {}
-    for key in ("val_loss", "val_bpb"):
-        if not isinstance(found.get(key, 0.0), int | float | None):
-            raise UserError(f"{path}: {key} is {shown(found[key])}: it is not as a run wrote it")
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(read_bytes(path))
+    except CheckpointError as error:
+        raise UserError(str(error)) from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not JSON: it is not as a run wrote it") from None
+    scores = [found.get(key) for key in ("val_loss", "val_bpb")] if isinstance(found, dict) else [found]
+    if not all(score is None or type(score) is float for score in scores):
+        raise UserError(f"{path}: is not as a run wrote it: {shown(found)}")
     return found
 
 

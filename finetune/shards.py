@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
@@ -62,7 +62,7 @@ class Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         metadata = read_list(Path(self.path))
-        self.tensors = metadata.state_dict_metadata
+        self.tensors = tensors_of(metadata)
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -99,8 +99,12 @@ class Reader(dcp.FileSystemReader):
 
 def described(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each stored tensor. Raises UserError."""
-    listed = read_list(folder).state_dict_metadata
+    listed = tensors_of(read_list(folder))
     return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in listed.items()}
+
+
+def tensors_of(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    return {n: entry for n, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def read_shards(folder: Path, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -18,6 +18,7 @@ What the user can mend is one line on stderr and exit code 2 (NANOLLAMA_DEBUG=1 
 """
 
 import difflib
+import errno
 import inspect
 import io
 import os
@@ -42,6 +43,9 @@ from nanollama.printable import complain, printed
 WORDS_FOR_BOOL = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 NAMES_OF_TYPES = {int: "a whole number", float: "a number", bool: "true or false"}
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+# What a disk or its mount refuses, for which Python has no class of its own: read-only, gone, full, a name too long.
+DISK_WORDS = ("EROFS", "EIO", "ESTALE", "ENAMETOOLONG", "ELOOP", "ENOSPC", "EDQUOT", "EFBIG", "EMFILE", "ENFILE")
+OF_A_DISK = frozenset(getattr(errno, word) for word in DISK_WORDS if hasattr(errno, word))
 NUL = "\0"  # stands before each text on its way through Fire: the one character that no process finds in an argument
 T = TypeVar("T")
 
@@ -151,6 +155,7 @@ def user_errors(errors: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[E
     """What the user can mend becomes one line and exit code 2; an interrupt and a reader that left are codes too."""
     end = End()
     kinds: tuple[type[Exception], ...] = (UsageError, *errors)
+    caught: tuple[type[Exception], ...] = (OSError, *kinds)
     try:
         with said_when_cut(), printed():
             yield end
@@ -161,8 +166,9 @@ def user_errors(errors: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[E
         # The reader (`| head`) has gone. Point stdout elsewhere, or Python complains when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         end.code = 141
-    except kinds as error:
-        if os.environ.get("NANOLLAMA_DEBUG") == "1":
+    except caught as error:
+        mendable = isinstance(error, kinds) or getattr(error, "errno", None) in OF_A_DISK
+        if os.environ.get("NANOLLAMA_DEBUG") == "1" or not mendable:
             raise
         complain(error)
         end.code = 2

@@ -65,6 +65,7 @@ class Flags:
     junit: Path | None = None  # write the results as JUnit XML
     html: Path | None = None  # write the report as one HTML file
     svg: Path | None = None  # write verdict, cause, table and curve as one picture
+    result: Path | None = None  # write what can be sent to others as JSON: figures; no prompt, weight, path or name
 
 
 def request_of(flags: Flags) -> Request:
@@ -99,7 +100,7 @@ def request_of(flags: Flags) -> Request:
     if request.max_new_tokens < 0:
         raise UsageError(f"--max_new_tokens {request.max_new_tokens}: expected 0 or more")
     require_files(request)
-    for flag in ("json", "junit", "html", "svg"):
+    for flag in ("json", "junit", "html", "svg", "result"):
         require_writable(flag, getattr(flags, flag))
     require_installed(request.references)
     require_device(request.device)
@@ -175,6 +176,13 @@ def write_reports(flags: Flags, report: "Report") -> None:
         from parity.report import svg
 
         flags.svg.write_text(svg.render(report), encoding="utf-8")
+    if flags.result is not None:
+        from parity.candidates.nano.checkpoint import fingerprint
+        from parity.report.sendable import sendable
+        from parity.synth.embedded import embedded_checkpoint
+
+        digest = fingerprint(flags.ckpt or str(embedded_checkpoint()))
+        flags.result.write_text(json.dumps(sendable(report, digest), indent=1) + "\n", encoding="utf-8")
 
 
 def check(request: Request) -> "Report":

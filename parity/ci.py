@@ -25,6 +25,7 @@ from nanollama.cli import execute, from_config, read
 from nanollama.printable import complain, error_line
 from parity import check
 from parity.contract import UsageError
+from parity.machine import user_folder
 from parity.run.process import Crash
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(flags: Flags) -> int:
-    out = make_folder(flags.out)
+    out = user_folder("--out", flags.out)
     try:
         report = judge(flags)
     except UsageError as error:
@@ -64,17 +65,6 @@ def run(flags: Flags) -> int:
 
     tell(flags, out, report)
     return EXIT_CODES[report.verdict]
-
-
-def make_folder(out: Path) -> Path:
-    """Raises UsageError where it cannot be made."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {out}: cannot be made ({error.strerror})") from None
-    if not os.access(out, os.W_OK):
-        raise UsageError(f"--out {out}: cannot be written")
-    return out
 
 
 def judge(flags: Flags) -> "Report":

@@ -14,11 +14,24 @@ from typing import Any
 import torch
 
 from nanollama.machine import cache_folder as cache_folder
-from parity.contract import DTYPES
+from parity.contract import DTYPES, UsageError
 
 SMALL_BYTES = 2 * 10**9  # of a checkpoint on disk: below, several implementations fit in memory side by side
 PACKAGES = ("torch", "transformers", "llama_models", "fairscale", "safetensors", "tokenizers", "tiktoken")
 MEMORY_SHARE = 0.8  # of the machine that a model may take
+
+
+def user_folder(flag: str, folder: Path) -> Path:
+    """The folder that a flag names, made where there is none. Raises UsageError where it cannot be written into."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{flag} {folder}: is a file; give a folder, which is made where there is none")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{flag} {folder}: cannot be made ({error.strerror}); give another folder") from None
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{flag} {folder}: cannot be written into; give another folder")
+    return folder
 
 
 def cores() -> int:

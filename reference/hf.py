@@ -76,7 +76,7 @@ def _config_arguments(config: Config) -> dict[str, Any]:
 def config_echo(config: transformers.LlamaConfig) -> Config:
     """The configuration as transformers understood it."""
     rope, scaling = config.rope_parameters, None
-    if rope["rope_type"] != "default":
+    if rope["rope_type"] == "llama3":
         scaling = {name: float(rope[name]) for name in ("factor", "low_freq_factor", "high_freq_factor")}
         scaling["original_context"] = rope["original_max_position_embeddings"]
     return {

@@ -2,10 +2,12 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,3 +93,19 @@ def llama3_tokenizer_path() -> Path:
     assert spec is not None
     assert spec.submodule_search_locations
     return Path(spec.submodule_search_locations[0]) / "llama3" / "tokenizer.model"
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """While it lasts, a command of ours reads its line and does nothing; what it read is here."""
+    from nanollama import cli
+
+    found: list[dict[str, Any]] = []
+
+    def only_read(command: cli.Command, args: list[str]) -> int:
+        found.append(cli.parse(args, command.parameters()))
+        return 0
+
+    monkeypatch.setattr(cli.Command, "run", only_read)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # a command's own, for the process that it would be
+    return found

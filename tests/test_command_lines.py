@@ -36,6 +36,7 @@ SPECS = [
     ("benchmarks.memory_plan", "main"),
     ("benchmarks.methods", "distil"),
     ("benchmarks.methods", "muon"),
+    ("benchmarks.plots", "main"),
     ("benchmarks.random_shapes", "main"),
     ("benchmarks.real", "main"),
     ("benchmarks.resume_kills", "main"),

@@ -2,24 +2,20 @@
 
 import importlib.util
 import re
-import runpy
 import shlex
-import signal
-import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nanollama import cli
+from markdown_commands import commands_of, exit_code, module_of
+from parity.checks import CHECKS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / name for name in ("README.md", "SECURITY.md", "CHANGELOG.md")] + sorted(DOCS.rglob("*.md"))
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-OURS = re.compile(r"^(?:nanollama|parity|finetune|reference|benchmarks)\b")
 # LOG.md tells what was typed once, by the flags that there were; CHANGELOG.md the same of the past.
 OF_TODAY = [page for page in PAGES if page.name not in ("LOG.md", "CHANGELOG.md")]
 
@@ -88,16 +84,21 @@ def test_a_broken_link_is_found(text: str, broken: list[str], tmp_path: Path) ->
     assert broken_links(page) == broken
 
 
+def test_the_page_of_gates_has_every_check_in_the_order_of_diagnosis() -> None:
+    page = (DOCS / "gates.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(CHECKS)
+
+
 # --- Commands --------------------------------------------------------------------------------------------------------
 
 
 def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
-    """(module, its words) of every line of a block that runs one of ours, whatever starts it."""
-    for block in FENCE.finditer(page.read_text(encoding="utf-8")):
-        for line in block["body"].replace("\\\n", " ").splitlines():
-            words = split(line.removeprefix("$ "))
-            if found := module_of(words):
-                yield found
+    """(module, its words) of every line of a block, and of all code in prose with a flag, that runs one of ours."""
+    text = page.read_text(encoding="utf-8")
+    typed = [line for block in FENCE.finditer(text) for line in commands_of(block["body"])]
+    prose_code = re.findall(r"`([^`\n]+ --[^`\n]+)`", FENCE.sub("", text))
+    typed += [re.sub(r" N\b", " 1", code) for code in prose_code]
+    yield from filter(None, (module_of(split(line)) for line in typed))
 
 
 def split(line: str) -> list[str]:
@@ -106,46 +107,8 @@ def split(line: str) -> list[str]:
         words = shlex.split(line, comments=True)
     except ValueError:  # an apostrophe of prose
         return []
-    ends = [i for i, word in enumerate(words) if word in ("|", "||", "&&", ">", "2>", "<")]
+    ends = [i for i, word in enumerate(words) if word in ("|", "||", "&", "&&", ">", "2>", "<")]
     return [word for word in words[: min(ends, default=None)] if word != "..."]
-
-
-def module_of(words: list[str]) -> tuple[str, list[str]] | None:
-    """The module that `python -m`, torchrun or a console script runs, and its words."""
-    if "-m" in words[1:] and re.search(r"(^|/)(python[\d.]*|torchrun|srun)$", words[0].partition("=")[0]):
-        at = words.index("-m") + 1
-        return (words[at], words[at + 1 :]) if at < len(words) and OURS.match(words[at]) else None
-    if words[:1] == ["nanollama"] and len(words) > 1:
-        return "nanollama", words[1:]
-    if words and words[0] in ("parity", "finetune") and importlib.util.find_spec(".".join(words[:2])):
-        return ".".join(words[:2]), words[2:]
-    return None
-
-
-@pytest.fixture
-def parsed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """While it lasts, a command reads its line and does nothing; what it read is here."""
-    found: list[dict[str, Any]] = []
-
-    def only_read(command: cli.Command, args: list[str]) -> int:
-        found.append(cli.parse(args, command.parameters()))
-        return 0
-
-    monkeypatch.setattr(cli.Command, "run", only_read)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # a command's own, for the process that it would be
-    return found
-
-
-def refused(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether `python -m MODULE WORDS` ends otherwise than with 0, in this process."""
-    monkeypatch.setattr(sys, "argv", [module, *words])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # the module is imported already
-        try:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-        except SystemExit as leaving:
-            return bool(leaving.code)
-    return False
 
 
 @pytest.mark.parametrize("page", [page for page in OF_TODAY if any(commands(page))], ids=name_of)
@@ -153,7 +116,7 @@ def test_every_command_has_the_flags_that_it_is_shown_with(
     page: Path, parsed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = list(commands(page))
-    bad = [f"{module} {shlex.join(words)}" for module, words in shown if refused(module, words, monkeypatch)]
+    bad = [f"{module} {shlex.join(words)}" for module, words in shown if exit_code(module, words, monkeypatch)]
     assert bad == []
 
 
@@ -171,7 +134,7 @@ def test_a_flag_that_is_none_is_found(
 ) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"```\n{line}\n```\n")
-    assert [refused(*command, monkeypatch) for command in commands(page)] == bad
+    assert [bool(exit_code(*command, monkeypatch)) for command in commands(page)] == bad
 
 
 # --- Code ------------------------------------------------------------------------------------------------------------

@@ -6,11 +6,8 @@ slow test types them, in an empty folder.
 
 import os
 import re
-import runpy
-import signal
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from markdown_commands import BLOCK, PROGRAMS, Shown, Typed, read_page
-from nanollama import cli
+from markdown_commands import BLOCK, PROGRAMS, Shown, Typed, exit_code, module_of, read_page
 from parity.report.place import source_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -29,43 +25,6 @@ TARGET = re.compile(r"^([\w-]+)(?::| \?=)", re.MULTILINE)
 READ = ("ckpt", "src", "data", "prompts", "tokenizer", "kit", "port", "source", "tokens", "a", "b", "teacher", "model")
 WRITTEN = ("out", "dst", "html", "json", "svg", "junit")
 NO_FILES = ("auto", "sample", "tinystories")
-
-
-@pytest.fixture
-def parsed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """While it lasts, a command of ours reads its line and does nothing; what it read is here."""
-    found: list[dict[str, Any]] = []
-
-    def only_read(command: cli.Command, args: list[str]) -> int:
-        found.append(cli.parse(args, command.parameters()))
-        return 0
-
-    monkeypatch.setattr(cli.Command, "run", only_read)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # a command's own, for the process that it would be
-    return found
-
-
-def exit_code(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Of `python -m MODULE WORDS`, in this process."""
-    monkeypatch.setattr(sys, "argv", [module, *words])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # the module is imported already
-        try:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-        except SystemExit as leaving:
-            return int(leaving.code or 0)
-    return 0
-
-
-def module_of(words: list[str]) -> tuple[str, list[str]] | None:
-    """The module and its words, of a line that runs one of ours."""
-    while words and re.match(r"[A-Z_]+=", words[0]):
-        words = words[1:]
-    if words[:2] == ["python", "-m"]:
-        return words[2], words[3:]
-    if words[0] in ("parity", "finetune") and len(words) > 1:
-        return f"{words[0]}.{words[1]}", words[2:]
-    return ("nanollama", words[1:]) if words[0] == "nanollama" else None
 
 
 def files_of(values: dict[str, Any], names: tuple[str, ...]) -> Iterator[str]:

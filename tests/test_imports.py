@@ -40,6 +40,8 @@ ALLOWED = {
     "benchmarks": ("benchmarks", "nanollama", "finetune", "parity"),
     # 1500 reference runs in one process: a process start for each would take longer than the runs.
     "benchmarks.random_shapes": ("benchmarks", "parity", "reference", "nanollama.cli"),
+    # The table of mistakes in this process, too: computed once a model, whoever is asked about.
+    "benchmarks.held_out": ("benchmarks", "parity", "reference", "nanollama"),
 }
 # What these import beside it is of the standard library.
 PACKAGES = {"nanollama.model": ("torch",), "nanollama.generation.sample": ("torch",), "nanollama.cli": ("fire",)}

@@ -16,22 +16,9 @@ from mkdocs.structure.pages import Page
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROOT_PAGES = {"README.md": "index.md", "SECURITY.md": "SECURITY.md", "CHANGELOG.md": "CHANGELOG.md"}
-AWAITED = ("port.md",)  # in the navigation once they are there
+WIDE = ("kill-matrix.md", "peers.md")  # tables that need the room of the table of contents
 LINK = re.compile(r"(?<=\]\()(?P<path>[^\s()#:]+)(?P<anchor>#[^\s()]*)?(?=\))")
 DRAWING = re.compile(r'<img (?=[^>]*src="(?P<src>[^"]+\.svg)")[^>]*?alt="(?P<alt>[^"]*)"[^>]*>')
-
-
-def on_config(config: MkDocsConfig) -> None:
-    """Leave out of the navigation what is still to come."""
-    missing = [path for path in AWAITED if not (Path(config.docs_dir) / path).is_file()]
-    config.nav = [_without(entry, missing) for entry in config.nav or []]
-
-
-def _without(entry: dict, missing: list[str]) -> dict:
-    [(title, value)] = entry.items()
-    if isinstance(value, list):
-        value = [child for child in value if not set(child.values()) & set(missing)]
-    return {title: value}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -65,6 +52,8 @@ def _site_uri(path: str) -> str:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links between files of the repository into links between pages of the site."""
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
 
     def relinked(match: re.Match[str]) -> str:
         uri = _site_uri(_in_repository(match["path"], page.file.src_uri))

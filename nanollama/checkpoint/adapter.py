@@ -253,6 +253,9 @@ class _File:
             raise CheckpointError(self.path, f"{name} is no tensor of floating-point numbers: copy the adapter again")
         if tuple(tensor.shape) != shape:
             what = f"{name} has shape {tuple(tensor.shape)}, {CONFIG} and the base ask for {shape}"
+            if re.search(r"(?:embed_tokens|lm_head)\b", name) and tensor.ndim == 2 and tensor.shape[1:] == shape[1:]:
+                resize = f"give the base its {len(tensor)} rows first (transformers: resize_token_embeddings, save)"
+                raise CheckpointError(self.path, f"{what}: tokens were added before it was trained; {resize}")
             raise CheckpointError(self.path, f"{what}: it belongs to another base")
         if not torch.isfinite(tensor).all():
             raise CheckpointError(self.path, f"{name} holds no finite numbers: train or copy the adapter again")

@@ -24,6 +24,10 @@ class Fields:
     def __contains__(self, key: str) -> bool:
         return key in self._left
 
+    def raw(self, key: str) -> Any:
+        """The value of a key that is not taken yet, and stays; None where there is none."""
+        return self._left.get(key)
+
     def take(self, key: str, default: Any = REQUIRED) -> Any:
         """The raw value; null counts as absent."""
         value = self._left.pop(key, None)

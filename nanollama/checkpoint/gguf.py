@@ -66,7 +66,7 @@ def open_gguf(path: Path) -> Checkpoint:
     types, stored = _stored_tensors(parts)
     factors, notices = stored.pop(ROPE_FREQS, None), list[str]()
     config = _read_config(path, keys, stored, factors, notices)
-    entries = _one_dtype(check_weights(path, config, stored, "its header"))
+    entries = _one_dtype(check_weights(path, config, stored, "its header", gguf_name))
     if any(kind.dtype is None for kind in types):
         counted = ", ".join(f"{count} {kind.name}" for kind, count in types.most_common())
         notices.append(f"the weights are quantized (tensors: {counted}) and read as fp32")
@@ -91,6 +91,10 @@ def _stored_tensors(parts: dict[Path, gguf_header.Header]) -> tuple[Counter[Ggml
 
 def _refuse_other_models(path: Path, keys: dict[str, Any]) -> None:
     kind, architecture = keys.get("general.type", "model"), keys.get("general.architecture")
+    if architecture == "clip":
+        raise CheckpointError(
+            path, "holds what a model sees pictures with (mmproj): give the .gguf of the model itself"
+        )
     if architecture != "llama":
         raise CheckpointError(path, f"is of architecture {architecture!r}: only llama can be read")
     if kind != "model":

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from nanollama import gate
-from nanollama.checkpoint.fields import Fields, read_json
+from nanollama.checkpoint.fields import REQUIRED, Fields, read_json
 from nanollama.checkpoint.names import EMBEDDING, HEAD, hf_name, is_rotary, meta_from_hf, to_hf_rows, to_meta_rows
+from nanollama.checkpoint.spellings import QUANTIZED, plain, stored_as, unknown
 from nanollama.checkpoint.staging import refuse_occupied, staged
 from nanollama.checkpoint.streams import write_safetensors
 from nanollama.checkpoint.weights import (
@@ -69,15 +70,31 @@ def open_hf(folder: Path) -> Checkpoint:
     notices: list[str] = []
     config = read_config(folder / "config.json", notices)
     stored = {}
-    for name, entry in _stored_tensors(folder).items():
+    for name, entry in _by_plain_name(folder, _stored_tensors(folder), notices).items():
         meta = meta_from_hf(name)
         if meta is None and not name.endswith(".rotary_emb.inv_freq"):  # old exports keep that buffer
-            raise CheckpointError(folder, f"weight {name} is unknown: no Llama has it")
+            raise CheckpointError(folder, unknown(name))
         if meta is not None:
             stored[meta] = _reordered(entry, config.head_dim, to_meta_rows) if is_rotary(meta) else entry
     if config.tied and HEAD in stored:
+        stored.setdefault(EMBEDDING, stored[HEAD])  # of two names for one matrix, safetensors may have kept the other
         _refuse_untied_head(folder, stored)
-    return opened("hf", folder, config, stored, "config.json", notices)
+    if not config.tied and HEAD not in stored and EMBEDDING in stored:
+        what = "lm_head.weight is missing: if the embedding is the head too, say so in config.json"
+        raise CheckpointError(folder, f'{what} ("tie_word_embeddings": true); else download the weights again')
+    return opened("hf", folder, config, stored, "config.json", notices, hf_name)
+
+
+def _by_plain_name(folder: Path, stored: dict[str, Lazy], notices: list[str]) -> dict[str, Lazy]:
+    """The tensors by transformers' names, which other programs put wrappers around. Raises CheckpointError."""
+    found: dict[str, Lazy] = {}
+    for name, entry in stored.items():
+        if plain(name) in found:
+            raise CheckpointError(folder, f"weight {plain(name)} is there twice, also as {name}: save the model again")
+        found[plain(name)] = entry
+    if renamed := sorted(stored.keys() - found.keys()):
+        notices.append(f"weights have names such as {renamed[0]}, read as {plain(renamed[0])}")
+    return found
 
 
 def read_config(path: Path, notices: list[str]) -> ModelConfig:
@@ -109,8 +126,9 @@ def _refuse_other_models(fields: Fields) -> None:
         found = quantized if isinstance(quantized, dict) else {}
         named = {"quant_method": "an unnamed method", **found}
         method = ", ".join(str(named[key])[:40] for key in ("quant_method", "bits", "weight_dtype") if key in named)
-        how = "quantised weights of a Hugging Face folder are not read: get the bf16 weights, or a .gguf of this model"
-        raise fields.error("quantization_config", f"says {method}: {how}")
+        raise fields.error("quantization_config", f"says {method}: {QUANTIZED}")
+    if fields.take("quantization", None):  # of mlx
+        raise fields.error("quantization", f"is there: {QUANTIZED}")
     code = fields.take("auto_map", None)
     if code and not (isinstance(code, dict) and all("AutoModel" not in name for name in code)):
         raise fields.error(
@@ -147,27 +165,31 @@ def _is_neutral(key: str, value: float) -> bool:
 def _read_rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     """rope_theta and the scaling, from transformers 4's keys or 5's; both may be there if they agree."""
     top_theta = fields.number("rope_theta", None)
-    found = [_read_rope_section(part) for key in ("rope_parameters", "rope_scaling") if (part := fields.section(key))]
+    said = (fields.raw(key) for key in (CONTEXT, "max_position_embeddings"))  # where the scaling does not say it
+    context = next((value for value in said if type(value) is int and value > 0), REQUIRED)
+    parts = [fields.section(key) for key in ("rope_parameters", "rope_scaling")]
+    found = [_read_rope_section(part, context) for part in parts if part]
     thetas = {theta for theta, _ in [(top_theta, None), *found] if theta is not None}
     if len(thetas) > 1 or (len(found) == 2 and found[0][1] != found[1][1]):
         raise fields.error("rope_parameters", "disagrees with rope_theta or rope_scaling in the same file: remove one")
     return thetas.pop() if thetas else 10_000.0, found[0][1] if found else None
 
 
-def _read_rope_section(part: Fields) -> tuple[float | None, RopeScaling | None]:
+def _read_rope_section(part: Fields, context: Any) -> tuple[float | None, RopeScaling | None]:
     theta = part.number("rope_theta", None)
-    kinds = {str(part.take(key, None)) for key in ("rope_type", "type")} - {"None"}
-    if kinds - {"default", "llama3"} or len(kinds) > 1:
-        raise part.error(
-            "rope_type", f"is {', '.join(map(gate.shown, sorted(kinds)))}: only default and llama3 can be computed"
-        )
-    scaling = None
-    if kinds == {"llama3"}:
-        scaling = RopeScaling(**{key: part.number(key) for key in FACTORS}, original_context=part.integer(CONTEXT))
-        if scaling.high_freq_factor <= scaling.low_freq_factor:
-            raise part.error("high_freq_factor", "is not above low_freq_factor")
+    kinds = [part.take(key, None) for key in ("rope_type", "type")]
+    kind = next((kind for kind in kinds if kind is not None), "default")  # transformers prefers rope_type
+    if kind == "linear" and part.raw("factor") == 1:
+        kind = "default"
+    if kind not in ("default", "llama3"):
+        raise part.error("rope_type", f"is {gate.shown(kind)}: only default and llama3 can be computed")
     if not math.isclose(part.number("partial_rotary_factor", 1.0), 1.0):
         raise part.error("partial_rotary_factor", "is not 1: whole heads are rotated")
+    if kind == "default":
+        return theta, None  # which no other key changes
+    scaling = RopeScaling(**{key: part.number(key) for key in FACTORS}, original_context=part.integer(CONTEXT, context))
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise part.error("high_freq_factor", "is not above low_freq_factor")
     part.finish()
     return theta, scaling
 
@@ -177,6 +199,13 @@ def _stored_tensors(folder: Path) -> dict[str, Lazy]:
     index, single = folder / INDEX, folder / SINGLE
     if index.exists() and single.exists():
         raise CheckpointError(folder, f"holds both {SINGLE} and {INDEX}: remove the one that is not the model")
+    others = sorted(
+        path.name for path in folder.glob("*.safetensors") if not path.name.startswith((".", "adapter_model"))
+    )
+    if not index.exists() and not single.exists() and others:
+        of_several = re.fullmatch(r"model-\d+-of-\d+\.safetensors", others[0])
+        mend = "download it, too" if of_several else f"if {others[0]} is the whole model, name it {SINGLE}"
+        raise gate.missing(index if of_several else single, f"is missing beside {others[0]}: {mend}")
     if not index.exists():
         return _open_safetensors(single)
     weight_map = read_json(index).get("weight_map")
@@ -215,7 +244,7 @@ def _open_safetensors(path: Path) -> dict[str, Lazy]:
 
 def _entry(path: Path, name: str, get: Callable[[str], Tensor], shape: tuple[int, ...], dtype: str) -> Lazy:
     if dtype not in STORED_DTYPES:
-        raise CheckpointError(path, f"tensor {name} is stored as {dtype}: only {', '.join(STORED_DTYPES)} can be read")
+        raise CheckpointError(path, f"tensor {name} {stored_as(dtype)}")
     if not shape:
         raise CheckpointError(path, f"tensor {name} is a scalar: no Llama has one")
     # get_tensor returns a view of the memory-mapped file, so slicing it reads only those rows.
@@ -241,7 +270,8 @@ def _refuse_untied_head(folder: Path, stored: dict[str, Lazy]) -> None:
     alike = embedding and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
     if not (embedding and alike and same_numbers(head, embedding)):
         what = "config.json says tie_word_embeddings but lm_head.weight differs from model.embed_tokens.weight"
-        raise CheckpointError(folder, what)
+        mend = "set it to false if the head was trained by itself, else remove the head"
+        raise CheckpointError(folder, f"{what}: {mend}")
 
 
 def write_hf(

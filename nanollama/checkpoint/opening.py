@@ -29,6 +29,23 @@ READERS: dict[str, Callable[[Path], Checkpoint]] = {
 # In order; a tokenizer.json with more tokens than the .model beside it goes before it.
 TOKENIZERS = ("tokenizer.model", "original/tokenizer.model", "tokenizer.json", "tokenizer.bin")
 ADAPTER = "adapter_config.json"
+# What a folder holds where another program wrote it -> whose it is, and what to do.
+WRITTEN_BY = {
+    "zero_to_fp32.py": "is DeepSpeed's: run `python zero_to_fp32.py . OUT --safe_serialization` there, and give OUT "
+    "with config.json and the tokenizer beside it",
+    "*_model_states.pt": "is part of a DeepSpeed checkpoint: run zero_to_fp32.py in the folder above",
+    "*.distcp": "is a distributed checkpoint of torch (FSDP): write it whole with `accelerate merge-weights DIR OUT`, "
+    "and give OUT with config.json and the tokenizer beside it",
+    "lit_model.pth": "is LitGPT's: run `litgpt convert_from_litgpt`, and save the result as safetensors",
+    "meta_model_*.pt": "is torchtune's: save with its FullModelHFCheckpointer, and give that folder",
+    "hf_model_*.pt": "is torchtune's, as pickles: save with safe_serialization=True, and give that folder",
+    "*.nemo": "is NeMo's: export it to Hugging Face's format",
+    "weights*.npz": "is mlx's: get the model in Hugging Face's format, or as .gguf",
+    "flax_model*.msgpack": "is Flax's: load it in transformers 4 with from_flax=True, and save it",
+    "tf_model*.h5": "is TensorFlow's: load it in transformers 4 with from_tf=True, and save it",
+    "*.onnx": "is for ONNX: get the model in Hugging Face's format, or as .gguf",
+    "ggml-model-*.bin": "is of GGML's time, before GGUF (August 2023): get a GGUF of this model",
+}
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -40,7 +57,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     try:
         kind, found = locate(local if local.exists() else hub.fetch(str(path)))
         opened = READERS[kind](found)
-        return _tokenizer_above(replace(opened, tokenizer=opened.tokenizer or find_tokenizer(found, kind)))
+        opened = _tokenizer_above(replace(opened, tokenizer=opened.tokenizer or find_tokenizer(found, kind)))
+        return opened if opened.tokenizer else replace(opened, notices=[*opened.notices, *_not_a_tokenizer(found)])
     except OSError as error:
         raise CheckpointError(local, f"cannot be read ({error.strerror or error}): check permissions") from None
 
@@ -88,7 +106,8 @@ def _locate_inside(folder: Path) -> tuple[str, Path]:
 
 def _locate_without_weights(folder: Path, has_config: bool) -> tuple[str, Path]:
     """The folders that are in place of a model's, and hold it or name it."""
-    ggufs = _files(folder, "*.gguf")
+    # Beside a model's .gguf lie its eyes, in one of their own.
+    ggufs = [path for path in _files(folder, "*.gguf") if not path.name.lower().startswith("mmproj")]
     models = {(match[1], match[3]) if (match := PART.fullmatch(path.name)) else path for path in ggufs}
     if len(models) == 1:
         return "gguf", ggufs[0]
@@ -106,6 +125,12 @@ def _locate_without_weights(folder: Path, has_config: bool) -> tuple[str, Path]:
         raise CheckpointError(folder, f"is the folder of a finetuning run: give its model, {folder / 'final'}")
     if has_config and (folder / "checkpoints").is_dir():
         raise CheckpointError(folder, "is a finetuning run that has not ended: continue it with --resume")
+    for pattern, what in WRITTEN_BY.items():
+        if found := _files(folder, pattern):
+            raise CheckpointError(found[0], what)
+    if (folder / "blobs").is_dir() and (folder / "manifests").is_dir():
+        what = "is Ollama's store: give the model's own file, which `ollama show --modelfile NAME` names behind FROM"
+        raise CheckpointError(folder, what)
     if has_config:
         return "hf", folder  # its reader says which file is missing
     raise CheckpointError(folder, _nothing(folder))
@@ -160,6 +185,16 @@ def find_tokenizer(path: Path, kind: str | None = None) -> Path | None:
     if found.suffix == ".model" and whole.is_file() and _count(whole) > (_count(found) or sys.maxsize):
         return whole
     return found
+
+
+def _not_a_tokenizer(path: Path) -> list[str]:
+    """What to say of files that come close to one."""
+    folder = path if path.is_dir() else path.parent
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        code = f"from transformers import AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')"
+        return [f'vocab.json and merges.txt are half a tokenizer: python -c "{code}" writes tokenizer.json']
+    others = [path.name for pattern in ("*.model", "tekken.json", "tok*.bin") for path in _files(folder, pattern)]
+    return [f"is {name} its tokenizer? name it with --tokenizer" for name in others[:1]]
 
 
 def _tokenizer_above(opened: Checkpoint) -> Checkpoint:

@@ -21,11 +21,12 @@ from nanollama.checkpoint.fields import Fields, read_json
 from nanollama.checkpoint.weights import CheckpointError
 
 # Values that switch nothing on; most other initialisations take the adapter's start out of the base (pissa, olora).
-PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
-# What only describes files, the training, or switches that are off.
+PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal")}
+# What only describes files, the training (also of unsloth, axolotl, ms-swift), or switches that are off.
 IDLE = frozenset(
     ("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core", "peft_version")
-    + ("qalora_group_size", "revision", "runtime_config", "task_type")
+    + ("qalora_group_size", "revision", "runtime_config", "task_type", "unsloth_fixed", "lora_dtype")
+    + ("merge_weights", "loraplus_lr_ratio", "loraplus_lr_embedding", "lorap_lr_ratio", "lorap_emb_lr")
 )
 PATTERN_CHARACTERS = 4096  # of a regular expression; unsloth's longest has 500
 PATTERNS_S = 2.0  # of CPU, for all that a config's expressions are asked
@@ -105,6 +106,8 @@ class PeftConfig:
 def read_config(path: Path) -> PeftConfig:
     """Raises CheckpointError, one line, for a setting that is unknown or wrong."""
     found = {key: value for key, value in read_json(path).items() if value not in (None, "", [], {})}
+    if "lora_parameters" in found or "fine_tune_type" in found:
+        raise CheckpointError(path, "is of an adapter of mlx: fuse it into its base (mlx_lm.fuse), and open the result")
     fields = Fields(path, {"peft_type": "missing", **found})
     try:
         config = _taken(fields)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nanollama.checkpoint.names import EMBEDDING, weight_shapes
+from nanollama.checkpoint.spellings import misshapen
 from nanollama.gate import CheckpointError
 from nanollama.model import ModelConfig
 
@@ -90,10 +91,16 @@ class Checkpoint:
 
 
 def opened(
-    kind: str, path: Path, config: ModelConfig, entries: Mapping[str, Lazy], said_by: str, notices: Iterable[str] = ()
+    kind: str,
+    path: Path,
+    config: ModelConfig,
+    entries: Mapping[str, Lazy],
+    said_by: str,
+    notices: Iterable[str] = (),
+    spelled: Callable[[str], str] = str,
 ) -> Checkpoint:
     """A checkpoint without a tokenizer; raises unless the entries are exactly the weights that `config` asks for."""
-    weights = Weights(check_weights(path, config, entries, said_by))
+    weights = Weights(check_weights(path, config, entries, said_by, spelled))
     return Checkpoint(config, weights, None, kind, path, list(notices))
 
 
@@ -105,30 +112,36 @@ def make_config(where: str | Path, **fields: object) -> ModelConfig:
         raise CheckpointError(where, error) from None
 
 
-def check_weights(where: str | Path, config: ModelConfig, entries: Mapping[str, Lazy], said_by: str) -> dict[str, Lazy]:
+def check_weights(
+    where: str | Path,
+    config: ModelConfig,
+    entries: Mapping[str, Lazy],
+    said_by: str,
+    spelled: Callable[[str], str] = str,
+) -> dict[str, Lazy]:
     """The entries in the model's order; raises unless they are exactly the weights that `config` asks for.
 
-    said_by: where the config came from, for the messages.
+    For the messages: said_by, where the config came from; spelled: Meta's name of a weight -> its name in the file.
     """
     if 9 * config.n_layers > len(entries) + 9:  # before listing the names of a billion layers
         present = sum(1 for name in entries if name.endswith(".attention_norm.weight"))
         raise CheckpointError(where, f"{said_by} says {config.n_layers} layers, the file holds {present}")
     expected = weight_shapes(config)
-    _refuse_differing_names(where, expected, entries, said_by)
+    _refuse_differing_names(where, expected, entries, said_by, spelled)
     for name, shape in expected.items():
         if entries[name].shape != shape:
-            found = entries[name].shape
-            raise CheckpointError(
-                where, f"{name} has shape {found}, {said_by} asks for {shape}: the two are not from one checkpoint"
-            )
+            raise CheckpointError(where, f"{spelled(name)} {misshapen(entries[name].shape, shape, said_by)}")
         if entries[name].dtype not in DTYPES.values():
             raise CheckpointError(
-                where, f"{name} is stored as {entries[name].dtype}: only fp32, bf16 and fp16 weights can be read"
+                where,
+                f"{spelled(name)} is stored as {entries[name].dtype}: only fp32, bf16 and fp16 weights can be read",
             )
     return {name: entries[name] for name in expected}
 
 
-def _refuse_differing_names(where: str | Path, expected: Iterable[str], found: Iterable[str], said_by: str) -> None:
+def _refuse_differing_names(
+    where: str | Path, expected: Iterable[str], found: Iterable[str], said_by: str, spelled: Callable[[str], str]
+) -> None:
     expected, found = set(expected), set(found)
     for kind, names, mend in (
         ("is missing", expected - found, f"{said_by} asks for it; download or convert the checkpoint again"),
@@ -136,7 +149,7 @@ def _refuse_differing_names(where: str | Path, expected: Iterable[str], found: I
     ):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise CheckpointError(where, f"weight {min(names)} {kind}{more}: {mend}")
+            raise CheckpointError(where, f"weight {spelled(min(names))} {kind}{more}: {mend}")
 
 
 def as_weights(weights: Mapping[str, Tensor]) -> Weights:

@@ -4,14 +4,19 @@ $ python -m nanollama chat Meta-Llama-3.1-8B-Instruct
 /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.
 > Hello!
 Hello! How can I help you today?
+
+What comes through a pipe is one message, whole, and its answer alone goes to stdout: `chat MODEL < letter > reply`.
 """
 
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from nanollama.chat import encode_chat, template_source
 from nanollama.generation.llama import Llama, Sampling
+from nanollama.options import say
 
 COMMANDS = {
     "/help": "list the commands",
@@ -19,7 +24,9 @@ COMMANDS = {
     "/system": "/system TEXT sets the system message and starts over; without TEXT there is none",
     "/reset": "forget what was said",
     "/exit": "leave (also Ctrl-D)",
+    '"""': "begins and ends a message of several lines",
 }
+FENCE = '"""'
 
 
 @dataclass
@@ -81,12 +88,15 @@ def run_repl(chat: Chat) -> None:
     """Read, answer and print until /exit or the end of the input."""
     if chat.llama.tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer beside it: name one with --tokenizer")
+    if not sys.stdin.isatty():
+        answer_input(chat)
+        return
     with suppress(ImportError):  # editing and recall of lines, where the platform has it
         import readline  # noqa: F401
     print(f"/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves. ({template_source(chat.llama.tokenizer)})")
     while True:
         try:
-            line = input("> ").strip()
+            line = read_message()
         except KeyboardInterrupt:
             print("\n(/exit or Ctrl-D leaves)")
             continue
@@ -95,10 +105,36 @@ def run_repl(chat: Chat) -> None:
             return
         if line == "/exit":
             return
-        if line.startswith("/"):
+        if re.fullmatch(r"/\w+(\s.*)?", line, re.DOTALL):  # and not /usr/bin/python
             print(obey(chat, line))
         elif line:
             show_answer(chat, line)
+
+
+def read_message() -> str:
+    """A line, or several between two fences. Raises EOFError where the input ends."""
+    line = input("> ").strip()
+    if not line.startswith(FENCE):
+        return line
+    lines = [line.removeprefix(FENCE)]
+    while FENCE not in lines[-1]:
+        lines.append(input("... "))
+    return "\n".join(lines).replace(FENCE, "", 1).strip()
+
+
+def answer_input(chat: Chat) -> None:
+    """All that a pipe or a file holds as one message; what is to be known of the answer goes to stderr.
+
+    Raises ValueError for a message that cannot be answered.
+    """
+    text = sys.stdin.read().strip()
+    if not text:
+        raise ValueError("there is no message in the input: write one into the pipe, or chat in a terminal")
+    for piece in chat.answer(text):
+        print(piece, end="", flush=True)
+    print()
+    for notice in chat.notices:
+        say(notice)
 
 
 def show_answer(chat: Chat, text: str) -> None:

@@ -20,6 +20,8 @@ Filter = Callable[[Tensor], Tensor]  # logits (B, V) -> logits (B, V)
 Generators = torch.Generator | Sequence[torch.Generator]  # one for all rows, or one for each
 Sampler = Callable[[Tensor, Generators], Tensor]  # logits (B, V), generators -> ids (B,)
 
+LEAST_TEMPERATURE = 1e-6  # logits divided by much less are infinite, and their softmax is no number
+
 
 def make_sampler(temperature: float = 0.0, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Sampler:
     """A sampler; temperature 0 is greedy, top_k 0, top_p 1 and min_p 0 are off. Raises ValueError out of range."""
@@ -31,8 +33,8 @@ def make_sampler(temperature: float = 0.0, *, top_k: int = 0, top_p: float = 1.0
 
 def make_filter(temperature: float = 1.0, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Filter:
     """The distribution that a sampler draws from, as logits -> logits. Arguments as in `make_sampler`."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}: expected 0 (greedy) or more")
+    if not (temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf):
+        raise ValueError(f"temperature is {temperature}: expected 0 (greedy), or {LEAST_TEMPERATURE:g} and more")
     if top_k < 0:
         raise ValueError(f"top_k is {top_k}: expected 0 (off) or more")
     if not 0 < top_p <= 1:

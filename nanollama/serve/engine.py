@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import nn
 
 T = TypeVar("T")
@@ -120,7 +121,7 @@ def left_between_layers(layers: nn.ModuleList, job: Job[Any]) -> Iterator[None]:
     """Inside, a pass through the layers ends with Left once the job is gone: a long prompt is not read to its end."""
 
     def check(*_: Any) -> None:
-        if job.gone:
+        if job.gone and not torch.cuda.is_current_stream_capturing():  # a graph is recorded to its end
             raise Left
 
     handles = [layer.register_forward_pre_hook(check) for layer in layers]

@@ -3,7 +3,7 @@
 Each is one metric of the check `training`; a candidate is judged in as many as its interface makes possible.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from parity.candidates.interface import lacking
 from parity.contract import UNIT, Result, Status, judge
 from parity.measure.evidence import Evidence, Pair
 from parity.measure.metrics import ratio
-from parity.measure.tolerances import BOUNDS, STEP_DIGITS
+from parity.measure.tolerances import AGREE, BOUNDS, STEP_DIGITS
 from parity.run.training import (
     DTYPE,
     FILE,
@@ -95,7 +95,10 @@ def _objective(name: str, ev: Evidence, trace: Trace, reference: Trace, floor: f
         results.append(_loss(name, mine[name][kind], exact, floor * _noise_share(name, asked), labels))
         own = read(trace.folder / FILE, f"{name}/{kind}/")
         true = read(ev.oracle.folder / file, f"{kind}/grad/")
-        theirs = [read(reference.folder / file, f"{kind}/{way}/") for way in ("grad", "padded")]
+        theirs = [
+            [read(one.folder / file, f"{kind}/{way}/") for way in ("grad", "padded")]
+            for one in own_first(ev, reference)
+        ]
         results.append(_worst_gradient(name, own, true, theirs, kind, labels))
     return max(results, key=lambda r: r.value if r.value is not None and r.value == r.value else torch.inf)
 
@@ -112,10 +115,27 @@ def _noise_share(name: str, asked: dict[str, Any]) -> float:
     return 1.0
 
 
+def own_first(ev: Evidence, reference: Trace) -> list[Trace]:
+    """The references that did train, this one first."""
+    return [reference, *(t for t in ev.references.values() if t is not reference and t.meta.get("training"))]
+
+
 def loss_noise(ev: Evidence, reference: Trace) -> float:
-    """What a mean of labels may be off by: the RMS error of the reference's labels, at least half a rounding."""
-    theirs, exact = (read(t.folder / FILE, "nats")[""].double() for t in (reference, ev.oracle))
-    return max(float((theirs - exact).square().mean().sqrt()), U * float(exact.square().mean().sqrt()) / 2)
+    """What a mean of labels may be off by: the RMS error of a reference's labels, at least half a rounding."""
+    exact = _nats(ev.oracle)
+    errors = [_rms(_nats(trace) - exact) for trace in own_first(ev, reference)]
+    return max(largest_that_agrees(errors), U * _rms(exact) / 2)
+
+
+def _nats(trace: Trace) -> Tensor:
+    return read(trace.folder / FILE, "nats")[""].double()
+
+
+def largest_that_agrees(errors: Sequence[float]) -> float:
+    """Of a reference's error, which comes first, and the others': as everywhere, those within AGREE of it count, since
+    one error is one throw."""
+    own, *others = errors
+    return max([own, *(e for e in others if e <= AGREE * own and own <= AGREE * e)])
 
 
 def _loss(metric: str, mine: float, exact: float, floor: float, labels: dict[str, Any]) -> Result:
@@ -128,7 +148,7 @@ def _gradients(
 ) -> Result:
     """The worst parameter's error ratio."""
     mine, exact = read(trace.folder / FILE, prefix), read(ev.oracle.folder / FILE, "grad/")
-    theirs = [read(reference.folder / FILE, kind) for kind in ("grad/", "padded/")]
+    theirs = [[read(trace.folder / FILE, k) for k in ("grad/", "padded/")] for trace in own_first(ev, reference)]
     return _worst_gradient(metric, mine, exact, theirs, kind, labels)
 
 
@@ -136,17 +156,18 @@ def _worst_gradient(
     metric: str,
     mine: dict[str, Tensor],
     exact: dict[str, Tensor],
-    theirs: list[dict[str, Tensor]],
+    theirs: list[list[dict[str, Tensor]]],
     kind: str,
     labels: dict[str, Any],
 ) -> Result:
+    """theirs: by reference, the pair's own first, its gradients in two ways."""
     if absent := sorted(exact.keys() - mine.keys()):
         reason = f"the gradient of {absent[0]} is missing ({len(absent)} in all)"
         return Result(**_fields(metric), status=Status.FAIL, reason=reason, **labels)
     if wrong := [n for n in exact if mine[n].shape != exact[n].shape]:
         reason = f"{wrong[0]} has a gradient of shape {tuple(mine[wrong[0]].shape)} for {tuple(exact[wrong[0]].shape)}"
         return Result(**_fields(metric), status=Status.FAIL, reason=reason, **labels)
-    ratios = {n: _rho(mine[n], [grads[n] for grads in theirs], exact[n]) for n in exact}
+    ratios = {n: _rho(mine[n], [[grads[n] for grads in ways] for ways in theirs], exact[n]) for n in exact}
     worst = max(ratios, key=lambda n: torch.inf if ratios[n] != ratios[n] else ratios[n])
     where = f"{worst} {kind}".strip()
     return judge(ratios[worst], GRAD, where=where, **_fields(metric), **labels)
@@ -159,16 +180,17 @@ def gradient_noise(ev: Evidence, of: str, against: str) -> tuple[float, str] | N
     mine, theirs, exact = (
         read(t.folder / FILE, "grad/") for t in (ev.references[of], ev.references[against], ev.oracle)
     )
-    return max((_rho(mine[n], [theirs[n]], exact[n]), n) for n in exact)
+    return max((_rho(mine[n], [[theirs[n]]], exact[n]), n) for n in exact)
 
 
-def _rho(mine: Tensor, theirs: list[Tensor], exact: Tensor) -> float:
+def _rho(mine: Tensor, theirs: list[list[Tensor]], exact: Tensor) -> float:
     return ratio(_rms(mine.double() - exact.double()), gradient_floor(theirs, exact))
 
 
-def gradient_floor(theirs: list[Tensor], exact: Tensor) -> float:
-    """theirs: the reference's gradient, document by document and in one batch: the larger error is the noise."""
-    return max(*(_rms(t.double() - exact.double()) for t in theirs), U * _rms(exact.double()) / 2)
+def gradient_floor(theirs: list[list[Tensor]], exact: Tensor) -> float:
+    """theirs: each reference's gradient, document by document and in one batch: the larger error is its noise."""
+    errors = [max(_rms(way.double() - exact.double()) for way in ways) for ways in theirs]
+    return max(largest_that_agrees(errors), U * _rms(exact.double()) / 2)
 
 
 def _rms(x: Tensor) -> float:

@@ -140,17 +140,24 @@ def _norm_mistakes(view: View, c: Tensor, o: Tensor, x: Tensor, true_x: Tensor) 
         * weight,
     }
     named = best(c, o, mistakes)
-    return named or _eps(c, o, x, eps)
+    return named or _eps(c, o, x, eps, weight)
 
 
-def _eps(c: Tensor, o: Tensor, x: Tensor, eps: float) -> str | None:
-    """A position of mean square m is scaled by sqrt((m + eps) / (m + wrong eps)): solve for the wrong eps."""
+def _eps(c: Tensor, o: Tensor, x: Tensor, eps: float, weight: Tensor) -> str | None:
+    """A position of mean square m is scaled by sqrt((m + eps) / (m + wrong eps)): solve for the wrong eps.
+
+    Added outside of the root, it looks like a smaller one, of another size at each position.
+    """
     scale = (c * o).sum(-1) / o.square().sum(-1)  # (T,)
     if not rms(c - scale.unsqueeze(-1) * o) < EXPLAINS * rms(c - o):
         return None
     mean_square = x.square().mean(-1)
     small = mean_square <= mean_square.quantile(0.25)
     found = float(((mean_square + eps) / scale.square() - mean_square)[small].median())
+    inside = o * ((mean_square + eps) / (mean_square + max(found, 0))).sqrt().unsqueeze(-1)
+    outside = x / (mean_square.sqrt() + eps).unsqueeze(-1) * weight
+    if rms(c - outside) < EXPLAINS * rms(c - inside):
+        return "the norm adds eps outside of the root"
     if found < -0.5 * eps or abs(found - eps) < 0.02 * eps:
         return None
     return f"the norm's eps looks like {max(found, 0):.2g}, the config says {eps:.2g}"

@@ -29,11 +29,14 @@ CONFIG: dict[str, Any] = dict.fromkeys(
     ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"), int
 )
 CONFIG |= {"norm_eps": NUMBER, "rope_theta": NUMBER}
+CONFIG |= {"tied": bool}
+SCALING = dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "original_context"), NUMBER)
 CHECKPOINT = {"path": str, "format": str, "parameters": int}
 ARRAY = {"name": str, "file": str, "offset": int, "shape": [int], "meaning": str}
 GATE: dict[str, Any] = dict.fromkeys(("array", "dtype", "check", "gate", "metric", "label", "unit"), str)
 GATE |= {"first": int, "rows": int, "noise": NUMBER, "factor": NUMBER}
-FLOOR = {"of": str, "against": str, "dtype": str, "rms_logits": NUMBER}
+FLOOR: dict[str, Any] = {"of": str, "against": str, "dtype": str, "rms_logits": NUMBER}
+FLOOR |= {"logits": (*NUMBER, type(None)), "taps": (*NUMBER, type(None)), "tap": (str, type(None))}
 MAX_LAYERS = 10_000
 
 
@@ -50,10 +53,14 @@ def read_table(folder: Path, schema: str, metrics: typing.Collection[str]) -> di
         raise UsageError(f"{path} has schema {gate.shown(table.get('schema'))}, expected {schema!r}")
     try:
         _check_keys(table, TABLE, "")
-        _check_keys(table["config"], CONFIG, "config.")
+        _check_config(table["config"])
         _check_keys(table["checkpoint"], CHECKPOINT, "checkpoint.", only=True)
         for number, floor in enumerate(table["noise_floor"]):
-            _check_keys(floor, FLOOR, f"noise_floor {number}: ")
+            gradients = floor.get("gradients")
+            known = {key: value for key, value in floor.items() if key != "gradients"}
+            _check_keys(known, FLOOR, f"noise_floor {number}: ", only=True)
+            if gradients is not None and [type(part) for part in gradients] != [float, str]:
+                raise Wrong(f"noise_floor {number}: gradients is {gate.shown(gradients)}")
         _check_runs(table)
         _check_arrays(table, folder)
         _check_gates(table, metrics)
@@ -87,16 +94,41 @@ def _check_keys(found: dict[str, Any], kinds: Mapping[str, Any], where: str, *, 
         raise Wrong(f"{where}{gate.shown(min(more))} is no key of it")
 
 
+def _check_config(config: dict[str, Any]) -> None:
+    """Every key of it, and no other: a checkpoint is made of it for a candidate."""
+    scaling = config.get("rope_scaling")
+    _check_keys({k: v for k, v in config.items() if k != "rope_scaling"}, CONFIG, "config.", only=True)
+    if scaling is not None:
+        if type(scaling) is not dict:
+            raise Wrong(f"config.rope_scaling is {gate.shown(scaling)}")
+        _check_keys(scaling, SCALING, "config.rope_scaling.", only=True)
+    if not all(0 < config[key] < 1 << 31 for key, kind in CONFIG.items() if kind is int):
+        raise Wrong(f"config is {gate.shown(config)}")
+    if config["n_layers"] > MAX_LAYERS or config["n_heads"] % config["n_kv_heads"] or config["head_dim"] % 2:
+        what = f"{config['n_layers']:,} layers, {config['n_heads']} heads, {config['n_kv_heads']} kv heads"
+        raise Wrong(f"config has {what} of {config['head_dim']} numbers")
+
+
+def shapes_of(config: dict[str, Any]) -> dict[str, list[int]]:
+    """Name and shape of each weight, in Meta's layout."""
+    dim, hidden, vocab = config["dim"], config["hidden_dim"], config["vocab_size"]
+    queries, keys = config["n_heads"] * config["head_dim"], config["n_kv_heads"] * config["head_dim"]
+    found = {"tok_embeddings.weight": [vocab, dim], "norm.weight": [dim]}
+    found |= {} if config["tied"] else {"output.weight": [vocab, dim]}
+    block = {"attention.wq": [queries, dim], "attention.wk": [keys, dim], "attention.wv": [keys, dim]}
+    block |= {"attention.wo": [dim, queries], "attention_norm": [dim], "ffn_norm": [dim]}
+    block |= {f"feed_forward.{name}": [hidden, dim] for name in ("w1", "w3")} | {"feed_forward.w2": [dim, hidden]}
+    for layer in range(config["n_layers"]):
+        found |= {f"layers.{layer}.{name}.weight": shape for name, shape in block.items()}
+    return found
+
+
 def _check_runs(table: dict[str, Any]) -> None:
     """Tokens and run dtypes."""
     if not table["sequences"] or not all(0 < n < 1 << 31 for n in table["sequences"]):
         raise Wrong(f"sequences is {gate.shown(table['sequences'])}")
     if not table["dtypes"] or not {*table["dtypes"]} <= DTYPES.keys() & table["decided_fraction"].keys():
         raise Wrong(f"dtypes is {gate.shown(table['dtypes'])}")
-    if not all(0 < table["config"][key] < 1 << 31 for key, kind in CONFIG.items() if kind is int):
-        raise Wrong(f"config is {gate.shown(table['config'])}")
-    if table["config"]["n_layers"] > MAX_LAYERS:
-        raise Wrong(f"config.n_layers is {table['config']['n_layers']:,}")
     hyper = table.get("training")
     if hyper is not None and not (type(hyper) is dict and _fits(hyper.get("lr"), NUMBER)):
         raise Wrong(f"training is {gate.shown(hyper)}")
@@ -123,6 +155,12 @@ def _check_arrays(table: dict[str, Any], folder: Path) -> None:
     asked = {tap: [tokens, *tap_shape(table["config"], tap)] for tap in tap_names(table["config"]["n_layers"])}
     asked = {f"{dtype}{name}": shape for name, shape in (asked | {"best": [tokens]}).items() for dtype in dtypes}
     asked |= {"tokens": [tokens], **{f"decided.{dtype}": [tokens] for dtype in table["dtypes"]}}
+    weights = shapes_of(table["config"])
+    asked |= weights
+    held = {array["name"] for array in table["arrays"] if array["file"] == "weights.f32"}
+    if different := sorted(held ^ weights.keys()):
+        what = "has a weight" if different[0] in held else "lacks the weight"
+        raise Wrong(f"it {what} {different[0]}: its config asks for {len(weights)}, it has {len(held)}")
     for array in table["arrays"]:
         if array["shape"] != asked.get(array["name"], array["shape"]):
             what = f"{array['name']} has shape {gate.shown(array['shape'])}"

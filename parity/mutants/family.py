@@ -95,14 +95,21 @@ def build(
     return Runner(made, folder / name, progress).run_references()
 
 
-def of_checkpoint(path: Path, folder: Path, progress: bool = False, seeded_prompts: bool = False) -> Evidence:
-    """A checkpoint of yours in a member's place: on text where it has a tokenizer, in fp32 and bf16."""
+def of_checkpoint(
+    path: Path,
+    folder: Path,
+    progress: bool = False,
+    seeded_prompts: bool = False,
+    dtypes: tuple[str, ...] = ("fp32", "bf16"),
+    sequences: int = 1,
+) -> Evidence:
+    """A checkpoint of yours in a member's place: on text where it has a tokenizer, else on so many seeded sequences."""
     described = describe(str(path), None)
     if seeded_prompts:
         described = replace(described, tokenizer=None)
-    tokens = (seeded(described.config["vocab_size"]).tokens or [])[-1:]
+    tokens = (seeded(described.config["vocab_size"]).tokens or [])[-sequences:]
     prompts = Prompts([LONG], None, []) if described.tokenizer else Prompts(None, tokens, [])
-    request = Request(checks=("ops", "weights"), max_new_tokens=NEW_TOKENS, texts=False)
+    request = Request(dtypes=dtypes, checks=("ops", "weights"), max_new_tokens=NEW_TOKENS, texts=False)
     made = plan(request, described, folder, prompts=prompts, large=False)
     folder.mkdir(exist_ok=True)
     return Runner(replace(made, first="meta"), folder, progress).run_references()

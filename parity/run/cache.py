@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from parity.contract import UsageError
-from parity.machine import installed
+from parity.machine import installed, user_folder
 
 LIMIT_BYTES = 8 * 10**9
 SHARE_OF_FREE = 0.25  # of the disk's free bytes that traces may take, if that is less
@@ -197,15 +197,7 @@ def trace_cache(folder: Path) -> TraceCache | None:
 
 def kept_in(folder: Path) -> TraceCache:
     """The one that the user names, made where there is none. Raises UsageError."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--keep {folder}: is a file; give a folder, which is made where there is none")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--keep {folder}: cannot be made ({error.strerror}); give another folder") from None
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"--keep {folder}: cannot be written into; give another folder")
-    cache = TraceCache(folder, named=True)
+    cache = TraceCache(user_folder("--keep", folder), named=True)
     cache.read_hashes()
     return cache
 

@@ -138,8 +138,8 @@ def record_training(candidate: Interface, case: Case, folder: Path, out: Recordi
         keep(f"distillation/{kind}", asks("distillation", answers.loss_and_grads, *asked), meta["distillation"], kind)
     worn = training["adapters"]
     for kind in worn["kinds"]:
-        asked = (two, made_up_adapter, worn["targets"], worn["rank"], worn["alpha"], kind)
-        keep(f"adapters/{kind}", asks("adapters", answers.loss_and_grads, *asked), meta["adapters"], kind)
+        wear = (two, made_up_adapter, worn["targets"], worn["rank"], worn["alpha"], kind)
+        keep(f"adapters/{kind}", asks("adapters", answers.loss_and_grads, *wear), meta["adapters"], kind)
     makers = [lambda w, n=n: made_up_gradient(w, n) for n in range(MADE_STEPS)]
     steps = asks("adamw", lambda o, asked: answers.steps(o, asked, MADE_STEPS), makers, training)
     for n, weights in enumerate(steps or [], 1):

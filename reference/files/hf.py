@@ -45,6 +45,9 @@ TOP_NAMES = {
     "lm_head.weight": "output.weight",
 }
 
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+STARTS = ("embed_tokens", "layers", "norm", "rotary_emb", "lm_head")
+
 USED = {
     "hidden_size",
     "intermediate_size",
@@ -112,6 +115,15 @@ def meta_name(name: str) -> str | None:
     return f"layers.{int(pieces[0])}.{inner}.weight" if inner else name
 
 
+def unwrapped(name: str) -> str:
+    """A name without what torch.compile, FSDP, DDP, DeepSpeed and peft put into it, and with one `model.`."""
+    parts = [part for part in name.split(".") if not (part.startswith("_") and part in WRAPPERS)]
+    start = next((i for i, part in enumerate(parts) if part in STARTS), None)
+    if start is None or set(parts[:start]) - {"module", "base_model", "model"}:
+        return name
+    return ".".join(parts[start:] if parts[start] == "lm_head" else ["model", *parts[start:]])
+
+
 def _check_keys(raw: dict[str, Any], path: Path) -> tuple[str, ...]:
     """Refuse what is computed otherwise than by the dense text Llama; a notice names what nothing reads."""
     unread = []
@@ -163,7 +175,7 @@ def _config(raw: dict[str, Any], path: Path) -> Config:
         "vocab_size": number(raw, "vocab_size", path),
         "norm_eps": number(raw, "rms_norm_eps", path, float),
         "rope_theta": number(rope, "rope_theta", path, float, default=number(raw, "rope_theta", path, float, 10000.0)),
-        "rope_scaling": _rope_scaling(rope, path),
+        "rope_scaling": _rope_scaling(rope, raw, path),
         "tied": flag(raw, "tie_word_embeddings", path),
     }
     check_config(config, path)
@@ -181,22 +193,24 @@ def _rope(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     return {**old, **new}
 
 
-def _rope_scaling(rope: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    needed = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-    unknown = rope.keys() - needed - {"rope_type", "type", "rope_theta"}
-    unknown -= {key for key in unknown if rope[key] is None or (key == "partial_rotary_factor" and rope[key] == 1)}
-    if unknown:
-        raise Unusable(f"{path}: unknown RoPE parameter {gate.shown(min(unknown))}, which may change the computation")
-    if kind == "default":
-        return None
+def _rope_scaling(rope: dict[str, Any], raw: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise Unusable(f"{path}: partial_rotary_factor is not 1; only whole heads are rotated here")
+    if kind == "default" or (kind == "linear" and rope.get("factor") == 1):
+        return None  # no other key is read
     if kind != "llama3":
         raise Unusable(f"{path}: rope_type {gate.shown(kind)} is not computed here; only 'default' and 'llama3' are")
+    context = "original_max_position_embeddings"
+    known = {"factor", "low_freq_factor", "high_freq_factor", context, "rope_type", "type", "rope_theta"}
+    if unknown := {key for key in rope.keys() - known - {"partial_rotary_factor"} if rope[key] is not None}:
+        raise Unusable(f"{path}: unknown RoPE parameter {gate.shown(min(unknown))}, which may change the computation")
+    outside = raw.get(context) or raw.get("max_position_embeddings")
     return {
         "factor": number(rope, "factor", path, float),
         "low_freq_factor": number(rope, "low_freq_factor", path, float),
         "high_freq_factor": number(rope, "high_freq_factor", path, float),
-        "original_context": number(rope, "original_max_position_embeddings", path),
+        "original_context": number(rope, context, path, default=outside),
     }
 
 
@@ -231,7 +245,13 @@ def _open_file(path: Path) -> dict[str, Tensor]:
 
 
 def _sources(tensors: dict[str, Tensor], config: Config, folder: Path) -> dict[str, Source]:
-    named = {meta_name(name): tensor for name, tensor in tensors.items()}
+    named: dict[str | None, Tensor] = {}
+    for name, tensor in tensors.items():
+        if (meta := meta_name(unwrapped(name))) in named and meta is not None:
+            raise Unusable(f"{folder}: tensor {unwrapped(name)} is there twice, also as {name}; save the model again")
+        named[meta] = tensor
+    if config["tied"] and "output.weight" in named:  # a file may keep one of the two names for the matrix
+        named.setdefault("tok_embeddings.weight", named["output.weight"])
     sources = {name: Source((tensor,), label=name) for name, tensor in named.items() if name is not None}
     if config["tied"] and "output.weight" in sources:
         head, embedding = sources.pop("output.weight").parts[0], sources.get("tok_embeddings.weight")

@@ -86,7 +86,8 @@ ATTENTION: dict[str, Operation] = {
 
 def windows(config: Config, tokens: int) -> dict[str, Operation]:
     """A token sees so many of the last ones, itself among them; and YaRN's scale, where RoPE is scaled."""
-    sizes = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    whole = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    sizes = sorted(size + off for size in whole for off in (-1, 0, 1))  # windows are off by one, too
     found = {f"attention sees a window of {w} tokens": mixed(see=within(w)) for w in sizes if w < tokens}
     if config["rope_scaling"]:
         factor = (0.1 * math.log(config["rope_scaling"]["factor"]) + 1) ** 2

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from reference.files import Config
+from reference.mistakes.alone import of_all_layers, of_one_layer
+from reference.mistakes.angles import angles
 from reference.mistakes.attention import ATTENTION, mixed, windows
 from reference.oracle import math as ops
 from reference.oracle.forward import STEPS, Layer, Operation, Oracle
@@ -50,6 +52,9 @@ def mistakes(config: Config, tokens: int) -> Iterator[list[Mistake]]:
     yield list(_weights())
     yield list(_layers(config))
     yield list(_precision())
+    yield [Mistake(name, changed=_tables(angle)) for name, angle in angles(config, tokens)]
+    yield [Mistake(name, changed=changes) for name, changes in of_all_layers(config)]
+    yield [Mistake(name, changed=changes) for name, changes in of_one_layer(config)]
 
 
 # --- RoPE ------------------------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ GOOD = json.dumps(dialog(0))
     ("line", "message"),
     [
         ('{"messages": [{"role": "user", "content": "Hi"}]}', "none of the 1 messages is the assistant's"),
-        ('{"messages": [{"role": "bot", "content": "Hi"}]}', "message 0: role 'bot'"),
+        ('{"messages": [{"role": "narrator", "content": "Hi"}]}', "message 0: role 'narrator'"),
         (GOOD.replace("question", "word " * 70), "tokens do not fit --seq_len 64"),
         ("{no", "not JSON"),
         ('{"text": "Hi"}', 'expected an object with a list of "messages"'),

@@ -13,29 +13,20 @@ from finetune.data.appended import Extent
 from finetune.data.dialogs import Dialogs
 from finetune.metrics import read_metrics
 from finetune.prepare.stories import stories
-from finetune.text import ENTRY
 from finetune.train import Loop
 from nanollama.checkpoint import open_checkpoint
-from small_runs import exit_code
-
-SHAPE = '{"dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 48}'
+from small_runs import stories_home, stories_run
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("on")
-    (folder / "stories.txt").write_text("<|endoftext|>".join(stories(40)))
-    (folder / "shape.json").write_text(SHAPE)
-    return folder
+    return stories_home(tmp_path_factory.mktemp("on"), layers=1)
 
 
 def run(home: Path, out: Path, *flags: str, data: str = "stories.txt") -> int | str | None:
     """The exit code of a run of 6 steps in this process."""
-    line = ["--data", str(home / data), "--init", str(home / "shape.json"), "--cache", str(home / "cache")]
-    small = "--vocab_size 300 --seq_len 64 --batch_size 2 --lr 0.01 --eval_every 3 --save_every 3 --threads 1"
-    steps = [] if "--max_steps" in flags or "--epochs" in flags else ["--max_steps", "6"]
-    argv = [*line, *small.split(), *steps, "--out", str(out), *flags]
-    return exit_code(ENTRY, *argv)
+    steps = "" if "--max_steps" in flags or "--epochs" in flags else "--max_steps 6"
+    return stories_run(home, out, f"--eval_every 3 --save_every 3 {steps}", *flags, data=data)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """A distributed save of a stranger's: its list is a pickle, its parts are archives; neither may do or claim more."""
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable
 from io import BytesIO
@@ -30,7 +31,9 @@ class Saved:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         tensors = {NAME: torch.arange(6.0), "w": torch.arange(12.0).view(4, 3)}
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
         self.listed: Any = pickle.loads((folder / ".metadata").read_bytes())
 
     def write(self) -> None:

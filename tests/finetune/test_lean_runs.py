@@ -9,28 +9,18 @@ import safetensors.torch
 import torch
 
 from finetune.metrics import read_metrics
-from finetune.prepare.stories import stories
-from finetune.text import ENTRY
 from nanollama.checkpoint import open_checkpoint
-from small_runs import exit_code, stopped_at
-
-SHAPE = '{"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 48}'
+from small_runs import stopped_at, stories_home, stories_run
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lean")
-    (folder / "stories.txt").write_text("<|endoftext|>".join(stories(40)))
-    (folder / "shape.json").write_text(SHAPE)
-    return folder
+    return stories_home(tmp_path_factory.mktemp("lean"))
 
 
 def run(home: Path, out: Path, *flags: str) -> int | str | None:
     """The exit code of a run of 6 steps in this process."""
-    line = ["--data", str(home / "stories.txt"), "--init", str(home / "shape.json"), "--cache", str(home / "cache")]
-    small = "--vocab_size 300 --seq_len 64 --batch_size 2 --max_steps 6 --lr 0.01 --grad_clip 0 --threads 1"
-    argv = [*line, *small.split(), "--out", str(out), *flags]
-    return exit_code(ENTRY, *argv)
+    return stories_run(home, out, "--max_steps 6 --grad_clip 0", *flags)
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

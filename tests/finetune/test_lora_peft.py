@@ -83,6 +83,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], str, int, float]] = {  # settings, mod
     "some layers": ({"layers_to_transform": [1]}, r".*1.*(q_proj|down_proj)", 4, 2.0),
     "one layer": ({"layers_to_transform": 0, "layers_pattern": "layers"}, r".*0.*(q_proj|down_proj)", 4, 2.0),
     "gaussian": ({"init_lora_weights": "gaussian", "fan_in_fan_out": False, "loftq_config": {}}, Q_DOWN, 4, 2.0),
+    "notes of training programs": (
+        {"unsloth_fixed": True, "loraplus_lr_ratio": 16.0, "init_lora_weights": "orthogonal"},
+        Q_DOWN,
+        4,
+        2.0,
+    ),
     "rank above a dimension": ({"r": 200}, Q_DOWN, 200, 0.04),
 }
 
@@ -218,3 +224,17 @@ def test_what_is_not_plain_lora_is_refused_by_name(tmp_path: Path, settings: dic
     with pytest.raises(CheckpointError, match=message) as caught:
         read_adapter(save(tmp_path / "a", tensors, **settings), LLAMA31)
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_of_more_tokens_says_how_to_enlarge_the_base(tmp_path: Path) -> None:
+    tensors = pairs_of(LLAMA31, dict.fromkeys(modules(LLAMA31, Q_DOWN), (4, 2.0)))
+    tensors["model.embed_tokens.weight"] = torch.zeros(LLAMA31.vocab_size + 2, LLAMA31.dim)
+    folder = save(tmp_path / "a", tensors, modules_to_save=["embed_tokens"])
+    with pytest.raises(CheckpointError, match=rf"its {LLAMA31.vocab_size + 2} rows first .*resize_token_embeddings"):
+        read_adapter(folder, LLAMA31)
+
+
+def test_an_adapter_of_mlx_says_how_to_fuse_it(tmp_path: Path) -> None:
+    folder = save(tmp_path / "a", {}, fine_tune_type="lora", lora_parameters={"rank": 8, "scale": 20.0})
+    with pytest.raises(CheckpointError, match=r"mlx_lm\.fuse"):
+        read_adapter(folder, LLAMA31)

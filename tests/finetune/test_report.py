@@ -110,7 +110,7 @@ def test_without_matplotlib_a_run_keeps_its_result_and_says_what_is_missing(
     shutil.copytree(home / "slow", tmp_path / "run")
     train(home, str(tmp_path / "run"), lr=1e-3, resume=True, max_steps=9)
     extra = "curves need the package matplotlib: pip install 'llama-parity[finetune]'"
-    lines = [line for line in capsys.readouterr().out.splitlines() if "matplotlib" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "package matplotlib" in line]
     assert lines == [f"report: {tmp_path / 'run' / NAME} (without curves: {extra}, then python -m finetune.report "
                      f"{tmp_path / 'run'})"]  # fmt: skip
     shown = (tmp_path / "run" / NAME).read_text()

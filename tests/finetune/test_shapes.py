@@ -157,11 +157,11 @@ REFUSED = {
     "has weight 0: nothing to train on": {"messages": [USER, {**BOT, "weight": 0}]},
     "unknown key 'refusal'": {"messages": [USER, {**BOT, "refusal": "No."}]},
     '"images": pictures are not read': {**ROW, "images": ["a.png"]},
-    '"chosen": preference pairs': {"prompt": "Hi", "chosen": "a", "rejected": "b"},
+    '"chosen": python -m finetune.preference trains on pairs': {"prompt": "Hi", "chosen": "a", "rejected": "b"},
     '"label": answers that are right or wrong': {"prompt": "Hi", "completion": "a", "label": False},
     '"output" is int: expected a text': {"instruction": "Hi", "output": 3},
     '"instruction" is empty': {"instruction": " ", "output": "a"},
-    "role 'bot'": {"messages": [USER, {**BOT, "role": "bot"}]},
+    "role 'narrator'": {"messages": [USER, {**BOT, "role": "narrator"}]},
     "got 'body', 'title'": {"title": "a", "body": "b"},
     "got a list, not an object": [1],
 }

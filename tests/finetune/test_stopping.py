@@ -12,27 +12,18 @@ import torch
 
 from finetune import stopping
 from finetune.metrics import read_metrics
-from finetune.prepare.stories import stories
 from finetune.stopping import StopSignals
-from finetune.text import ENTRY
 from nanollama.checkpoint import open_checkpoint
-from small_runs import exit_code
-
-SHAPE = '{"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 48}'
+from small_runs import stories_home, stories_run
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stopping")
-    (folder / "stories.txt").write_text("<|endoftext|>".join(stories(40)))
-    (folder / "shape.json").write_text(SHAPE)
-    return folder
+    return stories_home(tmp_path_factory.mktemp("stopping"))
 
 
 def run(home: Path, out: Path, *flags: str) -> int | str | None:
-    line = ["--data", str(home / "stories.txt"), "--init", str(home / "shape.json"), "--cache", str(home / "cache")]
-    small = "--vocab_size 300 --seq_len 64 --batch_size 2 --max_steps 6 --lr 0.01 --eval_every 3 --threads 1"
-    return exit_code(ENTRY, *line, *small.split(), "--out", str(out), *flags)
+    return stories_run(home, out, "--max_steps 6 --eval_every 3", *flags)
 
 
 @contextmanager

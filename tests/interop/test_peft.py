@@ -71,7 +71,7 @@ def test_adapters_have_pefts_gradients(tmp_path: Path, dora: bool) -> None:
     for logits in (theirs(TOKENS).logits, ours(TOKENS)):
         losses.append(torch.nn.functional.cross_entropy(logits[0, :-1], TOKENS[0, 1:]))
         losses[-1].backward()
-    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-6)
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
     found = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
     seen = 0
     for name, parameter in lora_parameters(ours).items():

@@ -1,5 +1,7 @@
 """A checkpoint's own chat template: ids as transformers', a mask of what the assistant says, and no power over us."""
 
+import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 
 from nanollama import template
 from nanollama.chat import ChatError, encode_chat, template_source
+from nanollama.checkpoint import convert, open_checkpoint
 from nanollama.template import TemplateProblem, render
 from nanollama.tokenizer import Tokenizer, open_tokenizer
 from vocabularies import VOCABULARIES
@@ -180,3 +183,86 @@ def test_a_hostile_template_is_stopped(hostile: str, monkeypatch: pytest.MonkeyP
 def test_ordinary_constructs_pass() -> None:
     text = "{%- set ns = namespace(n=0) -%}\n{% for m in messages if m.role == 'user' %}\n    {% set ns.n = ns.n + 1 %}\n{{ loop.index ~ ':' ~ m.content|trim }}\n{% if loop.index == 2 %}{% break %}{% endif %}\n{% endfor %}{{ ns.n }}{{ strftime_now('%Y')|length }}"  # noqa: E501
     assert render(text, CHAT) == "1:Hello!\n2:Bye\n24"
+
+
+NAMED = {"default": "D {{ messages[0].content }}", "tool_use": "T {{ tools | length }} {{ messages[0].content }}"}
+
+
+def named_templates(folder: Path, made: Path, templates: dict[str, str], *, files: bool) -> Path:
+    """The folder again, with these templates in files of their own or in tokenizer_config.json."""
+    shutil.copytree(folder, made)
+    settings = json.loads((made / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    if files:
+        (made / "additional_chat_templates").mkdir()
+        for name, text in templates.items():
+            place = "chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"
+            (made / place).write_text(text)
+    else:
+        settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+    (made / "tokenizer_config.json").write_text(json.dumps(settings))
+    return made
+
+
+@pytest.mark.parametrize("files", [True, False])
+@pytest.mark.parametrize("tools", [None, TOOLS])
+def test_of_several_templates_the_one_that_transformers_chooses(
+    chatml: Path, tmp_path: Path, files: bool, tools: list[Any] | None
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = named_templates(chatml, tmp_path / "x", NAMED, files=files)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    expected = theirs.apply_chat_template(CHAT[:1], tools=tools, add_generation_prompt=True, return_dict=False)
+    own = open_tokenizer(folder / "tokenizer.json")
+    assert encode_chat(CHAT[:1], own, add_generation_prompt=True, tools=tools).ids == list(expected)
+
+
+@pytest.mark.parametrize("files", [True, False])
+def test_several_templates_without_a_default_are_refused_by_name(chatml: Path, tmp_path: Path, files: bool) -> None:
+    folder = named_templates(chatml, tmp_path / "x", {"rag": "R", "tool_use": "T {{ tools }}"}, files=files)
+    own = open_tokenizer(folder / "tokenizer.json")
+    with pytest.raises(ChatError, match=r"named rag, tool_use and none named default: .*chat_template\.jinja"):
+        encode_chat(CHAT[:1], own, add_generation_prompt=True)
+    assert template_source(own) == "the checkpoint's own chat template"
+
+
+@pytest.mark.parametrize("format", ["hf", "gguf"])
+@pytest.mark.parametrize("files", [True, False])
+def test_an_export_keeps_all_templates(chatml: Path, tmp_path: Path, format: str, files: bool) -> None:
+    source, target = tmp_path / "x", tmp_path / ("y.gguf" if format == "gguf" else "y")
+    convert(named_templates(chatml, source, NAMED, files=files), target, format)
+    path = open_checkpoint(target).tokenizer
+    assert path is not None
+    vocabulary = open_tokenizer(path).vocabulary
+    assert {"default": vocabulary.chat_template, **vocabulary.named_templates} == NAMED
+
+
+def test_tokens_that_the_folder_names_reach_the_template(chatml: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = named_templates(chatml, tmp_path / "x", {"default": "{{ boi_token }}|{{ sep_token }}"}, files=False)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"extra_special_tokens": {"boi_token": "<|im_start|>"}, "sep_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(CHAT[:1], return_dict=False)
+    convert(folder, tmp_path / "y.gguf", "gguf")
+    for path in (folder / "tokenizer.json", tmp_path / "y.gguf"):
+        assert encode_chat(CHAT[:1], open_tokenizer(path), add_generation_prompt=False).ids == list(theirs), path
+
+
+def test_a_template_that_tells_texts_from_parts_is_given_the_parts(tokenizer: Tokenizer) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    aware = (
+        "{% if messages[0].content is string %}{{ messages[0].content }}{% else %}"
+        "{% for part in messages[0].content %}[{{ part.text }}]{% endfor %}{% endif %}"
+    )
+    for text, expected in ((aware, "[a][b]"), ("{{ messages[0].content }}", "ab")):
+        own = with_template(tokenizer, text)
+        assert own.decode(encode_chat(parts, own, add_generation_prompt=False).ids) == expected
+
+
+def test_the_format_filter_works_within_the_limits() -> None:
+    assert render("{{ '%s-%d' | format('a', 2) }}{{ '%(x)s' | format(x='y') }}", []) == "a-2y"
+    with pytest.raises(TemplateProblem, match="huge width"):
+        render("{{ '%0999999999d' | format(1) }}", [])

@@ -82,10 +82,10 @@ def test_meta_weights(meta: Path, change: Callable[[dict[str, Any]], Any], parts
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        (lambda s: s.pop(HF_NORM), [NORM, "is missing"]),
-        (lambda s: s.pop("lm_head.weight"), ["output.weight", "is missing"]),
-        (lambda s: s.update({"model.layers.1.self_attn.q_proj.bias": torch.ones(2)}), ["q_proj.bias", "unknown"]),
-        (lambda s: s.update({HF_NORM: torch.ones(63)}), [NORM, "(63,)", "(64,)", "config.json"]),
+        (lambda s: s.pop(HF_NORM), [HF_NORM, "is missing"]),
+        (lambda s: s.pop("lm_head.weight"), ["lm_head.weight", "is missing"]),
+        (lambda s: s.update({"model.layers.1.self_attn.q_proj.bias": torch.ones(2)}), ["q_proj.bias", "is a bias"]),
+        (lambda s: s.update({HF_NORM: torch.ones(63)}), [HF_NORM, "(63,)", "(64,)", "config.json"]),
         (lambda s: s.update({HF_NORM: torch.ones(64, dtype=torch.float64)}), [HF_NORM, "F64"]),
         (lambda s: s.update({HF_NORM: torch.tensor(1.0)}), [HF_NORM, "scalar"]),
     ],
@@ -151,8 +151,8 @@ SCALING |= {"original_max_position_embeddings": 8192}
         ({"auto_map": {"AutoModel": "x.Y"}}, ["auto_map"]),
         ({"tie_word_embeddings": True}, ["tie_word_embeddings", "differs"]),
         ({"head_dim": 7}, ["head_dim 7", "odd"]),
-        ({"head_dim": 16}, ["wq.weight", "(128, 64)"]),
-        ({"torch_dtype": ..., "num_key_value_heads": 8}, ["wk.weight"]),
+        ({"head_dim": 16}, ["q_proj.weight", "(128, 64)"]),
+        ({"torch_dtype": ..., "num_key_value_heads": 8}, ["k_proj.weight"]),
     ],
 )
 def test_config_json(hf: Path, changes: dict[str, Any], parts: list[str]) -> None:

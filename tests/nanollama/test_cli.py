@@ -1,5 +1,7 @@
 """The command line guard: every mistake is one line and exit code 2, before anything has run."""
 
+import errno
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -136,6 +138,26 @@ def test_how_the_function_ends_is_the_exit_code(
     capsys: pytest.CaptureFixture[str], ckpt: str, code: int, message: str
 ) -> None:
     assert call(capsys, ckpt) == (code, "", message)
+
+
+@pytest.mark.parametrize("word", ["EROFS", "EIO", "ESTALE", "ENAMETOOLONG", "ENOSPC", "EDQUOT", "EMFILE"])
+def test_what_a_disk_refuses_is_one_line(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        number = getattr(errno, word)
+        raise OSError(number, os.strerror(number), "/mnt/run/state.json")
+
+    with pytest.raises(SystemExit) as stop:
+        run(fail, [])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: /mnt/run/state.json: ") and error.count("\n") == 1
+
+
+def test_another_error_of_the_system_keeps_its_traceback() -> None:
+    def fail() -> None:
+        raise OSError(errno.EDEADLK, "a bug")
+
+    with pytest.raises(OSError, match="a bug"):
+        run(fail, [])
 
 
 def test_a_bug_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:

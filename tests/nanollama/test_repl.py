@@ -4,6 +4,7 @@ The model is a real Transformer whose weights make it say one text: attention an
 of each token is the embedding of the token before it.
 """
 
+import io
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -15,7 +16,7 @@ import torch
 from nanollama.chat import encode_chat
 from nanollama.checkpoint import write_meta
 from nanollama.generation.llama import Llama, Sampling
-from nanollama.generation.repl import Chat, obey
+from nanollama.generation.repl import Chat, obey, read_message, run_repl
 from nanollama.model import ModelConfig, Transformer
 from nanollama.tokenizer import Tokenizer, open_tokenizer
 from terminals import Terminal
@@ -112,6 +113,39 @@ def test_commands_do_what_they_say(chat: Chat) -> None:
     assert obey(chat, "/nonsense") == "(there is no command /nonsense; /help lists them)"
 
 
+def test_a_pipe_is_one_message_and_its_answer_alone_is_stdout(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = Chat(Llama(parrot(tokenizer, " tick tock", None), tokenizer), Sampling(max_new_tokens=6))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Dear model,\n\n/help me\nwith this.\n"))
+    run_repl(chat)
+    said = capsys.readouterr()
+    assert said.out == " tick tock tick tock\n" and said.err == "cut after 6 tokens, which is --max_new_tokens\n"
+    assert chat.turns[0]["content"] == "Dear model,\n\n/help me\nwith this."
+    monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
+    with pytest.raises(ValueError, match="no message in the input"):
+        run_repl(chat)
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["  Hi  "], "Hi"),
+        ([""], ""),
+        (['"""', "one", "", '  two"""'], "one\n\n  two"),
+        (['"""one"""'], "one"),
+        (['"""one', "two", '"""'], "one\ntwo"),
+    ],
+)
+def test_a_message_of_several_lines_stands_between_fences(
+    monkeypatch: pytest.MonkeyPatch, typed: list[str], message: str
+) -> None:
+    lines = iter(typed)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert read_message() == message
+    assert list(lines) == []
+
+
 @pytest.fixture
 def terminal(tmp_path: Path, llama3_tokenizer_path: Path, request: pytest.FixtureRequest) -> Iterator[Terminal]:
     if sys.platform == "win32":
@@ -133,6 +167,9 @@ def test_a_chat_in_a_terminal_streams_whole_characters_and_leaves(terminal: Term
     terminal.wait_for("> ")
     terminal.type("/nonsense\n")
     terminal.wait_for("there is no command /nonsense")
+    terminal.wait_for("> ")
+    terminal.type("/usr/bin is no command\n")
+    terminal.wait_for(ANSWER)
     terminal.wait_for("> ")
     terminal.type("/exit\n")
     assert terminal.process.wait(timeout=60) == 0

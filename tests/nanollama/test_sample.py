@@ -163,6 +163,7 @@ def test_repetition_penalty_lowers_what_was_seen() -> None:
     [
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": 1e-30}, "temperature is 1e-30: expected 0 \\(greedy\\), or 1e-06 and more"),
         ({"temperature": 1.0, "top_k": -1}, "top_k is -1"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p is 1.5"),

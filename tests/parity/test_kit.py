@@ -128,10 +128,9 @@ def test_training_is_judged_by_the_nearer_reference(
     exact, differ = read(ev.oracle.folder / FILE, "grad/"), 0
     for gate in (g for g in writer.gates if g.label == "gradient"):
         name = gate.array.removeprefix("grad.")
-        found = [gradient_floor([read(r.folder / FILE, kind)[name] for kind in ("grad/", "padded/")], exact[name])
-                 for r in ev.references.values()]  # fmt: skip
-        assert gate.noise == min(found)
-        differ += found[0] != found[1]
+        one, two = ([read(r.folder / FILE, kind)[name] for kind in ("grad/", "padded/")] for r in parties.values())
+        assert gate.noise == min(gradient_floor(ways, exact[name]) for ways in ([one, two], [two, one]))
+        differ += gradient_floor([one], exact[name]) != gradient_floor([two], exact[name])
     assert differ > 10
 
 

@@ -47,6 +47,19 @@ def test_weights_do_not_depend_on_the_vector_instructions() -> None:
     assert done.stdout.split() == ["DEFAULT", DIGEST]
 
 
+def test_the_docs_say_what_was_measured_of_the_bytes() -> None:
+    root = Path(__file__).parents[2]
+    ways = json.loads((root / "benchmarks" / "results" / "kit_bytes.json").read_text())["ways"]
+    assert [ways[name]["files"] for name in ("again", "2 threads")] == [[], []]
+    for way in ("AVX2", "SSE4"):
+        assert ways[way]["same_table"] and not {"weights.f32", "inputs.f32"} & set(ways[way]["files"])
+    assert (ways["AVX2"]["inputs"], ways["SSE4"]["inputs"]) == ({"decided.bf16": 4}, {})
+    page = (root / "docs" / "kit.md").read_text(encoding="utf-8")
+    assert f"by {max(ways[way]['expected'] for way in ways):.1e} of an array's RMS" in page
+    said = f"by up to {ways['SSE4']['bounds']:.0%} (SSE4; {ways['AVX2']['bounds']:.0%} at most with AVX2)"
+    assert said in page
+
+
 def test_each_kit_is_another_llama() -> None:
     shapes = {name: recipe.shape for name, recipe in RECIPES.items()}
     assert shapes["llama2"].n_kv_heads == shapes["llama2"].n_heads and shapes["llama2"].rope_theta == 10_000

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mutant_evidence import judge
 from nanollama.model import exact_attention, rope_table
+from parity.explain import causes
 from parity.explain.localise import first_divergence
 from parity.explain.rotation import frequencies, pairs, rope_cause
 from parity.mutants.edits.edit import Edit, edited, linears, norms, override, with_attention, with_table
@@ -147,3 +148,14 @@ def test_angles_are_explained(turn: Callable[[Tensor, Tensor], Tensor], words: s
     angles = turn(torch.arange(61, dtype=torch.float64), frequencies(CONFIG))
     named = rope_cause(x, rotated(x, angles.double()), CONFIG, None)
     assert named is not None and words in named
+
+
+def test_an_eps_outside_of_the_root_is_no_smaller_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 32, generator=generator, dtype=torch.float64) * torch.logspace(-3, 0, 64).double()[:, None]
+    weight, eps = torch.rand(32, generator=generator).double() + 0.5, 2e-5
+    right = causes.normed(x, eps) * weight
+    outside = x / (x.square().mean(-1, keepdim=True).sqrt() + eps) * weight
+    assert causes._eps(outside, right, x, eps, weight) == "the norm adds eps outside of the root"
+    smaller = causes.normed(x, 1e-6) * weight
+    assert causes._eps(smaller, right, x, eps, weight) == "the norm's eps looks like 1e-06, the config says 2e-05"

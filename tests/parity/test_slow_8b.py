@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from parity.check import main
 from parity.synth.checkpoint import parameters, synthesise
@@ -18,16 +17,6 @@ from parity.synth.shapes import SHAPES
 
 pytestmark = pytest.mark.slow
 NEEDED_BYTES = 20 * 10**9
-
-# Greedy texts of the real Llama 3.1 8B base model, from Meta's code, as the nano Llama 3.1 project published them.
-COMPLETIONS = {
-    "Clearly, the meaning of life is": " to be found in the pursuit of happiness. But what is happiness? Is it the "
-    "same as pleasure? Is it the same as contentment? Is it the",
-    "Simply put, the theory of relativity states that": " the laws of physics are the same for all non-accelerating "
-    "observers, and the speed of light in a vacuum is the same for all observers, regardless",
-    "The repo llm.c on GitHub is": " a collection of code snippets and examples for using the Large Language Model "
-    "(LLM) in various applications. The repo is maintained by a community of developers and researchers",
-}
 
 
 def room_for(n_bytes: int, folder: Path) -> None:
@@ -78,25 +67,6 @@ def test_8b_without_scaling_is_found(eight_b: Path, tmp_path: Path) -> None:
     )
     code, report = run(tmp_path, "--ckpt", str(eight_b), "--candidate", f"{port}:load", "--references", "meta")
     assert code == 1 and report["first_divergence"]["tap"] == "layers.0.q_rope"
-
-
-@pytest.mark.large
-@pytest.mark.weights
-@pytest.mark.skipif("NANOLLAMA_CKPT" not in os.environ, reason="needs the real weights at $NANOLLAMA_CKPT")
-def test_real_8b_completes_as_published() -> None:
-    """Teacher-forced on the published text: where the two attention paths' rounding leaves one best token, it is it."""
-    from parity.candidates.nano.model import exact, fast
-
-    models = [load(os.environ["NANOLLAMA_CKPT"], torch.bfloat16, "cpu") for load in (exact, fast)]
-    for prompt, wanted in COMPLETIONS.items():
-        start, ids = len(models[0].encode(prompt)), models[0].encode(prompt + wanted)
-        with torch.inference_mode():
-            a, b = (model(torch.tensor([ids]))[0, start - 1 : -1] for model in models)
-        top = a.topk(2).values
-        decided = top[:, 0] - top[:, 1] > 4 * (a - b).abs().amax(-1)
-        published = torch.tensor(ids[start:])
-        assert len(published) == 32 and decided.float().mean() >= 0.5
-        assert torch.equal(a.argmax(-1)[decided], published[decided])
 
 
 @pytest.mark.large

@@ -107,7 +107,12 @@ def test_a_reference_says_why_it_cannot_judge() -> None:
 
 def test_a_vocabulary_that_names_its_tokens_otherwise_has_no_chat_and_no_crash() -> None:
     """DeepSeek's Llama without a template: Llama 3's headers, another BOS."""
-    tokenizer: Any = SimpleNamespace(chat_template=None, special_ids={"<|start_header_id|>": 1}, encode=lambda *_: [])
+    tokenizer: Any = SimpleNamespace(
+        chat_template=None,
+        vocabulary=SimpleNamespace(named_templates={}),
+        special_ids={"<|start_header_id|>": 1},
+        encode=lambda *_: [],
+    )
     with pytest.raises(ChatError, match=r"no chat template, and no <\|begin_of_text\|> for Llama 3's chat format"):
         encode_chat(DIALOGS[0], tokenizer, add_generation_prompt=True)
     nano: Any = SimpleNamespace(_tokenizer=lambda: tokenizer)

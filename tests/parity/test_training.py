@@ -10,7 +10,7 @@ import torch
 
 from mutant_evidence import base, judge
 from parity.candidates.nano.model import Nano
-from parity.checks.training import gradient_noise
+from parity.checks.training import gradient_floor, gradient_noise
 from parity.contract import Status
 from parity.run.training import padded, splits, training_case
 
@@ -167,6 +167,14 @@ def test_the_references_pass_against_each_other() -> None:
     for of, against in (("meta", "hf"), ("hf", "meta")):
         found = gradient_noise(ev, of, against)
         assert found is not None and 0.2 < found[0] <= 3.0
+
+
+def test_noise_of_training_is_the_larger_error_of_two_references_that_agree() -> None:
+    exact, near, far, lost = torch.zeros(4), torch.full((4,), 1.0), torch.full((4,), 4.0), torch.full((4,), 40.0)
+    assert gradient_floor([[near, near / 2]], exact) == 1.0
+    assert gradient_floor([[near], [far]], exact) == gradient_floor([[far], [near]], exact) == 4.0
+    assert gradient_floor([[near], [lost]], exact) == 1.0
+    assert gradient_floor([[lost], [near]], exact) == 40.0
 
 
 def test_documents_ignore_prompts_and_their_own_end() -> None:

@@ -8,6 +8,7 @@ Every step of the forward pass is a method, a variant replaces one. nanollama's 
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -322,6 +323,25 @@ class HalfLogits(Port):
         return out.half().to(out.dtype) if name == "output" else out
 
 
+def has_scaling(cfg: Any) -> bool:
+    return cfg.rope_scaling is not None
+
+
+def is_square(cfg: Any) -> bool:
+    return cfg.n_heads * cfg.head_dim == cfg.dim
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """`tap`: the first that is wrong ({last}: the last layer). `words`: a cause that is told has one of them.
+    `fits`: the configs that have something to get wrong there."""
+
+    kind: type[Port]
+    tap: str
+    words: tuple[str, ...]
+    fits: Callable[[Any], bool] = lambda cfg: True
+
+
 def loader(kind: type[Port]) -> Callable[[str, torch.dtype, str], Any]:
     return lambda checkpoint, dtype, device: kind(checkpoint, dtype)
 
@@ -345,14 +365,18 @@ RIGHT = {
     "split_sums": SplitSums, "fused_qkv": FusedQkv, "blocked_softmax": BlockedSoftmax, "wide_residual": WideResidual,
     "wide_activations": WideActivations, "other_order": OtherOrder,
 }  # fmt: skip
-# Mistake -> (the port, the first tap that it makes wrong; {last} is the last layer).
 WRONG = {
-    "hot": (Hot, "layers.0.attn_mix"), "last_head": (LastHead, "layers.0.attn_mix"),
-    "forgets_first": (ForgetsFirst, "layers.0.attn_mix"), "looks_ahead": (LooksAhead, "layers.{last}.attn_mix"),
-    "quick_gelu": (QuickGelu, "layers.0.ffn_mix"), "swapped_norms": (SwappedNorms, "layers.1.attn_norm"),
-    "stuck_positions": (StuckPositions, "layers.0.q_rope"), "hard_bands": (HardBands, "layers.0.q_rope"),
-    "transposed_output": (TransposedOutput, "layers.{last}.attn_out"), "no_final_eps": (NoFinalEps, "final_norm"),
-    "half_logits": (HalfLogits, "logits"),
-}  # fmt: skip
+    "hot": Wrong(Hot, "layers.0.attn_mix", ("1.01", "scale", "temperature")),
+    "last_head": Wrong(LastHead, "layers.0.attn_mix", ("kv head", "heads")),
+    "forgets_first": Wrong(ForgetsFirst, "layers.0.attn_mix", ("mask", "first one")),
+    "looks_ahead": Wrong(LooksAhead, "layers.{last}.attn_mix", ("sees the next", "mask")),
+    "quick_gelu": Wrong(QuickGelu, "layers.0.ffn_mix", ("quick GELU",)),
+    "swapped_norms": Wrong(SwappedNorms, "layers.1.attn_norm", ("exchanged", "weight")),
+    "stuck_positions": Wrong(StuckPositions, "layers.0.q_rope", ("position",)),
+    "hard_bands": Wrong(HardBands, "layers.0.q_rope", ("blend", "freq_factor", "smooth"), has_scaling),
+    "transposed_output": Wrong(TransposedOutput, "layers.{last}.attn_out", ("transposed",), is_square),
+    "no_final_eps": Wrong(NoFinalEps, "final_norm", ("eps",)),
+    "half_logits": Wrong(HalfLogits, "logits", ("fp16", "float16")),
+}
 globals().update({name: loader(kind) for name, kind in RIGHT.items()})
-globals().update({name: loader(kind) for name, (kind, _) in WRONG.items()})
+globals().update({name: loader(wrong.kind) for name, wrong in WRONG.items()})

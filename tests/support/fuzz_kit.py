@@ -12,6 +12,7 @@ from fuzz_target import Target
 from mutators import mutate_json
 from parity.kit.arrays import Gate, Kit, KitWriter
 from parity.kit.check import report
+from parity.kit.claims import shapes_of
 from parity.report import terminal
 from parity.synth.checkpoint import write_manifest
 from reference.protocol import tap_names, tap_shape
@@ -35,6 +36,8 @@ def write_kit(folder: Path) -> Path:
     """The kit; beside it, in `port`, what a port wrote that is off in its last digits."""
     (folder / "port").mkdir(parents=True)
     writer, generator = KitWriter(folder), torch.Generator().manual_seed(0)
+    for name, shape in shapes_of(CONFIG).items():
+        writer.add(name, "weights.f32", torch.ones(shape), "a weight")
     writer.add("tokens", "inputs.i32", torch.arange(TOKENS), "tokens")
     for tap in tap_names(CONFIG["n_layers"]):
         exact = torch.randn(TOKENS, *tap_shape(CONFIG, tap), generator=generator).double()

@@ -1,5 +1,6 @@
 """Runs of the finetuner that take a second: a base with its tokenizer, a command in this process, a stop amid it."""
 
+import json
 import os
 import signal
 import sys
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 from finetune.build import fresh_weights
+from finetune.prepare.stories import stories
 from finetune.prepare.tokenizer import train_tokenizer
 from finetune.run import Entry, run_entry
+from finetune.text import ENTRY as TEXT
 from finetune.train import Loop
 from nanollama.checkpoint import write_meta
 from nanollama.model import ModelConfig
@@ -40,6 +43,21 @@ def base(folder: Path, words: Path, context: int, *, seed: int = 0, embedding: f
     weights["tok_embeddings.weight"] *= embedding
     write_meta(folder, config, weights, tokenizer=words)
     return folder
+
+
+def stories_home(folder: Path, layers: int = 2) -> Path:
+    """Forty stories and the shape of a model of width 32, for `stories_run`."""
+    (folder / "stories.txt").write_text("<|endoftext|>".join(stories(40)))
+    dims = {"dim": 32, "n_layers": layers, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 48}
+    (folder / "shape.json").write_text(json.dumps(dims))
+    return folder
+
+
+def stories_run(home: Path, out: Path, small: str, *flags: str, data: str = "stories.txt") -> int | str | None:
+    """The exit code of a run from scratch on them; small: its own flags, in one string."""
+    files = ["--data", str(home / data), "--init", str(home / "shape.json"), "--cache", str(home / "cache")]
+    same = "--vocab_size 300 --seq_len 64 --batch_size 2 --lr 0.01 --threads 1"
+    return exit_code(TEXT, *files, *same.split(), *small.split(), "--out", str(out), *flags)
 
 
 def exit_code(entry: Entry, *flags: str) -> int | str | None:

@@ -2,6 +2,7 @@
 open Meta and Hugging Face folders, get in its place. Refusals are one line.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,15 @@ def describe(path: str, tokenizer: str | None) -> Description:
     dtype = next(name for name, value in DTYPES.items() if value == weights.dtype)
     sizes = (sum(numel.values()), stored, dtype, config.max_seq_len)
     return Description(opened.path, opened.format, echo, file, tokenizer is None, *sizes, verified, notices)
+
+
+def fingerprint(path: str) -> str:
+    """SHA-256 of the norms' weights in fp32: the same in every format that keeps them, and no way back to a weight."""
+    weights = open_checkpoint(path).weights
+    digest = hashlib.sha256()
+    for name in sorted(name for name in weights.shapes if name.endswith("norm.weight")):
+        digest.update(name.encode() + weights[name].float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _unlike_sizes(tokenizer: Path | None, rows: int) -> list[str]:

@@ -161,6 +161,7 @@ def norm_not_detached(trainer: NanoTrainer, true: Any) -> Callable[[Transformer]
     """The norm of each row has a gradient to A and B."""
 
     def stretch(module: LoraLinear) -> Tensor:
+        assert module.lora_magnitude is not None
         return module.lora_magnitude / row_lengths(whole_of(module))
 
     def worn(model: Transformer) -> Transformer:
