@@ -140,7 +140,7 @@ def test_the_command_takes_the_flags_of_training(
     assert execute(commands, [*line.split(), *flags, "--lr", "0.1"], prog="doctor") == 1
     assert "doctor: rate too high: at --lr 0.1" in capsys.readouterr().out
     assert "rate too high" in (tmp_path / "d.html").read_text()
-    rows = [patients.dialog(i)["messages"] for i in range(60)]
+    rows = [patients.dialog(i, prompt_chars=60)["messages"] for i in range(60)]
     pairs = [{"prompt": ask["content"], "chosen": said["content"], "rejected": "No."} for ask, said in rows]
     (home / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     line = f"preference --data {home / 'pairs.jsonl'} --cache {home / 'cache'} --seq_len 256 --threads 1 --ckpt {home}"

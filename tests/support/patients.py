@@ -64,8 +64,8 @@ def home(folder: Path) -> Path:
     return folder
 
 
-def dialog(i: int) -> dict[str, list[dict[str, str]]]:
-    ask, answer = DOCS[i][:20].strip(), DOCS[i][20:70].strip()
+def dialog(i: int, prompt_chars: int = 20) -> dict[str, list[dict[str, str]]]:
+    ask, answer = DOCS[i][:prompt_chars].strip(), DOCS[i][prompt_chars : prompt_chars + 50].strip()
     return {"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]}
 
 
@@ -89,7 +89,8 @@ def documents(home: Path, name: str, change: Callable[[str], str]) -> str:
 
 
 def answers(home: Path, name: str, change: Callable[[str], str]) -> str:
-    rows = [dialog(i) for i in range(60)]
+    """Dialogues whose prompts are long enough to be no copies of each other."""
+    rows = [dialog(i, prompt_chars=60) for i in range(60)]
     for row in rows:
         row["messages"][1]["content"] = change(row["messages"][1]["content"])
     return written(home, name, "".join(json.dumps(row) + "\n" for row in rows))
@@ -106,7 +107,7 @@ HEALTHY: dict[str, Callable[[Path, Path], Patient]] = {
 
 
 def with_preface(text: str) -> str:
-    return f"Once more. {text[:35]}{chr(0xFFFD) * (len(text.split()) % 3 == 0)}{text[35:70]}"
+    return f"Once more. {text[:35]}{chr(0xFFFD) * (sum(map(ord, text)) % 5 == 0)}{text[35:70]}"
 
 
 # Odd, and right all the same; the quick look is enough for them.
@@ -211,7 +212,7 @@ def copies_of_few(home: Path, out: Path) -> Patient:
 
 
 def marked(text: str) -> str:
-    return f"<|im_start|>user\n{text[:30]}<|im_end|>"
+    return f"<|im_start|>user\n{text}<|im_end|>"
 
 
 QUICK_ILLS: dict[str, Callable[[Path, Path], Patient]] = {
