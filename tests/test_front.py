@@ -6,9 +6,10 @@ slow test types them, in an empty folder.
 
 import os
 import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -142,13 +143,37 @@ def test_the_picture_is_what_its_command_makes(parsed: list[dict[str, Any]], mon
 def test_every_command_runs_as_printed(page: Path, tmp_path: Path) -> None:
     """In an empty folder, on seeded weights; training is cut to its first steps. What ends in & runs to the end."""
     place = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
+    type_all(read_page(page), tmp_path, os.environ | place, cut=True)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_runs_as_printed_in_an_empty_environment(page: Path, tmp_path: Path) -> None:
+    """In a fresh clone, and a Python environment with nothing but what the page installs; nothing is cut."""
+    clone, fresh, empty = (tmp_path / name for name in ("clone", "fresh", "empty"))
+    empty.mkdir()
+    subprocess.run(["git", "clone", "--quiet", REPOSITORY, clone], check=True)
+    subprocess.run([sys.executable, "-m", "venv", fresh], check=True)
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    env["PATH"] = f"{fresh / 'bin'}:{os.environ['PATH']}"
+    [install] = re.findall(r"pip install '\.\[[\w,]+\]'", page.read_text(encoding="utf-8"))
+    subprocess.run(shlex.split(install), cwd=clone, env=env, check=True)
+    page_items = list(read_page(page))
+    checkout = {item.line for item in page_items if isinstance(item, Typed) and item.words[0] == "make"}
+    block = [item.text for item in page_items if isinstance(item, Typed) and item.line in checkout]
+    subprocess.run(["bash", "-e", "-c", "\n".join(block)], cwd=clone, env=env, check=True)
+    type_all((i for i in page_items if isinstance(i, Shown) or i.line not in checkout), empty, env, cut=False)
+
+
+def type_all(page: Iterable[Typed | Shown], folder: Path, env: Mapping[str, str], cut: bool) -> None:
+    """cut: training stops after its first steps."""
     with ExitStack() as stack:
-        for item in read_page(page):
+        for item in page:
             if isinstance(item, Shown):
-                (tmp_path / item.name).write_text(item.text, encoding="utf-8")
+                (folder / item.name).write_text(item.text, encoding="utf-8")
             elif item.needs is None and module_of(item.words):
-                short = ["--max_steps", "20"] if "finetune." in item.text else []
-                process = subprocess.Popen([*item.words, *short], cwd=tmp_path, env=os.environ | place)
+                short = ["--max_steps", "20"] if cut and "finetune." in item.text else []
+                process = subprocess.Popen([*item.words, *short], cwd=folder, env=env)
                 if item.stays:
                     stack.callback(process.wait)
                     stack.callback(process.terminate)

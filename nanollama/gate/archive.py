@@ -16,6 +16,7 @@ from nanollama.gate import CheckpointError, pickles
 MAX_RECORDS = 100_000  # Llama 3.1 405B has 1,138 weights
 MAX_PICKLE_BYTES = 1 << 24  # of those, 0.4 MB of pickle
 MAX_NOTE_BYTES = 4096  # version, byteorder and the like
+ENCRYPTED = 0x2041  # flag bits: encrypted, by strong encryption, with its header masked
 LOCAL = struct.Struct("<4s5H3L2H")  # a record's own header; the directory at the end repeats it
 
 
@@ -91,6 +92,8 @@ def _laid_out(path: Path, file: BinaryIO, records: list[zipfile.ZipInfo], start_
             raise CheckpointError(
                 path, f"is refused: record {shown} is another in its own header than in the directory"
             )
+        if (record.flag_bits | header[2]) & ENCRYPTED:
+            raise CheckpointError(path, f"record {shown} is encrypted: torch never writes that; refused")
         folder, end = top, start + record.file_size
         if end > start_dir:
             raise CheckpointError(path, f"is truncated: record {shown} ends beyond it; download it again")

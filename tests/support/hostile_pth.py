@@ -101,6 +101,11 @@ def overlapping(data: bytearray) -> None:
     data[second + 42 : second + 46] = data[first + 42 : first + 46]
 
 
+def flagged(data: bytearray, header: bytes, at: int) -> None:
+    """Of the first header of this kind, the bit that says that its record is encrypted."""
+    data[data.index(header) + at] |= 1
+
+
 def renamed_in_local_header(data: bytearray) -> None:
     at = data.index(b"data.pkl")
     data[at : at + 8] = b"data.pkx"
@@ -205,6 +210,8 @@ PTH: dict[str, Hostile] = {
     "a data.pkl in a folder": of_shard(pickle_elsewhere, "second data.pkl"),
     "records that overlap": of_shard(edit_bytes(overlapping), "on another's bytes"),
     "a record with two names": of_shard(edit_bytes(renamed_in_local_header), "another in its own header"),
+    "a record that claims to be encrypted": of_shard(edit_bytes(lambda d: flagged(d, b"PK\1\2", 8)), "is encrypted"),
+    "a record encrypted by its own header": of_shard(edit_bytes(lambda d: flagged(d, b"PK\3\4", 6)), "is encrypted"),
     "two archives in one file": of_shard(appended_archive, "before or behind"),
     "bytes before the archive": of_shard(
         edit_bytes(lambda d: d.__setitem__(slice(0, 0), b"#!/bin/sh\n")), "before or behind"
