@@ -34,8 +34,6 @@ SPECS = [
     ("benchmarks.frozen", "main"),
     ("benchmarks.gpu", "main"),
     ("benchmarks.memory_plan", "main"),
-    ("benchmarks.methods", "distil"),
-    ("benchmarks.methods", "muon"),
     ("benchmarks.plots", "main"),
     ("benchmarks.random_shapes", "main"),
     ("benchmarks.real", "main"),
