@@ -311,6 +311,7 @@ def _ffn_mix(view: View, prefix: str, c: Tensor, o: Tensor) -> str | None:
         "the activation is on up, not on gate: gate and up swapped": gate * F.silu(up),
         "the activation is GELU, not SiLU": F.gelu(gate) * up,
         "the activation is tanh-GELU, not SiLU": F.gelu(gate, approximate="tanh") * up,
+        "the activation is SiLU of 1.702 x (quick GELU), not SiLU": gate * torch.sigmoid(1.702 * gate) * up,
         "the activation is ReLU, not SiLU": F.relu(gate) * up,
         "the activation is a sigmoid, not SiLU": torch.sigmoid(gate) * up,
         "there is no activation": gate * up,

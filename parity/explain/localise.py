@@ -20,7 +20,8 @@ from parity.trace import Trace
 from reference.protocol import tap_names
 
 KINDS = ("cached", "chunked", "batch", "packed", "compiled")
-SMALL = 0.1  # relative error of logits below which a cache is coarse rather than wrong
+COARSE = 0.01  # relative error of logits: less is what a cache in 16 bits makes; mistakes of slots made 0.02 to 0.4
+SMALL = 0.1  # less may be a cache in 8 bits
 
 
 def bound_of(tap: str) -> float:
@@ -245,8 +246,10 @@ def _way_cause(wrong: set[str], kind: str, error: TapError, row: int) -> str:
     if kind == "chunked":
         return "tokens are right one by one and wrong in chunks: the mask where there are fewer queries than keys"
     relative = error.rms() / max(error.rms_expected(), 1e-300)
-    if relative < SMALL:
+    if relative < COARSE:
         return "prefill + decode is slightly off: the cache is kept in a lower precision than the model computes in"
+    if relative < SMALL:
+        return f"prefill + decode is off by {relative:.1%}: the cache is in 8 bits, or its slots or positions are off"
     if row > 0 and "chunked" not in wrong:
         return "decoding starts right and goes wrong later: live tokens leave the cache, or slots are reused"
     return "decoding departs from the full pass: its position, the cache's slots or the cache's content"

@@ -14,6 +14,7 @@ from parity.contract import DTYPES
 
 PRECISION_RAD = 0.1  # angle errors below this are rounding, above it another formula
 IMPRECISE = 0.25  # the part of it that a named way to lose precision may leave
+COARSEST = 0.01  # of a frequency or position is the most that rounding to bf16 takes; more is another formula
 CLOSE = 0.1  # an explanation may leave this part of the angle error
 
 
@@ -70,7 +71,8 @@ def _other_pairs(x: Tensor, c: Tensor) -> str:
 def _named(angle: Tensor, at: Tensor, config: dict[str, Any]) -> str | None:
     """angle (T, P) measured, at (T,) positions."""
     named = explained(angle, at, config) or imprecise(angle, at, config)
-    return named or _precision(wrap(angle - torch.outer(at, frequencies(config))), at)
+    turned = torch.outer(at, frequencies(config))
+    return named or _precision(wrap(angle - turned), turned, at)
 
 
 def explained(angle: Tensor, at: Tensor, config: dict[str, Any]) -> str | None:
@@ -189,12 +191,15 @@ def rounded(x: float) -> float:
     return near if abs(near - x) < 0.01 * x else x
 
 
-def _precision(error: Tensor, at: Tensor) -> str | None:
-    """Small errors: do they grow with the position (frequencies) or not (table)?"""
+def _precision(error: Tensor, turned: Tensor, at: Tensor) -> str | None:
+    """Small errors (T, P) beside the right angles: do they grow with the position (frequencies) or not (table)?"""
     size = error.abs()
     if float(size.quantile(0.9)) > PRECISION_RAD and float(size[: max(2, len(at) // 8)].max()) > PRECISION_RAD:
         return None
     near, far = size[1 : 1 + len(at) // 4].mean(), size[-(len(at) // 4) - 1 :].mean()
     if float(far) > 2.5 * float(near):
+        last, right = size[-(len(at) // 4) - 1 :].mean(0), turned[-(len(at) // 4) - 1 :].mean(0)
+        if float((last / right)[last > last.max() / 2].min()) > COARSEST:
+            return None
         return "the angles drift with the position: inverse frequencies or positions in low precision"
     return "the angles are coarse: the cos/sin table is kept in low precision"

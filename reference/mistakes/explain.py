@@ -35,6 +35,7 @@ ENOUGH = 0.999  # of the error explained: after EARLY_S, only what is of the sam
 EARLY_S = 2.0
 LOOSE = 4  # times as much must be explained by what takes a number for each position or feature
 KEPT = 8  # of the best that are written
+NOTHING_BESIDE = 1e-12  # a position's squared error beside the largest: there, nothing is to be explained
 HEAD_ROWS = 8192  # of the vocabulary, spread over it, are computed for each mistake
 HEAD_BLOCK = 512
 
@@ -113,8 +114,8 @@ def share(c: Tensor, o: Tensor, answer: Tensor) -> float:
         (c - x).nan_to_num(nan=1e30).flatten(1).square().sum(1) for x in (answer, o, torch.zeros_like(o))
     )
     error = torch.minimum(error, own)
-    at_positions = 1 - left / error.clamp_min(1e-300)
-    return max(1 - float(left.sum()) / max(float(error.sum()), 1e-300), float(at_positions.median()))
+    at_positions = (1 - left / error.clamp_min(1e-300))[error > NOTHING_BESIDE * error.max()]
+    return max(1 - float(left.sum()) / max(float(error.sum()), 1e-300), float(at_positions.median() if len(at_positions) else 0))
 
 
 def explain(question: Question, seconds: float) -> dict[str, Any]:

@@ -320,6 +320,6 @@ WRONG = {
         ("embedding",), lambda c: not c.tied,
     ),
     "capped_logits": Wrong(port(linear=capped_logits), "logits", ("cap", "tanh")),
-    "short_vocabulary": Wrong(port(linear=short_vocabulary), "logits", ("vocabulary", "tail", "zero")),
+    "short_vocabulary": Wrong(port(linear=short_vocabulary), "logits", ("vocabulary", "tail", "zero", "all 0")),
 }  # fmt: skip
 globals().update({name: loader(wrong.kind) for name, wrong in WRONG.items()})
