@@ -115,7 +115,10 @@ def share(c: Tensor, o: Tensor, answer: Tensor) -> float:
     )
     error = torch.minimum(error, own)
     at_positions = (1 - left / error.clamp_min(1e-300))[error > NOTHING_BESIDE * error.max()]
-    return max(1 - float(left.sum()) / max(float(error.sum()), 1e-300), float(at_positions.median() if len(at_positions) else 0))
+    return max(
+        1 - float(left.sum()) / max(float(error.sum()), 1e-300),
+        float(at_positions.median() if len(at_positions) else 0),
+    )
 
 
 def explain(question: Question, seconds: float) -> dict[str, Any]:
