@@ -163,7 +163,7 @@ class Judge:
         if first is None:
             return {"found": None, "cause": None, "named": False, "false": False}
         told = first.explained is not None and first.explained.told
-        named = told or ("unexplained" not in first.probable_cause and "no taps()" not in first.probable_cause)
+        named = told or (first.named and not any(w in first.probable_cause for w in ("unexplained", "no taps()")))
         fits = any(word in first.probable_cause for word in words)
         return {"found": first.tap, "cause": first.probable_cause, "named": named, "false": named and not fits}
 

@@ -22,6 +22,7 @@ from parity.run.runner import Runner
 TOKENS = 128  # of the sequence are run, more where it departs later
 BEHIND = 64  # tokens are run behind the first wrong position at least
 ROWS = 64  # positions of logits that are compared, half of them from the first wrong one on
+SHORT = 16  # tokens of a sequence: fewer tell mistakes apart badly
 SECONDS = 60  # no mistake is begun after so long
 
 
@@ -32,6 +33,8 @@ def explain(ev: Evidence, runner: Runner) -> Evidence:
         return ev
     assert first.sequence is not None
     pair, sequence, tap = Pair(first.reference, first.dtype, first.path), first.sequence, first.tap
+    if tap == "logits" and first.position == 0:
+        sequence = shortest(ev.oracle.sequences)
     trace = ev.candidates[pair.path]
     tokens = ev.oracle.sequences[sequence]
     if "@" in tap:
@@ -51,6 +54,11 @@ def explain(ev: Evidence, runner: Runner) -> Evidence:
     if out is None:
         return ev
     return replace(ev, explained=read(ev, pair, tap, json.loads((out / "explained.json").read_text())))
+
+
+def shortest(sequences: list[list[int]]) -> int:
+    """Where the first token's logits are wrong all depart; one that is run whole shows tokens seen ahead, too."""
+    return min(range(len(sequences)), key=lambda i: (len(sequences[i]) < SHORT, len(sequences[i])))
 
 
 def chosen_rows(tokens: int, position: int) -> torch.Tensor:

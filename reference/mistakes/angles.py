@@ -14,15 +14,16 @@ Angles = Callable[[Tensor, Tensor], Tensor]  # positions (N, 1), right frequenci
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
-def angles(config: Config, tokens: int) -> Iterator[tuple[str, Angles]]:
+def angles(config: Config, tokens: int, first: int) -> Iterator[tuple[str, Angles]]:
     if config["rope_scaling"] is not None:
         for name, kept in _bands(config["rope_scaling"]).items():
             yield name, _by(_scaled(config, kept))
     yield "RoPE's exponents are i / head_dim, not 2i / head_dim", _by(_unscaled(config, 0.5))
     yield "RoPE's exponents are 2i / dim, not 2i / head_dim", _by(_unscaled(config, config["head_dim"] / config["dim"]))
-    for length in (n for n in LENGTHS if n < tokens):
+    for length in sorted({n for n in LENGTHS if n < tokens} | {first} - {0}):
         yield f"positions start again after {length} tokens", partial(_starting_again, length)
-        yield f"positions stop at {length}", partial(_stopping, length)
+    for last in sorted({n for n in LENGTHS if n < tokens} | {first - 1} - {-1}):
+        yield f"positions stop at {last}", partial(_stopping, last)
 
 
 def _starting_again(length: int, at: Tensor, right: Tensor) -> Tensor:

@@ -80,14 +80,16 @@ ATTENTION: dict[str, Operation] = {
     "attention weights are rounded to bf16": mixed(weights_as=BF16),
     "attention scores are rounded to fp16": mixed(scores_as=FP16),
     "attention scores are rounded to bf16": mixed(scores_as=BF16),
+    "attention scores and weights are rounded to fp16": mixed(scores_as=FP16, weights_as=FP16),
+    "attention scores and weights are rounded to bf16": mixed(scores_as=BF16, weights_as=BF16),
     "queries and keys are rounded to bf16 for the scores": mixed(queries_as=BF16, cache_as=BF16),
 }
 
 
-def windows(config: Config, tokens: int) -> dict[str, Operation]:
+def windows(config: Config, tokens: int, first: int) -> dict[str, Operation]:
     """A token sees so many of the last ones, itself among them; and YaRN's scale, where RoPE is scaled."""
     whole = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-    sizes = sorted(size + off for size in whole for off in (-1, 0, 1))  # windows are off by one, too
+    sizes = sorted({size + off for size in whole for off in (-1, 0, 1)} | {first} - {0})  # windows are off by one, too
     found = {f"attention sees a window of {w} tokens": mixed(see=within(w)) for w in sizes if w < tokens}
     if config["rope_scaling"]:
         factor = (0.1 * math.log(config["rope_scaling"]["factor"]) + 1) ** 2

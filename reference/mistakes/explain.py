@@ -36,6 +36,7 @@ EARLY_S = 2.0
 LOOSE = 4  # times as much must be explained by what takes a number for each position or feature
 KEPT = 8  # of the best that are written
 NOTHING_BESIDE = 1e-12  # a position's squared error beside the largest: there, nothing is to be explained
+ROUNDING = 1e-6  # beside it, what may be rounding: there the error has not begun
 HEAD_ROWS = 8192  # of the vocabulary, spread over it, are computed for each mistake
 HEAD_BLOCK = 512
 
@@ -121,6 +122,13 @@ def share(c: Tensor, o: Tensor, answer: Tensor) -> float:
     )
 
 
+def begins(rows: Tensor, error: Tensor) -> int:
+    """The position where an error (R, ...) begins; 0 where there is none."""
+    size = error.flatten(1).square().sum(1)
+    found = rows[size > ROUNDING * size.max()]
+    return int(found.min()) if len(found) else 0
+
+
 def explain(question: Question, seconds: float) -> dict[str, Any]:
     """Every mistake with its share of the error, the best first; how many were asked within the time."""
     started = time.perf_counter()
@@ -130,7 +138,7 @@ def explain(question: Question, seconds: float) -> dict[str, Any]:
     shares = {name: share(value, right, other) for name, other, _ in found}
     loose = {name for name, _, many in found if many}
     c, o = question.seen(question.value), question.seen(truth)
-    table = list(mistakes(question.right.config, len(question.right.sequences[0])))
+    table = list(mistakes(question.right.config, len(question.right.sequences[0]), begins(question.rows, c - o)))
     sizes, count = dict[str, dict[str, float]](), 0
     for kind in table if squares(c - o) > 0 else ():
         if max(shares.values(), default=0.0) >= ENOUGH and time.perf_counter() - started > EARLY_S:

@@ -42,17 +42,20 @@ class Mistake:
         return replace(right, checkpoint=checkpoint, order=self.order, changed=self.changed, rounded=rounded)
 
 
-def mistakes(config: Config, tokens: int) -> Iterator[list[Mistake]]:
-    """Those that this config can show on so many tokens, like with like, the usual ones first."""
+def mistakes(config: Config, tokens: int, first: int = 0) -> Iterator[list[Mistake]]:
+    """Those that this config can show on so many tokens, like with like, the usual ones first.
+
+    first: the position at which the error begins; where it is not 0, lengths of windows and of tables are tried by it.
+    """
     yield list(_rope(config))
     yield list(_norms(config))
     yield list(_layout(config))
-    yield [Mistake(name, changed={"attn_mix": op}) for name, op in (ATTENTION | windows(config, tokens)).items()]
+    yield [Mistake(name, changed={"attn_mix": op}) for name, op in (ATTENTION | windows(config, tokens, first)).items()]
     yield list(_cache())
     yield list(_weights())
     yield list(_layers(config))
     yield list(_precision())
-    yield [Mistake(name, changed=_tables(angle)) for name, angle in angles(config, tokens)]
+    yield [Mistake(name, changed=_tables(angle)) for name, angle in angles(config, tokens, first)]
     yield [Mistake(name, changed=changes) for name, changes in of_all_layers(config)]
     yield [Mistake(name, changed=changes) for name, changes in of_one_layer(config)]
 
@@ -187,6 +190,8 @@ def _norms(config: Config) -> Iterator[Mistake]:
         "are computed in bf16": lambda x, w, eps: BF16(BF16(ops.rms_norm(BF16(x), torch.ones_like(w), eps)) * w),
         "are computed in fp16": lambda x, w, eps: FP16(FP16(ops.rms_norm(FP16(x), torch.ones_like(w), eps)) * w),
     }
+    for name, low in HALVES.items():  # fp32 within, as usual, but not around
+        ways[f"take and give {name}"] = lambda x, w, eps, low=low: low(ops.rms_norm(low(x), w, eps))
     for name, norm in ways.items():
         yield Mistake(f"the norms {name}", changed=_all_norms(norm))
     yield Mistake("the final norm is skipped", changed={"final_norm": lambda oracle, x: x})
