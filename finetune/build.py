@@ -157,7 +157,7 @@ def _add_adapter_(model: Transformer, config: TrainConfig, adapter: Adapter | No
         rank, targets = config.lora_rank, lora_targets(config)
         # rsLoRA (arXiv 2312.03732) scales by alpha / sqrt(rank): plain LoRA with an alpha of sqrt(rank) as much.
         alpha = config.lora_alpha * (math.sqrt(rank) if config.lora_scale == "sqrt" else 1.0)
-        add_lora_(model, rank, alpha, targets, config.lora_dropout, generator)
+        add_lora_(model, rank, alpha, targets, config.lora_dropout, generator, dora=config.dora)
     if ids and not (adapter and adapter.rows):
         add_rows_(model, ids)
 
@@ -174,6 +174,8 @@ def _refuse_other_shape(config: TrainConfig, adapter: Adapter) -> None:
         if given[name] not in (usual[name], theirs):
             shown = ",".join(map(str, sorted(theirs)))
             raise UserError(f"--adapter {config.adapter} has {name} {shown}: drop --lora_{name}, which says otherwise")
+    if config.dora and not adapter.magnitudes:
+        raise UserError(f"--adapter {config.adapter} is no DoRA: drop --dora, which says otherwise")
 
 
 def _shape(config: TrainConfig) -> dict[str, set[Any]]:

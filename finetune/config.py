@@ -56,6 +56,7 @@ class TrainConfig:
     lora_rank: int = 8  # of the change that lora and qlora learn of each matrix
     lora_alpha: float = 16.0  # the change counts lora_alpha / lora_rank
     lora_scale: Literal["rank", "sqrt"] = "rank"  # sqrt (rsLoRA): lora_alpha / sqrt(lora_rank), for larger ranks
+    dora: bool = False  # lora and qlora also train the length of each row of a matrix (DoRA)
     lora_plus: float = 1.0  # learning rate of B as a multiple of A's (LoRA+); 16 is its paper's
     lora_targets: str = "all"  # all, attention, or some of wq,wk,wv,wo,w1,w2,w3,output
     lora_dropout: float = 0.0  # on what the adapters read
@@ -165,6 +166,8 @@ def _check_optimizer(config: TrainConfig) -> None:
         raise UserError(f"--lora_plus goes with --method lora or qlora, not {config.method}")
     if config.lora_scale != "rank" and (config.method not in LORA_METHODS or config.adapter):
         raise UserError("--lora_scale goes with --method lora or qlora and a new adapter")
+    if config.dora and config.method not in LORA_METHODS:
+        raise UserError(f"--dora goes with --method lora or qlora, not {config.method}")
     if config.optimizer == "muon" and config.method not in ("full", "no_embeddings"):
         raise UserError(f"--optimizer muon is for whole matrices: --method {config.method} trains none")
     if config.optimizer == "muon" and config.weights == "bf16":

@@ -6,7 +6,8 @@
 
 A base may be anything with `weight` (outputs, inputs) and a forward: an nn.Linear, or a 4-bit layer. Chat tokens whose
 rows are untrained get a small table of their own (`add_rows_`). Source: LoRA (arXiv 2106.09685); initialised as PEFT
-does, A uniform within 1/sqrt(inputs) and B zero, so training starts from the base.
+does, A uniform within 1/sqrt(inputs) and B zero, so training starts from the base. DoRA (arXiv 2402.09353) gives each
+row of the sum a length of its own, which is trained: at first that of the base's row.
 """
 
 import math
@@ -20,19 +21,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.errors import UserError
-from nanollama.checkpoint.adapter import EMBEDDING, LINEARS, ROW_MATRICES, Adapter, add_low_rank, merged, target_names
+from nanollama.checkpoint.adapter import (
+    EMBEDDING,
+    LINEARS,
+    ROW_MATRICES,
+    TINY,
+    Adapter,
+    add_low_rank,
+    merged,
+    row_lengths,
+    target_names,
+)
 from nanollama.checkpoint.weights import Lazy, Weights
 from nanollama.model import Transformer
 
-LORA_SUFFIXES = (".lora_A", ".lora_B", ".token_rows")  # of the parameters that --method lora trains
+LORA_SUFFIXES = (".lora_A", ".lora_B", ".lora_magnitude", ".token_rows")  # of the parameters that --method lora trains
 
 
 class LoraLinear(nn.Module):
-    """x (..., inputs) -> base(x) + scale * B A dropout(x), (..., outputs)."""
+    """x (..., inputs) -> base(x) + scale * B A dropout(x), (..., outputs); of DoRA times what makes the rows as long as
+    lora_magnitude (outputs,) says.
+    """
 
     base: Any  # a module with weight (outputs, inputs)
 
-    def __init__(self, base: Any, rank: int, alpha: float, dropout: float, generator: torch.Generator) -> None:
+    def __init__(
+        self, base: Any, rank: int, alpha: float, dropout: float, generator: torch.Generator, *, dora: bool
+    ) -> None:
         super().__init__()
         outputs, inputs = base.weight.shape
         self.base, self.rank, self.alpha, self.dropout = base, rank, alpha, dropout
@@ -41,6 +56,7 @@ class LoraLinear(nn.Module):
         drawn = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(drawn.to(device))  # fp32, whatever the base is
         self.lora_B = nn.Parameter(torch.zeros(outputs, rank, device=device))
+        self.lora_magnitude = nn.Parameter(row_lengths(base.weight.detach())) if dora else None
 
     @property
     def scale(self) -> float:
@@ -49,12 +65,33 @@ class LoraLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The whole matrix, for losses that take the head itself (no dropout), with gradients."""
-        return add_low_rank(self.base.weight, self.lora_A, self.lora_B, self.scale)
+        base = self.base.weight
+        if self.lora_magnitude is None:
+            return add_low_rank(base, self.lora_A, self.lora_B, self.scale)
+        whole = add_low_rank(base.float(), self.lora_A, self.lora_B, self.scale)
+        return (whole * self.stretch().unsqueeze(1)).to(base.dtype)
+
+    def stretch(self) -> Tensor:
+        """Of DoRA: the wanted length of each row over the sum's own, (outputs,) fp32. The latter is a constant in the
+        backward pass, as section 4.3 of the paper has it, so that no gradient of a whole matrix is made.
+        """
+        assert self.lora_magnitude is not None
+        base = self.base.weight
+        with torch.no_grad(), torch.autocast(base.device.type, enabled=False):
+            lengths = row_lengths(add_low_rank(base.float(), self.lora_A, self.lora_B, self.scale))
+        return self.lora_magnitude / lengths.clamp(min=TINY)
+
+    @torch.no_grad()
+    def is_idle(self) -> bool:
+        """Whether the layer computes what its base does."""
+        fresh = not bool(self.lora_B.any())
+        return fresh and (self.lora_magnitude is None or bool((self.stretch() == 1).all()))
 
     def forward(self, x: Tensor) -> Tensor:
         down = F.linear(F.dropout(x, self.dropout, training=self.training), self.lora_A.to(x.dtype))  # (..., rank)
         # In place: no product keeps its own output for the backward pass.
-        return self.base(x).add_(F.linear(down, self.lora_B.to(x.dtype)), alpha=self.scale)
+        y = self.base(x).add_(F.linear(down, self.lora_B.to(x.dtype)), alpha=self.scale)
+        return y if self.lora_magnitude is None else (y * self.stretch()).to(y.dtype)
 
 
 class TokenRows(nn.Module):
@@ -95,6 +132,8 @@ def add_lora_(
     targets: tuple[str, ...],
     dropout: float,
     generator: torch.Generator,
+    *,
+    dora: bool = False,
 ) -> None:
     """Put a LoraLinear around every layer that `targets` (see nanollama/checkpoint/adapter.py) name; freeze all else.
 
@@ -104,17 +143,24 @@ def add_lora_(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for weight in weights:
-        _wrap_(model, weight, rank, alpha, dropout, generator)
+        _wrap_(model, weight, rank, alpha, dropout, generator, dora=dora)
 
 
 def _wrap_(
-    model: Transformer, weight: str, rank: int, alpha: float, dropout: float, generator: torch.Generator
+    model: Transformer,
+    weight: str,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    generator: torch.Generator,
+    *,
+    dora: bool,
 ) -> LoraLinear:
     name = weight.removesuffix(".weight")
     base = model.get_submodule(name)
     if isinstance(base, (LoraLinear, TokenRows)):
         raise UserError(f"{name} is wrapped already: leave {name.rpartition('.')[2]} out of the lora targets")
-    layer = LoraLinear(base, rank, alpha, dropout, generator)
+    layer = LoraLinear(base, rank, alpha, dropout, generator, dora=dora)
     _replace_(model, name, layer)
     return layer
 
@@ -174,6 +220,7 @@ def adapter_of(model: Transformer, whole: Callable[[Tensor], Tensor] = Tensor.de
         alphas={name: m.alpha for name, m in loras.items()},
         rows={name: (tuple(m.ids.tolist()), whole(m.token_rows)) for name, m in tables.items()},
         dropout=max((m.dropout for m in loras.values()), default=0.0),  # the same of all
+        magnitudes={name: whole(m.lora_magnitude) for name, m in loras.items() if m.lora_magnitude is not None},
     )
 
 
@@ -189,9 +236,12 @@ def wear_(model: Transformer, adapter: Adapter, dropout: float, generator: torch
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, (a, b) in adapter.pairs.items():
-        layer = _wrap_(model, name, len(a), adapter.alphas[name], dropout, generator)
+        dora = name in adapter.magnitudes
+        layer = _wrap_(model, name, len(a), adapter.alphas[name], dropout, generator, dora=dora)
         layer.lora_A.copy_(a)
         layer.lora_B.copy_(b)
+        if layer.lora_magnitude is not None:
+            layer.lora_magnitude.copy_(adapter.magnitudes[name])
     for name, (ids, rows) in adapter.rows.items():
         add_rows_(model, ids, (name,))
         model.get_submodule(name.removesuffix(".weight")).token_rows.copy_(rows)  # type: ignore[operator]

@@ -167,7 +167,7 @@ def held_out_states(model: Transformer, pairs: Pairs, config: TrainConfig, devic
 def model_digest(model: Transformer) -> str:
     """A hash of every weight, adapters included; an adapter that changes nothing yet counts as none."""
     digest = hashlib.sha256()
-    idle = {f"{n}.lora_" for n, m in model.named_modules() if isinstance(m, LoraLinear) and not bool(m.lora_B.any())}
+    idle = {f"{n}.lora_" for n, m in model.named_modules() if isinstance(m, LoraLinear) and m.is_idle()}
     weights: list[tuple[str, Tensor]] = [(n, p) for n, p in model.named_parameters() if not n.startswith(tuple(idle))]
     weights += [(n, m.weight) for n, m in model.named_modules() if isinstance(m, NF4Linear)]
     for name, weight in weights:

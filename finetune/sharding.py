@@ -28,6 +28,8 @@ from finetune.parallelize import World
 from nanollama.model import Transformer
 from nanollama.tensor_parallel import decoding, plan, refuse_uncuttable
 
+DORA = "its lengths of rows need whole matrices: use LoRA"
+
 
 def refuse_unshardable(entry: str, config: TrainConfig, sizes: MeshSizes) -> None:
     """What does not work over shards, by name. Raises UserError."""
@@ -39,6 +41,7 @@ def refuse_unshardable(entry: str, config: TrainConfig, sizes: MeshSizes) -> Non
             "its reference and its losses need whole models: leave them out",
         ),
         "--method qlora": (config.method == "qlora", "its 4-bit base is no tensor that is sharded: use --method lora"),
+        "--dora": (config.dora, DORA),
         "--optimizer adamw8bit": (
             config.optimizer == "adamw8bit",
             "256 bytes share a scale, whichever rank they are on: use --optimizer adamw",
@@ -63,7 +66,11 @@ def cut_layers_(model: Transformer, world: World) -> None:
 
     Raises UserError for what cannot be cut.
     """
-    if world.mesh is None or world.sizes.tp == 1:
+    if world.mesh is None:
+        return
+    if any(isinstance(module, LoraLinear) and module.lora_magnitude is not None for module in model.modules()):
+        raise UserError(f"--adapter of DoRA with {world.sizes}: {DORA}, or --dp alone")
+    if world.sizes.tp == 1:
         return
     mesh = world.mesh["tp"]
     if any(isinstance(module, TokenRows) for module in model.modules()):

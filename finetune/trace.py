@@ -145,7 +145,7 @@ def _fake_model(shape: ModelConfig, config: TrainConfig) -> Transformer:
         quantize_base_(model)
     if config.method in LORA_METHODS:
         rank, alpha, targets = config.lora_rank, config.lora_alpha, lora_targets(config)
-        add_lora_(model, rank, alpha, targets, config.lora_dropout, torch.Generator())
+        add_lora_(model, rank, alpha, targets, config.lora_dropout, torch.Generator(), dora=config.dora)
     return model
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from reference.files import Checkpoint, Config
 from reference.files.weights import DTYPE_NAMES, DTYPES, Unusable
 from reference.hooks import Recorder, Stream
-from reference.preferences import run_preferences
+from reference.objectives import run_objectives
 from reference.protocol import (
     TRACE_SCHEMA,
     Case,
@@ -142,8 +142,8 @@ def run_case(case: Case, engine: Engine, out: Path) -> None:
     if case.training is not None:
         run._model = None  # let go of the last one first
         trainable = engine.trainable(longest(case.training))
-        preferences = run_preferences(trainable, case.training["preferences"], out)
-        training = run_training(trainable, case.training, out, torch_adamw) | {"preferences": preferences}
+        objectives = run_objectives(trainable, case.training, out)
+        training = run_training(trainable, case.training, out, torch_adamw) | objectives
     write_json(
         out / "trace.json",
         known

@@ -34,6 +34,7 @@ SPECS = [
     ("benchmarks.frozen", "main"),
     ("benchmarks.gpu", "main"),
     ("benchmarks.memory_plan", "main"),
+    ("benchmarks.methods", "distil"),
     ("benchmarks.plots", "main"),
     ("benchmarks.random_shapes", "main"),
     ("benchmarks.real", "main"),

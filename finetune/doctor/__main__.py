@@ -10,18 +10,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from finetune import chat, text, tinyshakespeare, tinystories
+from finetune import chat, preference, text, tinyshakespeare, tinystories
 from finetune.config import TrainConfig
 from finetune.data.files import write_atomically
-from finetune.doctor.examine import examine, lines
+from finetune.doctor.examine import as_dialogues, examine, lines, of_pairs
 from finetune.doctor.page import page
 from finetune.doctor.patient import Patient
 from finetune.doctor.picture import in_terminal, pieces_of
 from finetune.doctor.rate import find_rate
+from finetune.errors import UserError
 from finetune.run import Entry, only_set_up
 from nanollama.cli import run
 
-ENTRIES = (text.ENTRY, chat.ENTRY, tinystories.ENTRY, tinyshakespeare.ENTRY)
+ENTRIES = (text.ENTRY, chat.ENTRY, preference.ENTRY, tinystories.ENTRY, tinyshakespeare.ENTRY)
 
 
 def command(entry: Entry) -> Callable[..., int]:
@@ -44,7 +45,9 @@ def see(entry: Entry, config: TrainConfig, *, find_lr: bool, html: Path | None) 
     """Everything; returns the exit code."""
     with tempfile.TemporaryDirectory() as folder:
         setup = only_set_up(entry, replace(config, out=str(Path(folder) / "run"), resume=False))
-        patient = Patient.of(setup, talks=entry.talks)
+        if find_lr and of_pairs(setup):
+            raise UserError("--find_lr tries rates on the next token's loss, and pairs have another: leave it out")
+        patient = Patient.of(as_dialogues(setup), talks=entry.talks, thorough=not of_pairs(setup))
         findings, pieces = examine(patient), pieces_of(patient)
         print("first document, in green what is learned:" if sys.stdout.isatty() else "first document, ⟦learned⟧:")
         print(in_terminal(pieces, colour=sys.stdout.isatty()))

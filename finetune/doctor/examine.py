@@ -5,17 +5,20 @@ findings = examine(Patient.of(setup, talks=True, thorough=False))
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from finetune.data.files import Say, write_atomically
+from finetune.data.pairs import Pairs
 from finetune.doctor.data import check_bos, check_copies, check_labels, check_lengths, check_template
 from finetune.doctor.machine import check_dtype, check_memory, time_steps
 from finetune.doctor.patient import Finding, Patient
 from finetune.doctor.picture import Piece, in_terminal, pieces_of
 from finetune.doctor.rate import check_rate
+from finetune.doctor.text import check_damage, check_format, check_repeats, check_unknown, check_warmup
 from finetune.doctor.weights import check_first_loss, check_gradients, check_largest_length, check_tied_head
 from finetune.errors import UserError
 from finetune.objective import NEXT_TOKEN
@@ -29,10 +32,12 @@ MAX_BYTES = 1 << 26
 
 QUICK: tuple[Check, ...] = (
     *(check_bos, check_labels, check_template, check_lengths, check_copies),
+    *(check_damage, check_unknown, check_format, check_repeats, check_warmup),
     *(check_tied_head, check_first_loss, check_dtype),
 )
 THOROUGH: tuple[Check, ...] = (*QUICK, check_memory, check_largest_length, check_gradients, check_rate)
 CONSEQUENCES = {  # what another ill brings with it is not said
+    "duplicated validation": ("repeated documents",),
     "labels shifted": ("wrong tokenizer", "first loss"),
     "wrong tokenizer": ("does not learn", "rate too high", "rate too low"),
     "tied head broken": ("frozen head",),
@@ -63,9 +68,9 @@ def examine(patient: Patient) -> list[Finding]:
 def examine_before(setup: Setup, say: Say, *, talks: bool) -> None:
     """What `--doctor` asks for before a run: the ills are said and kept for the report, and the run goes on."""
     config, world = setup.folder.config, setup.world
-    if config.doctor == "off" or config.resume or world.size > 1 or setup.objective is not NEXT_TOKEN:
+    if config.doctor == "off" or config.resume or world.size > 1:
         return
-    patient = Patient.of(setup, talks=talks, thorough=config.doctor == "full")
+    patient = Patient.of(as_dialogues(setup), talks=talks, thorough=config.doctor == "full" and not of_pairs(setup))
     findings = examine(patient)
     for line in lines(findings):
         say(line)
@@ -73,6 +78,19 @@ def examine_before(setup: Setup, say: Say, *, talks: bool) -> None:
     if talks:
         say(f"doctor: the first dialogue, what is learned between marks:\n{in_terminal(pieces, colour=False)}")
     write(setup.folder.path, findings, patient.facts, pieces)
+
+
+def of_pairs(setup: Setup) -> bool:
+    return isinstance(setup.train, Pairs)
+
+
+def as_dialogues(setup: Setup) -> Setup:
+    """Of pairs each answer with its prompt is a dialogue: ills of template, tokens and machine are the same, and
+    nothing is said of rate and gradients, since the loss is another.
+    """
+    if not isinstance(setup.train, Pairs) or not isinstance(setup.val, Pairs):
+        return setup
+    return replace(setup, train=setup.train.sequences, val=setup.val.sequences, objective=NEXT_TOKEN)
 
 
 def lines(findings: list[Finding]) -> list[str]:

@@ -49,11 +49,18 @@ def check_first_loss(patient: Patient) -> Iterator[Finding]:
 
 
 def unigram(patient: Patient, labels: Tensor) -> float:
-    """Mean nats of these labels by the frequencies of the data's tokens, each counted once more than it was seen."""
+    """Mean nats of these labels by the frequencies of the data's tokens, each counted once more than it was seen; not
+    less than those of all tokens, since answers that are much the same (one word, a refusal) are cheap to count.
+    """
     rows = patient.model.config.vocab_size
-    seen: list[Ints] = [ids[mask] for ids, mask in patient.documents]
-    counts = np.bincount(np.concatenate(seen), minlength=rows)[:rows] + 1
+    learned: list[Ints] = [ids[mask] for ids, mask in patient.documents]
+    everything = np.concatenate([ids for ids, _ in patient.documents])
     picked = labels[labels != IGNORE].cpu().numpy()
+    return max(_counted(np.concatenate(learned), picked, rows), _counted(everything, everything, rows))
+
+
+def _counted(seen: Ints, picked: Ints, rows: int) -> float:
+    counts = np.bincount(seen, minlength=rows)[:rows] + 1
     return float(-np.log(counts[picked] / counts.sum()).mean())
 
 

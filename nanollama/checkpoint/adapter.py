@@ -1,9 +1,9 @@
 """LoRA adapters in PEFT's format: read, write, and add to a checkpoint's weights as they are read.
 
 An adapter is a low-rank change of some matrices, W + (alpha / rank) B A (arXiv 2106.09685), each with a rank and alpha
-of its own. Besides, whole matrices (PEFT's `modules_to_save`) and rows of embedding and head (PEFT's
-`trainable_token_indices`) can be stored as they are. Inside it carries Meta's names and rows; the file has Hugging
-Face's, so lora_B of q and k is reordered.
+of its own; DoRA (arXiv 2402.09353) also gives each row of the sum a length of its own. Besides, whole matrices (PEFT's
+`modules_to_save`) and rows of embedding and head (PEFT's `trainable_token_indices`) can be stored as they are. Inside
+it carries Meta's names and rows; the file has Hugging Face's, so lora_B of q and k, and their lengths, are reordered.
 
     python -m nanollama generate --ckpt BASE --adapter out/RUN/adapter --prompt "Once upon a time"
 """
@@ -34,6 +34,8 @@ LINEARS = (*ATTENTION, "w1", "w2", "w3")
 TARGETS = (*LINEARS, "output")
 PREFIX = "base_model.model."
 ROWS_SUFFIX = "token_adapter.trainable_tokens_delta"  # PEFT's name; the tensor is the rows themselves
+TINY = torch.finfo(torch.float32).tiny
+MAGNITUDE = "lora_magnitude_vector"  # DoRA's, peft's name
 ROW_MATRICES = (EMBEDDING, HEAD)
 
 
@@ -41,7 +43,8 @@ ROW_MATRICES = (EMBEDDING, HEAD)
 class Adapter:
     """pairs: weight name -> lora_A (rank, inputs) and lora_B (outputs, rank). alphas: each pair's alpha.
 
-    rows: matrix name -> ids and their (n, C) new rows. whole: weight name -> what stands in its place.
+    rows: matrix name -> ids and their (n, C) new rows. whole: weight name -> what stands in its place. magnitudes: of
+    DoRA, of every pair or of none: the length (outputs,) of each row.
     """
 
     pairs: Mapping[str, tuple[Tensor, Tensor]]
@@ -49,6 +52,7 @@ class Adapter:
     rows: Mapping[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
     whole: Mapping[str, Tensor] = field(default_factory=dict)
     dropout: float = 0.0  # while training
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -80,6 +84,17 @@ def add_low_rank(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return (weight.float() + (b.float() @ a.float()) * scale).to(weight.dtype)
 
 
+def row_lengths(weight: Tensor) -> Tensor:
+    """weight (outputs, inputs) -> the norm of each row, (outputs,) fp32."""
+    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+
+
+def set_row_lengths(weight: Tensor, lengths: Tensor) -> Tensor:
+    """weight (outputs, inputs), whose rows become as long as `lengths` (outputs,) says: in fp32. Zeros stay zeros."""
+    weight = weight.float()
+    return weight * (lengths.float() / row_lengths(weight).clamp(min=TINY)).unsqueeze(1)
+
+
 def merged(weights: Mapping[str, Tensor], adapter: Adapter) -> Weights:
     """The weights with the adapter in them: summed in fp32 and cast once, as each is read."""
     before = as_weights(weights)
@@ -95,7 +110,10 @@ def _changed(entry: Lazy, name: str, adapter: Adapter) -> Lazy:
         block = entry.read(start, stop) if whole is None else whole[start:stop].to(entry.dtype)
         if name in adapter.pairs:
             a, b = adapter.pairs[name]
+            block = block.float() if name in adapter.magnitudes else block
             block = add_low_rank(block, a, b[start:stop], adapter.alphas[name] / len(a))
+        if name in adapter.magnitudes:
+            block = set_row_lengths(block, adapter.magnitudes[name][start:stop]).to(entry.dtype)
         mine = [i for i, token in enumerate(ids) if start <= token < stop]
         if rows is not None and mine:
             block = block.clone()
@@ -121,6 +139,9 @@ def _stored(adapter: Adapter, config: ModelConfig) -> Iterator[tuple[str, Tensor
         b = to_hf_rows(b, config.head_dim) if is_rotary(name) else b
         yield f"{PREFIX}{_module(name)}.lora_A.weight", a.detach().float().cpu()
         yield f"{PREFIX}{_module(name)}.lora_B.weight", b.detach().float().cpu()
+    for name, lengths in adapter.magnitudes.items():
+        lengths = to_hf_rows(lengths, config.head_dim) if is_rotary(name) else lengths
+        yield f"{PREFIX}{_module(name)}.{MAGNITUDE}", lengths.detach().float().cpu()
     for name, (_, rows) in adapter.rows.items():
         yield f"{PREFIX}{_module(name)}.{ROWS_SUFFIX}", rows.detach().float().cpu()
 
@@ -138,6 +159,7 @@ def _peft_config(adapter: Adapter, config: ModelConfig, base: str) -> dict[str, 
         "rank_pattern": {_module(name): r for name, r in adapter.ranks.items() if r != rank},
         "alpha_pattern": {_module(name): a for name, a in adapter.alphas.items() if a != alpha},
         "lora_dropout": adapter.dropout,
+        "use_dora": bool(adapter.magnitudes),
         "bias": "none",
         "target_modules": sorted({(short_name(_module(n)) if everywhere else _module(n)) for n in adapter.pairs}),
         "trainable_token_indices": {_module(name): list(ids) for name, (ids, _) in adapter.rows.items()} or None,
@@ -157,18 +179,23 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     folder = Path(folder).expanduser()
     said = read_config(_find_config(folder))
     file = _File(folder)
-    pairs, rows, whole = {}, {}, {}
+    pairs, rows, whole, magnitudes = {}, {}, {}, {}
     shapes = weight_shapes(config)
     for name, shape in {**shapes, HEAD: shapes[EMBEDDING]}.items():
         module = _module(name)
         if len(shape) == 2 and said.changes(module):
             pairs[name] = _read_pair(file, name, said.rank_of(module), shape, config)
+        if name in pairs and said.dora:
+            _refuse_columns(folder, name)
+            lengths = file.take(f"{module}.{MAGNITUDE}", shape[:1])
+            magnitudes[name] = to_meta_rows(lengths, config.head_dim) if is_rotary(name) else lengths
         if ids := said.rows_of(module):
             rows[name] = (ids, file.take(f"{module}.{ROWS_SUFFIX}", (len(ids), config.dim)))
         if stored := file.stored_whole(module, expected=said.is_whole(module)):
             copy = file.take(stored, shape)
             whole[name] = to_meta_rows(copy, config.head_dim) if is_rotary(name) else copy
-    adapter = Adapter(pairs, {name: said.alpha_of(_module(name)) for name in pairs}, rows, whole)
+    alphas = {name: said.alpha_of(_module(name)) for name in pairs}
+    adapter = Adapter(pairs, alphas, rows, whole, magnitudes=magnitudes)
     _check_fit(folder, adapter, config)
     file.finish()
     return _with_one_matrix(folder, adapter) if config.tied else adapter
@@ -201,8 +228,9 @@ class _File:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / (TENSORS if (folder / TENSORS).exists() else PICKLE)
-        # A compiled model's prefix, and the adapter's own name where a state dict was saved by hand.
-        self._left = {re.sub(r"_orig_mod\.|\.default(?=\.|$)", "", k.removeprefix(PREFIX)): t for k, t in self._read()}
+        # A compiled model's prefix, and names of peft's modules where a state dict was saved by hand.
+        noise = rf"_orig_mod\.|(?<={MAGNITUDE})(\.default)?\.weight$|\.default(?=\.|$)"
+        self._left = {re.sub(noise, "", k.removeprefix(PREFIX)): t for k, t in self._read()}
 
     def _read(self) -> ItemsView[str, Tensor]:
         import safetensors.torch
@@ -252,6 +280,11 @@ def _read_pair(file: _File, name: str, rank: int, shape: tuple[int, ...], config
     a = file.take(f"{module}.lora_A.weight", (rank, inputs))
     b = file.take(f"{module}.lora_B.weight", (outputs, rank))
     return a, to_meta_rows(b, config.head_dim) if is_rotary(name) else b
+
+
+def _refuse_columns(folder: Path, name: str) -> None:
+    if name == EMBEDDING:  # its columns have lengths, so no row can be made alone
+        raise CheckpointError(folder / CONFIG, "use_dora of embed_tokens is not read: merge it with peft")
 
 
 def _check_fit(folder: Path, adapter: Adapter, config: ModelConfig) -> None:

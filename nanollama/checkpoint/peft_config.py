@@ -58,6 +58,7 @@ class PeftConfig:
     rank: int
     alpha: float
     rslora: bool
+    dora: bool  # the length of each row of the sum is stored, too
     ranks: dict[str, int]  # pattern of a module -> its rank, where it is another
     alphas: dict[str, float]
     targets: str | tuple[str, ...]
@@ -136,6 +137,7 @@ def _taken(fields: Fields) -> PeftConfig:
         rank=fields.integer("r"),
         alpha=fields.number("lora_alpha"),
         rslora=fields.flag("use_rslora"),
+        dora=fields.flag("use_dora"),
         ranks=_by_pattern(fields, "rank_pattern", Fields.integer),
         alphas=_by_pattern(fields, "alpha_pattern", Fields.number),
         targets=r".*_proj" if str(targets).lower() == "all-linear" else targets,

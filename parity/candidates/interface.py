@@ -101,6 +101,12 @@ TRAINER: tuple[Method, ...] = tuple(
         ("preferences", ("pairs", "push", "kind", "beta"), "preferences", "loss and gradients of the weights"
          " `push(weight)` over pairs of a chosen and a rejected document; the weights as loaded are the reference; kind"
          " is dpo or orpo"),
+        ("distillation", ("parts", "push", "temperature", "mix", "kind"), "distillation", "loss and gradients of the"
+         " weights `push(weight)` over micro-batches of documents; the weights as loaded are the teacher, at a"
+         " temperature; kind is labels or all: where it is followed"),
+        ("adapters", ("parts", "make", "targets", "rank", "alpha", "kind"), "adapters", "loss and gradients, by"
+         " `LAYER.lora_A`, `LAYER.lora_B`, `LAYER.lora_magnitude`, of the adapters `make(weight, rank)` on the weights"
+         " whose names end so; kind is lora or dora"),
         ("adamw", ("makers", "hyper"), "optimizer step", "weights after each step from the gradients that"
          " `makers[n](weight at the start)` gives"),
         ("losses", ("batches", "hyper"), "ten losses", "the loss of each batch before its AdamW step"),

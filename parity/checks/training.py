@@ -14,7 +14,17 @@ from parity.contract import UNIT, Result, Status, judge
 from parity.measure.evidence import Evidence, Pair
 from parity.measure.metrics import ratio
 from parity.measure.tolerances import AGREE, BOUNDS, STEP_DIGITS
-from parity.run.training import DTYPE, FILE, IGNORED, MADE_STEPS, PREFERENCES_FILE, STEPS_FILE, read, splits
+from parity.run.training import (
+    DTYPE,
+    FILE,
+    IGNORED,
+    MADE_STEPS,
+    OBJECTIVE_FILE,
+    OBJECTIVES,
+    STEPS_FILE,
+    read,
+    splits,
+)
 from parity.trace import Trace
 
 U = UNIT[DTYPE]
@@ -65,34 +75,44 @@ def _against(ev: Evidence, trace: Trace, reference: Trace, labels: dict[str, Any
             -1:
         ]
     yield _merged(ev, trace, labels)
-    yield _preferences(ev, trace, reference, floor, labels)
+    for objective in OBJECTIVES:
+        yield _objective(objective, ev, trace, reference, floor, labels)
     if "losses" in mine:
         yield _ten_losses(mine["losses"], oracle["losses"], theirs["losses"], floor, labels)
     else:
         yield _uncovered("ten losses", "losses", mine, labels)
 
 
-def _preferences(ev: Evidence, trace: Trace, reference: Trace, floor: float, labels: dict[str, Any]) -> Result:
-    """The worst of loss and gradients over the kinds of losses on pairs."""
+def _objective(name: str, ev: Evidence, trace: Trace, reference: Trace, floor: float, labels: dict[str, Any]) -> Result:
+    """The worst of loss and gradients over the kinds of losses on pairs, of following a teacher, of adapters."""
     assert ev.case.training is not None
-    mine, asked = trace.meta["training"], ev.case.training["preferences"]
-    if len(mine["preferences"]) < len(asked["kinds"]):
-        return _uncovered("preferences", "preferences", mine, labels)
+    mine, asked, file = trace.meta["training"], ev.case.training[name], OBJECTIVE_FILE.format(name)
+    if len(mine[name]) < len(asked["kinds"]):
+        return _uncovered(name, name, mine, labels)
     results = []
     for kind in asked["kinds"]:
-        exact = ev.oracle.meta["training"]["preferences"][kind]
+        exact = ev.oracle.meta["training"][name][kind]
+        results.append(_loss(name, mine[name][kind], exact, floor * _noise_share(name, asked), labels))
+        own = read(trace.folder / FILE, f"{name}/{kind}/")
+        true = read(ev.oracle.folder / file, f"{kind}/grad/")
+        theirs = [
+            [read(one.folder / file, f"{kind}/{way}/") for way in ("grad", "padded")]
+            for one in own_first(ev, reference)
+        ]
+        results.append(_worst_gradient(name, own, true, theirs, kind, labels))
+    return max(results, key=lambda r: r.value if r.value is not None and r.value == r.value else torch.inf)
+
+
+def _noise_share(name: str, asked: dict[str, Any]) -> float:
+    """How far a loss may be off, in errors of a label's nats."""
+    if name == "preferences":
         # dpo adds up beta times the error of every label of a pair, by the model and by the reference.
         count = sum(label >= 0 for pair in asked["pairs"] for _, ids in pair for label in ids) / len(asked["pairs"])
-        noise = floor * max(1.0, asked["beta"] * (2 * count) ** 0.5)
-        results.append(_loss("preferences", mine["preferences"][kind], exact, noise, labels))
-        own = read(trace.folder / FILE, f"preferences/{kind}/")
-        true = read(ev.oracle.folder / PREFERENCES_FILE, f"{kind}/grad/")
-        theirs = [
-            [read(trace.folder / PREFERENCES_FILE, f"{kind}/{way}/") for way in ("grad", "padded")]
-            for trace in own_first(ev, reference)
-        ]
-        results.append(_worst_gradient("preferences", own, true, theirs, kind, labels))
-    return max(results, key=lambda r: r.value if r.value is not None and r.value == r.value else torch.inf)
+        return max(1.0, asked["beta"] * (2 * count) ** 0.5)
+    if name == "distillation":
+        # T^2 times the difference of two logs, each of logits over T: by the teacher and by the student.
+        return max(1.0, asked["mix"] * asked["temperature"] * 2**0.5)
+    return 1.0
 
 
 def own_first(ev: Evidence, reference: Trace) -> list[Trace]:

@@ -19,7 +19,7 @@ from parity.measure.metrics import Measured, noise_rms, percentile
 from parity.measure.rope_table import allowed
 from parity.measure.tolerances import BOUNDS, KL_FLOOR_NATS, KL_POSITIONS
 from parity.report.summary import count_parameters, decided_fraction, noise_floor
-from parity.run.training import DTYPE, FILE, MADE_STEPS, STEPS_FILE, made_up_gradient, padded, read
+from parity.run.training import DTYPE, FILE, MADE_STEPS, OBJECTIVES, STEPS_FILE, made_up_gradient, padded, read
 from reference.protocol import tap_names
 
 LONG_TOKENS = 256  # below, 16 bits hide a dropped RoPE scaling
@@ -176,7 +176,7 @@ def _write_steps(writer: KitWriter, steps: dict[str, Tensor], weights: dict[str,
 def table_of(ev: Evidence, notices: list[str]) -> dict[str, Any]:
     """kit.json but for its arrays and gates: what a port needs to know first, and where the numbers come from."""
     lengths = [len(tokens) for tokens in ev.oracle.sequences]
-    hyper = {k: v for k, v in (ev.case.training or {}).items() if k not in ("batches", "preferences")}
+    hyper = {k: v for k, v in (ev.case.training or {}).items() if k not in ("batches", *OBJECTIVES)}
     short = f"the longest sequence has {max(lengths)} tokens: in 16 bits a wrong RoPE scaling hides below {LONG_TOKENS}"
     return {
         "config": ev.oracle.meta["config"],

@@ -28,12 +28,18 @@ IGNORED = -100
 DTYPE = "fp32"  # in which training is judged: ten losses to five digits have no meaning in bf16
 FILE = "training.safetensors"  # in a trace's folder: grad/NAME and others, see `record_training`
 STEPS_FILE = "adamw.safetensors"  # the oracle's weights after made-up steps
-PREFERENCES_FILE = "preferences.safetensors"  # references and oracle: KIND/grad/NAME, KIND/padded/NAME
+OBJECTIVES = ("preferences", "distillation", "adapters")  # each of several kinds, beside the plain loss
+OBJECTIVE_FILE = "{}.safetensors"  # of references and oracle: KIND/grad/NAME, KIND/padded/NAME
 BATCHES, MADE_STEPS = 10, 2
 LENGTHS = (7, 23, 3, 12)  # of a batch's documents: unequal, so that a mean of means is wrong
 PROMPT_LABELS = 4  # ignored at the start of each batch's second document
 PAIR_LENGTHS = ((5, (9, 3)), (2, (4, 13)), (8, (1, 6)))  # tokens of prompts and of their two answers: unequal too
 BETA, KINDS = 0.25, ("dpo", "orpo")  # a sum of log-probabilities with a reference; a mean of them without one
+# A teacher that is followed at the labels, or everywhere; with the labels' own loss beside it.
+DISTILLATION = {"temperature": 2.0, "mix": 0.75, "kinds": ["labels", "all"]}
+# Without q and k, whose rows have another order in other layouts.
+ADAPTERS = {"targets": ["wv.weight", "wo.weight", "w1.weight", "w2.weight", "w3.weight"], "rank": 4, "alpha": 8.0}
+ADAPTER_KINDS = ["lora", "dora"]
 BOS, EOS = 1, 2  # ids that the documents begin and end with
 # Powers of two and their sums: 1 - 0.9 in float32 is off by two ulp before a step has begun, 1 - 0.875 is exact.
 HYPER = {"lr": 2.0**-13, "betas": [0.875, 0.96875], "eps": 2.0**-27, "weight_decay": 0.125}
@@ -49,7 +55,8 @@ def training_case(vocab_size: int, seed: int = 0) -> dict[str, Any]:
     for _ in range(BATCHES):
         drawn = [torch.randint(3, vocab_size, (n - 2,), generator=generator).tolist() for n in LENGTHS]
         batches.append([document([BOS, *ids, EOS], PROMPT_LABELS if i == 1 else 0) for i, ids in enumerate(drawn)])
-    return {"batches": batches, "preferences": preference_case(vocab_size, generator), **HYPER}
+    objectives = {"preferences": preference_case(vocab_size, generator), "distillation": DISTILLATION}
+    return {"batches": batches, **objectives, "adapters": {**ADAPTERS, "kinds": ADAPTER_KINDS}, **HYPER}
 
 
 def preference_case(vocab_size: int, generator: torch.Generator) -> dict[str, Any]:
@@ -66,6 +73,16 @@ def pushed(weight: Tensor) -> Tensor:
     """Moved by float32 numbers in +-0.008 that any process makes alike from a weight: a product and its fraction."""
     narrow = weight.detach().float()
     return (narrow + (torch.frac(narrow * 8191.0) - 0.5) * 2.0**-6).to(weight.dtype)
+
+
+def made_up_adapter(weight: Tensor, rank: int) -> dict[str, Tensor]:
+    """Float32 numbers that any process makes alike from a weight (outputs, inputs): products and their fractions."""
+    narrow = weight.detach().float()
+    return {
+        "lora_A": (torch.frac(narrow[:rank] * 8191.0) - 0.5) * 2.0**-3,  # (rank, inputs)
+        "lora_B": (torch.frac(narrow[:, :rank] * 4093.0) - 0.5) * 2.0**-4,  # (outputs, rank)
+        "lora_magnitude": 1 + torch.frac(narrow[:, 0] * 2039.0) / 2,  # (outputs,)
+    }
 
 
 def document(tokens: list[int], prompt_labels: int) -> Document:
@@ -100,7 +117,7 @@ def record_training(candidate: Interface, case: Case, folder: Path, out: Recordi
     training, started, tensors = case.training, time.perf_counter(), dict[str, Tensor]()
     first, prompt = training["batches"][0], torch.tensor([case.prompts[0]])
     asks = Trains(candidate, out)
-    meta: dict[str, Any] = {"by": {}, "preferences": {}, "uncovered": asks.uncovered}
+    meta: dict[str, Any] = {"by": {}, **{name: {} for name in OBJECTIVES}, "uncovered": asks.uncovered}
 
     def keep(prefix: str, found: tuple[float, Grads] | None, into: dict[str, float], name: str) -> None:
         if found is not None:
@@ -115,6 +132,14 @@ def record_training(candidate: Interface, case: Case, folder: Path, out: Recordi
     for kind in pairs["kinds"]:
         found = asks("preferences", answers.loss_and_grads, pairs["pairs"], pushed, kind, pairs["beta"])
         keep(f"preferences/{kind}", found, meta["preferences"], kind)
+    taught, two = training["distillation"], splits(first)["3 + 1"]
+    for kind in taught["kinds"]:
+        asked = (two, pushed, taught["temperature"], taught["mix"], kind)
+        keep(f"distillation/{kind}", asks("distillation", answers.loss_and_grads, *asked), meta["distillation"], kind)
+    worn = training["adapters"]
+    for kind in worn["kinds"]:
+        wear = (two, made_up_adapter, worn["targets"], worn["rank"], worn["alpha"], kind)
+        keep(f"adapters/{kind}", asks("adapters", answers.loss_and_grads, *wear), meta["adapters"], kind)
     makers = [lambda w, n=n: made_up_gradient(w, n) for n in range(MADE_STEPS)]
     steps = asks("adamw", lambda o, asked: answers.steps(o, asked, MADE_STEPS), makers, training)
     for n, weights in enumerate(steps or [], 1):

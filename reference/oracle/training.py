@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reference.files import Checkpoint
+from reference.objectives import run_objectives
 from reference.oracle.forward import Oracle, forward
-from reference.preferences import run_preferences
 from reference.training import Trainable, run_training
 
 STEPS_FILE = "adamw.safetensors"
@@ -53,8 +53,8 @@ def train(checkpoint: Checkpoint, training: dict[str, Any], out: Path) -> dict[s
     made = made_up_steps(leaves.leaves, training)
     save_file(made, out / STEPS_FILE)
     trainable = Trainable(logits, leaves.leaves, lambda name, gradient: gradient, batched=False)
-    preferences = run_preferences(trainable, training["preferences"], out)
-    return run_training(trainable, training, out, adamw) | {"preferences": preferences}
+    objectives = run_objectives(trainable, training, out)
+    return run_training(trainable, training, out, adamw) | objectives
 
 
 def adamw(parameters: dict[str, Tensor], training: dict[str, Any]) -> Callable[[int], None]:

@@ -33,6 +33,18 @@ def test_a_healthy_run_is_left_in_peace(home: Path, tmp_path: Path, name: str) -
     assert lines(examine(patients.HEALTHY[name](home, tmp_path))) == []
 
 
+@pytest.mark.parametrize("ill", patients.QUICK_ILLS)
+def test_an_ill_of_the_text_is_named_before_a_run(home: Path, tmp_path: Path, ill: str) -> None:
+    found = examine(patients.QUICK_ILLS[ill](home, tmp_path))
+    assert [finding.ill for finding in found if finding.ill != "wrong tokenizer"] == [ill]  # such text is unlike any
+    assert "\n" not in lines(found)[0]
+
+
+@pytest.mark.parametrize("name", patients.ODD)
+def test_an_odd_run_that_is_right_is_left_in_peace(home: Path, tmp_path: Path, name: str) -> None:
+    assert [f.ill for f in examine(patients.ODD[name](home, tmp_path)) if f.ill != "wrong tokenizer"] == []
+
+
 @pytest.mark.parametrize(
     "ill", ["wrong template", "doubled BOS", "duplicated validation", "all masked", "truncated documents"]
 )
@@ -128,4 +140,12 @@ def test_the_command_takes_the_flags_of_training(
     assert execute(commands, [*line.split(), *flags, "--lr", "0.1"], prog="doctor") == 1
     assert "doctor: rate too high: at --lr 0.1" in capsys.readouterr().out
     assert "rate too high" in (tmp_path / "d.html").read_text()
+    rows = [patients.dialog(i, prompt_chars=60)["messages"] for i in range(60)]
+    pairs = [{"prompt": ask["content"], "chosen": said["content"], "rejected": "No."} for ask, said in rows]
+    (home / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    line = f"preference --data {home / 'pairs.jsonl'} --cache {home / 'cache'} --seq_len 256 --threads 1 --ckpt {home}"
+    assert execute(commands, f"{line}/own".split(), prog="doctor") == 0
+    assert execute(commands, f"{line}/two-bos".split(), prog="doctor") == 1
+    assert "doctor: doubled BOS: " in capsys.readouterr().out
+    assert execute(commands, f"{line}/own --find_lr".split(), prog="doctor") == 2
     assert sys.argv and sorted(path.name for path in tmp_path.iterdir()) == ["d.html"]

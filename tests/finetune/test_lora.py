@@ -15,6 +15,7 @@ from checkpoint_cases import FAMILIES, LLAMA31, LLAMA32
 from finetune.build import fresh_weights
 from finetune.config import TrainConfig, lora_targets
 from finetune.lora import (
+    LoraLinear,
     adapter_of,
     add_lora_,
     add_rows_,
@@ -38,17 +39,22 @@ def weights_of(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def tuned(
-    config: ModelConfig, dtype: torch.dtype = torch.float32, targets: tuple[str, ...] = LINEARS, rows: tuple = ()
+    config: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    targets: tuple[str, ...] = LINEARS,
+    rows: tuple = (),
+    dora: bool = False,
 ) -> Transformer:
     """A model with an adapter whose numbers are all away from zero, as after training."""
     model = Transformer.from_weights(config, weights_of(config), dtype=dtype)
     generator = torch.Generator().manual_seed(0)
-    add_lora_(model, 4, 8.0, targets, 0.0, generator)
+    add_lora_(model, 4, 8.0, targets, 0.0, generator, dora=dora)
     if rows:
         add_rows_(model, rows)
     with torch.no_grad():
-        for parameter in lora_parameters(model).values():
-            parameter.uniform_(-0.3, 0.3, generator=generator)
+        for name, parameter in lora_parameters(model).items():
+            least = 0.5 if name.endswith("lora_magnitude") else -0.3
+            parameter.uniform_(least, least + 0.6, generator=generator)
     return model.eval()
 
 
@@ -63,6 +69,9 @@ def in_float64(model: Transformer) -> Tensor:
     for name, (a, b) in adapter_of(model).pairs.items():
         base = model.get_submodule(name.removesuffix(".weight")).base.weight
         weights[name] = base.detach().double() + 2 * b.double() @ a.double()  # alpha 8 / rank 4
+        if name in adapter_of(model).magnitudes:
+            length = adapter_of(model).magnitudes[name].double() / weights[name].norm(dim=1)
+            weights[name] = weights[name] * length.unsqueeze(1)
     return logits(Transformer.from_weights(model.config, weights))
 
 
@@ -73,9 +82,10 @@ def within_noise(found: Tensor, same: Tensor, exact: Tensor) -> bool:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merged_is_unmerged_within_the_noise(family: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_merged_is_unmerged_within_the_noise(family: str, dtype: torch.dtype, dora: bool) -> None:
     config = FAMILIES[family]
-    model = tuned(config, dtype, rows=ROWS)
+    model = tuned(config, dtype, rows=ROWS, dora=dora)
     exact = in_float64(model)
     plain = merged_model(model)
     unmerged, merged_too = logits(model), logits(plain)
@@ -88,11 +98,13 @@ def test_merged_is_unmerged_within_the_noise(family: str, dtype: torch.dtype) ->
     assert not within_noise(logits(plain), unmerged, exact)
 
 
-def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained() -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained(dora: bool) -> None:
     config = TrainConfig(method="lora", lr=0.1, weight_decay=0.0)
     base, model = (Transformer.from_weights(LLAMA31, weights_of(LLAMA31)) for _ in range(2))
-    add_lora_(model, 4, 8.0, ("wq", "w2"), 0.0, torch.Generator().manual_seed(0))
+    add_lora_(model, 4, 8.0, ("wq", "w2"), 0.0, torch.Generator().manual_seed(0), dora=dora)
     add_rows_(model, ROWS)
+    assert all(m.is_idle() for m in model.modules() if isinstance(m, LoraLinear))
     select_trained_(model, config.method)
     assert torch.equal(logits(model), logits(base))
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -104,12 +116,14 @@ def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained() -> None:
     assert {"output.token_rows", "tok_embeddings.token_rows", "layers.1.attention.wq.lora_B"} <= names
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved <= names
+    assert any(name.endswith("lora_magnitude") for name in names) == dora
     assert {name for name in names if not name.endswith("lora_A")} <= moved  # A has no gradient while B is zero
 
 
 @pytest.mark.parametrize("config", [LLAMA31, LLAMA32], ids=["untied", "tied"])
-def test_an_adapter_comes_back_as_it_was_written(tmp_path: Path, config: ModelConfig) -> None:
-    model = tuned(config, targets=("wq", "wk", "w2"), rows=ROWS)
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_comes_back_as_it_was_written(tmp_path: Path, config: ModelConfig, dora: bool) -> None:
+    model = tuned(config, targets=("wq", "wk", "w2"), rows=ROWS, dora=dora)
     write_adapter(tmp_path / "a", adapter_of(model), config, base="base")
     adapter = read_adapter(tmp_path / "a", config)
     assert (adapter.targets, set(adapter.ranks.values()), set(adapter.alphas.values())) == (
@@ -128,8 +142,18 @@ def test_an_adapter_comes_back_as_it_was_written(tmp_path: Path, config: ModelCo
     assert {name for name, p in other.named_parameters() if p.requires_grad} == set(lora_parameters(other))
 
 
-def test_gradients_flow_through_an_adapted_head() -> None:
-    model = tuned(LLAMA31, targets=("output",))
+def test_a_row_of_zeros_stays_one_under_dora() -> None:
+    weights = weights_of(LLAMA31)
+    weights["layers.0.attention.wv.weight"][3] = 0
+    model = Transformer.from_weights(LLAMA31, weights)
+    add_lora_(model, 4, 8.0, ("wv",), 0.0, torch.Generator().manual_seed(0), dora=True)
+    assert torch.equal(logits(model), logits(Transformer.from_weights(LLAMA31, weights)))
+    assert torch.equal(merged_weights(model)["layers.0.attention.wv.weight"], weights["layers.0.attention.wv.weight"])
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_gradients_flow_through_an_adapted_head(dora: bool) -> None:
+    model = tuned(LLAMA31, targets=("output",), dora=dora)
     model(TOKENS).square().sum().backward()
     layer = model.output
     assert layer.lora_A.grad.abs().sum() > 0
@@ -197,7 +221,7 @@ def drop_tensor(folder: Path, part: str) -> None:
         (lambda f: (f / TENSORS).unlink(), "holds neither adapter_model.safetensors nor adapter_model.bin"),
         (lambda f: (f / TENSORS).rename(f / "adapter_model.bin"), "is truncated or not a .pth file"),
         (lambda f: edit_config(f, peft_type="IA3"), "peft_type is 'IA3'"),
-        (lambda f: edit_config(f, use_dora=True), "use_dora is True"),
+        (lambda f: edit_config(f, use_dora=True), "lora_magnitude_vector is missing"),
         (lambda f: edit_config(f, bias="all"), "bias is 'all'"),
         (lambda f: edit_config(f, r=5), "lora_A.weight has shape"),
         (lambda f: edit_config(f, r="4"), "r is '4'"),

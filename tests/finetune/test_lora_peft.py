@@ -184,7 +184,8 @@ def test_rows_of_the_embedding_alone_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_dora": True}, "use_dora is True"),
+        ({"use_dora": True}, "q_proj.lora_magnitude_vector is missing"),
+        ({"use_dora": 1}, "use_dora is 1"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
         *(({"init_lora_weights": kind}, f"is '{kind}'") for kind in ("olora", "corda", "loftq", "eva", "lora_ga")),
         ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens is \[1, 2\]"),

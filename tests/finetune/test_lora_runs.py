@@ -42,16 +42,26 @@ def straight(home: Path) -> Path:
     return home / "straight"
 
 
+@pytest.fixture(scope="module")
+def straight_dora(home: Path) -> Path:
+    assert run(home, home / "dora", "--dora") == 0
+    return home / "dora"
+
+
+KINDS = [("straight", [], {".lora_A", ".lora_B"})]
+KINDS += [("straight_dora", ["--dora"], {".lora_A", ".lora_B", ".lora_magnitude"})]
+
+
+@pytest.mark.parametrize(("kind", "flags", "parts"), KINDS)
 def test_an_interrupted_run_resumes_bit_by_bit(
-    home: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, kind: str, flags: list[str], parts: set[str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    out = tmp_path / "stopped"
+    out, straight = tmp_path / "stopped", request.getfixturevalue(kind)
     with stopped_at(3):
-        assert run(home, out) == 128 + signal.SIGTERM
+        assert run(home, out, *flags) == 128 + signal.SIGTERM
     [saved] = (out / "checkpoints").iterdir()
     names = set(safetensors.torch.load_file(saved / "model.safetensors"))
-    assert names
-    assert all(name.endswith((".lora_A", ".lora_B")) for name in names)
+    assert {f".{name.rpartition('.')[2]}" for name in names} == parts
     states = {name.partition(":")[0] for name in safetensors.torch.load_file(saved / "optimizer.safetensors")}
     assert states == names
     assert run(home, out, "--resume") == 0
@@ -64,7 +74,9 @@ def test_an_interrupted_run_resumes_bit_by_bit(
     assert all(torch.equal(merged[0][name], merged[1][name]) for name in merged[1])
 
 
-def test_an_adapter_is_picked_up_again(home: Path, straight: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["straight", "straight_dora"])
+def test_an_adapter_is_picked_up_again(home: Path, kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    straight = request.getfixturevalue(kind)
     adapter = str(straight / "adapter")
     assert run(home, tmp_path / "on", "--adapter", adapter, "--lr", "1e-12") == 0
     before, after = (safetensors.torch.load_file(o / "adapter" / TENSORS) for o in (straight, tmp_path / "on"))
@@ -90,15 +102,18 @@ def generated(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int | st
 
 
 def test_generate_with_the_adapter_says_what_the_merged_model_says(
-    home: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+    home: Path, straight: Path, straight_dora: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, adapter = str(home / "base"), str(straight / "adapter")
     texts = []
-    for flags in (["--ckpt", base, "--adapter", adapter], ["--ckpt", str(straight / "final")], ["--ckpt", base]):
+    ways = [["--ckpt", base, "--adapter", adapter], ["--ckpt", str(straight / "final")], ["--ckpt", base]]
+    dora = straight_dora
+    ways += [["--ckpt", base, "--adapter", str(dora / "adapter")], ["--ckpt", str(dora / "final")]]
+    for flags in ways:
         code, out, err = generated(capsys, *flags)
         assert code == 0, err
         texts.append(json.loads(out)["answers"][0]["tokens"])
-    assert texts[0] == texts[1] != texts[2]
+    assert texts[0] == texts[1] != texts[2] != texts[3] == texts[4]
 
 
 def test_a_folder_that_is_no_adapter_is_one_line(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,6 +142,8 @@ def test_the_folder_of_a_run_names_the_adapter_in_it(
         ("--adapter nowhere", "nowhere: does not exist: expected the folder of an adapter"),
         ("--method full --adapter nowhere", "--adapter goes with --method lora or qlora, not full"),
         ("--adapter ADAPTER --lora_rank 4", "--adapter ADAPTER has rank 8"),
+        ("--adapter ADAPTER --dora", "--adapter ADAPTER is no DoRA: drop --dora"),
+        ("--method full --dora", "--dora goes with --method lora or qlora, not full"),
     ],
 )
 def test_unusable_flags_are_one_line(

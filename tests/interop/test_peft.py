@@ -14,9 +14,10 @@ import torch
 
 from checkpoint_cases import FAMILIES
 from finetune.build import fresh_weights
-from finetune.lora import adapter_of, add_lora_, add_rows_, lora_parameters, merged_weights
+from finetune.lora import adapter_of, add_lora_, add_rows_, lora_parameters, merged_weights, wear_
 from nanollama.checkpoint import write_hf
 from nanollama.checkpoint.adapter import LINEARS, merged, read_adapter, write_adapter
+from nanollama.checkpoint.names import hf_name, is_rotary, to_meta_rows
 from nanollama.checkpoint.peft_config import IDLE, PLAIN, read_config
 from nanollama.model import ModelConfig, Transformer
 
@@ -26,21 +27,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 TOKENS = torch.arange(2, 32).unsqueeze(0)
 
 
-@pytest.mark.parametrize("rows", [(), (5, 9)], ids=["plain", "rows"])
+KINDS: dict[str, dict[str, Any]] = {"plain": {"rows": ()}, "rows": {"rows": (5, 9)}, "dora": {"rows": (), "dora": True}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_peft_reads_our_adapter_with_the_same_logits(tmp_path: Path, family: str, rows: tuple[int, ...]) -> None:
+def test_peft_reads_our_adapter_with_the_same_logits(tmp_path: Path, family: str, kind: str) -> None:
     """Errors against float64: peft's may be at most twice that of the merged model, both ways (G3)."""
     from transformers import AutoModelForCausalLM
 
-    config = FAMILIES[family]
+    config, rows = FAMILIES[family], KINDS[kind]["rows"]
     weights = fresh_weights(config, torch.Generator().manual_seed(1))
     model, generator = Transformer.from_weights(config, weights), torch.Generator().manual_seed(0)
-    add_lora_(model, 4, 8.0, LINEARS, 0.0, generator)
+    add_lora_(model, 4, 8.0, LINEARS, 0.0, generator, dora=kind == "dora")
     if rows:
         add_rows_(model, rows)
     with torch.no_grad():
-        for parameter in lora_parameters(model).values():
-            parameter.uniform_(-0.3, 0.3, generator=generator)
+        for name, parameter in lora_parameters(model).items():
+            drawn = torch.empty_like(parameter).uniform_(-0.3, 0.3, generator=generator)
+            parameter.copy_(parameter + drawn if name.endswith("lora_magnitude") else drawn)
     write_hf(tmp_path / "base", config, weights)
     write_adapter(tmp_path / "adapter", adapter_of(model), config, base=str(tmp_path / "base"))
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
@@ -52,6 +57,33 @@ def test_peft_reads_our_adapter_with_the_same_logits(tmp_path: Path, family: str
     noise = (ours - exact).abs().max()
     assert (theirs - exact).abs().max() <= 2 * noise
     assert (plain - exact).abs().max() > 1000 * noise  # without the adapter it is another model
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_have_pefts_gradients(tmp_path: Path, dora: bool) -> None:
+    """Of A, B and, under DoRA, the lengths of rows: whose norm is detached, as peft's is."""
+    config = FAMILIES["llama3.1"]
+    settings = {"target_modules": ["q_proj", "v_proj", "down_proj"], "use_dora": dora}
+    theirs, weights = of_peft(tmp_path, config, settings)
+    ours = Transformer.from_weights(config, weights)
+    wear_(ours, read_adapter(tmp_path / "adapter", config), 0.0, torch.Generator())
+    losses = []
+    for logits in (theirs(TOKENS).logits, ours(TOKENS)):
+        losses.append(torch.nn.functional.cross_entropy(logits[0, :-1], TOKENS[0, 1:]))
+        losses[-1].backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    found = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    seen = 0
+    for name, parameter in lora_parameters(ours).items():
+        layer, _, kind = name.rpartition(".")
+        peft_name = hf_name(f"{layer}.weight").removesuffix(".weight")
+        part = "lora_magnitude_vector" if kind == "lora_magnitude" else kind
+        grad = found[f"base_model.model.{peft_name}.{part}.default.weight"]
+        if is_rotary(f"{layer}.weight") and kind != "lora_A":
+            grad = to_meta_rows(grad, config.head_dim)
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()))
+        seen += 1
+    assert seen == len(found) == (9 if dora else 6) * config.n_layers
 
 
 def of_peft(tmp_path: Path, config: ModelConfig, settings: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -88,6 +120,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"k_proj": 3},
         "alpha_pattern": {"q_proj": 2},
     },
+    "dora": {"target_modules": SOME, "use_dora": True, "rank_pattern": {"q_proj": 2}},
     "gaussian": {"target_modules": SOME, "init_lora_weights": "gaussian", "lora_dropout": 0.1},
 }
 UNTIED: dict[str, dict[str, Any]] = {
@@ -117,7 +150,7 @@ def test_we_read_pefts_adapter_with_the_same_logits(tmp_path: Path, family: str,
 
 @pytest.mark.parametrize(
     "settings",
-    [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"init_lora_weights": "mica"}],
+    [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"init_lora_weights": "mica"}],
     ids=str,
 )
 def test_kinds_that_change_formula_or_base_are_refused_as_peft_writes_them(tmp_path: Path, settings: dict) -> None:
@@ -126,10 +159,19 @@ def test_kinds_that_change_formula_or_base_are_refused_as_peft_writes_them(tmp_p
         read_adapter(tmp_path / "adapter", FAMILIES["llama3.1"])
 
 
-READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"}
+READ = {
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "exclude_modules",
+}
 READ |= {"layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices"}
 REFUSED = {"fan_in_fan_out", "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
-REFUSED |= {"use_dora", "velora_config", "kasa_config", "alora_invocation_tokens", "use_qalora", "monteclora_config"}
+REFUSED |= {"velora_config", "kasa_config", "alora_invocation_tokens", "use_qalora", "monteclora_config"}
 REFUSED |= {"layer_replication", "lora_bias", "target_parameters", "use_bdlora", "arrow_config", "ensure_weight_tying"}
 
 

@@ -120,6 +120,8 @@ def test_a_bare_loss_and_grads_is_judged_by_loss_and_gradient_alone() -> None:
         ("adamw", "optimizer step"),
         ("losses", "ten losses"),
         ("merged", "adapter merge"),
+        ("distillation", "distillation"),
+        ("adapters", "adapters"),
     ],
 )
 def test_what_a_trainer_says_it_cannot_do_is_not_covered(method: str, metric: str) -> None:

@@ -64,8 +64,8 @@ def home(folder: Path) -> Path:
     return folder
 
 
-def dialog(i: int) -> dict[str, list[dict[str, str]]]:
-    ask, answer = DOCS[i][:20].strip(), DOCS[i][20:70].strip()
+def dialog(i: int, prompt_chars: int = 20) -> dict[str, list[dict[str, str]]]:
+    ask, answer = DOCS[i][:prompt_chars].strip(), DOCS[i][prompt_chars : prompt_chars + 50].strip()
     return {"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]}
 
 
@@ -79,6 +79,23 @@ def patient(home: Path, out: Path, entry: str = "text", *, thorough: bool = True
     return Patient.of(setup, talks=found.talks, thorough=thorough)
 
 
+def written(home: Path, name: str, text: str) -> str:
+    (home / name).write_text(text, encoding="utf-8")
+    return str(home / name)
+
+
+def documents(home: Path, name: str, change: Callable[[str], str]) -> str:
+    return written(home, name, "<|endoftext|>".join(map(change, DOCS)))
+
+
+def answers(home: Path, name: str, change: Callable[[str], str]) -> str:
+    """Dialogues whose prompts are long enough to be no copies of each other."""
+    rows = [dialog(i, prompt_chars=60) for i in range(60)]
+    for row in rows:
+        row["messages"][1]["content"] = change(row["messages"][1]["content"])
+    return written(home, name, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 HEALTHY: dict[str, Callable[[Path, Path], Patient]] = {
     "from scratch": lambda home, out: patient(home, out, init=str(home / "shape.json"), lr=1e-2, vocab_size=300),
     "all parameters": lambda home, out: patient(home, out),
@@ -87,6 +104,29 @@ HEALTHY: dict[str, Callable[[Path, Path], Patient]] = {
     "dialogues": lambda home, out: patient(home, out, "chat"),
     "dialogues with an adapter": lambda home, out: patient(home, out, "chat", method="lora", lr=2e-3),
 }
+
+
+def with_preface(text: str) -> str:
+    return f"Once more. {text[:35]}{chr(0xFFFD) * (sum(map(ord, text)) % 5 == 0)}{text[35:70]}"
+
+
+# Odd, and right all the same; the quick look is enough for them.
+ODD: dict[str, Callable[[Path, Path], Patient]] = {
+    "answers of one word": lambda home, out: patient(
+        home, out, "chat", thorough=False, data=answers(home, "short.jsonl", lambda text: text.split()[0])
+    ),
+    "code that is full of braces": lambda home, out: patient(
+        home, out, thorough=False, data=documents(home, "code.txt", lambda text: '{"a": [' + text[:70] + "\n}")
+    ),
+    "a mark of its own from scratch": lambda home, out: patient(
+        home, out, thorough=False, init=str(home / "shape.json"), lr=1e-2, vocab_size=300,
+        data=documents(home, "marks.txt", lambda text: f"<|tale|>{text[:70]}"),
+    ),
+    "a preface that all share, and a lost character here and there": lambda home, out: patient(
+        home, out, thorough=False,
+        data=documents(home, "preface.txt", with_preface),
+    ),
+}  # fmt: skip
 
 
 # --- Ills ------------------------------------------------------------------------------------------------------------
@@ -152,4 +192,44 @@ ILLS: dict[str, Callable[[Path, Path], Patient]] = {
     "truncated documents": lambda home, out: patient(home, out, seq_len=48),
     "wrong tokenizer": lambda home, out: patient(home, out, tokenizer=str(home / "other.model")),
     "tied head broken": untie_head,
+}
+
+
+def with_unknown(home: Path, out: Path) -> Patient:
+    """Every third token is <unk>, as of a vocabulary without bytes in another script."""
+    ill = patient(home, out, thorough=False)
+    seen = [(ids.copy(), mask) for ids, mask in ill.documents]
+    for ids, _ in seen:
+        ids[1::3] = ill.tokenizer.vocabulary.unknown_id
+    ill.__dict__["documents"] = seen
+    return ill
+
+
+def copies_of_few(home: Path, out: Path) -> Patient:
+    few = written(home, "repeated.txt", "<|endoftext|>".join(DOCS[:10] * 8))
+    other = written(home, "unseen.txt", "<|endoftext|>".join(DOCS[100:130]))
+    return patient(home, out, thorough=False, data=few, val_data=other)
+
+
+def marked(text: str) -> str:
+    return f"<|im_start|>user\n{text}<|im_end|>"
+
+
+QUICK_ILLS: dict[str, Callable[[Path, Path], Patient]] = {
+    "damaged text": lambda home, out: patient(
+        home, out, thorough=False, data=documents(home, "lost.txt", lambda text: text[:70].replace("a", "\ufffd", 3))
+    ),
+    "unknown tokens": with_unknown,
+    "rows as text": lambda home, out: patient(
+        home,
+        out,
+        thorough=False,
+        seq_len=256,
+        data=documents(home, "rows.txt", lambda text: json.dumps({"text": text})),
+    ),
+    "marks as text": lambda home, out: patient(
+        home, out, thorough=False, seq_len=256, data=documents(home, "spelled.txt", marked)
+    ),
+    "repeated documents": copies_of_few,
+    "warmup": lambda home, out: patient(home, out, thorough=False, warmup_steps=100),
 }

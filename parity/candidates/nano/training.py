@@ -6,15 +6,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.build import add_dropout_
 from finetune.config import TrainConfig
-from finetune.data.dialogs import joined
+from finetune.data.dialogs import Dialogs, joined
 from finetune.data.documents import Ints
 from finetune.data.packing import Batch, Packer
 from finetune.data.pairs import PairBatch, PairPacker, Pairs
-from finetune.lora import add_lora_, lora_parameters, merged_model
+from finetune.distill import Distilled, DistillModel, Recipe, TaughtBatch
+from finetune.lora import add_lora_, lora_parameters, merged_model, wear_
 from finetune.loss import LossModel
 from finetune.optim import make_optimizer, select_trained_, trained
 from finetune.pairwise import PairLossModel, sequence_log_probs
@@ -22,11 +23,12 @@ from finetune.parallelize import World
 from finetune.reference import make_reference
 from finetune.train import accumulate_
 from nanollama.checkpoint import Checkpoint
+from nanollama.checkpoint.adapter import Adapter
 from nanollama.model import ModelConfig, Transformer
 from parity.run.training import Document, Grads
 
 ADAPTER_RANK, ADAPTER_ALPHA = 4, 12.0
-ADAPTER_TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+LORA_TARGETS, DORA_TARGETS = ("wq", "wv", "wo", "w1"), ("wk", "w2", "w3")
 
 
 class Loaded(Protocol):
@@ -75,6 +77,12 @@ def run(model: Transformer, batches: list[Batch]) -> tuple[Tensor, Grads]:
     return nats / count, {name: grad_of(p) for name, p in trained(model).items()}
 
 
+def masked(documents: list[Document]) -> Dialogs:
+    """As finetune.chat and finetune.preference hold them: ids, and of each whether it is learned."""
+    pairs = [(np.array(ids), np.array([False, *(y != -100 for y in labels[:-1])])) for ids, labels in documents]
+    return joined(pairs, int(pairs[0][0][0]))
+
+
 def grad_of(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
@@ -105,10 +113,7 @@ class NanoTrainer:
         """By finetune's own objective, two pairs a micro-batch; the reference is made of a model that has dropout."""
         documents = self.pairs(pairs)
         documents = replace(documents, reference=self.reference(documents))
-        policy = trainable(self.nano)
-        with torch.no_grad():
-            for parameter in policy.parameters():
-                parameter.copy_(push(parameter))
+        policy = self.pushed(push)
         packer, device = PairPacker(documents, int(documents.lengths.sum())), policy.tok_embeddings.weight.device
         batches = [self.pair_batch(packer, part) for part in ([0, 1], [2])]
         fp32 = torch.autocast(device.type, enabled=False)
@@ -117,12 +122,14 @@ class NanoTrainer:
 
     def pairs(self, pairs: list[list[Document]]) -> Pairs:
         """As finetune.data.pairs reads them."""
-        sequences = [
-            (np.array(tokens), np.array([False, *(label != -100 for label in labels[:-1])]))
-            for pair in pairs
-            for tokens, labels in pair
-        ]
-        return Pairs(joined(sequences, int(sequences[0][0][0])))
+        return Pairs(masked([document for pair in pairs for document in pair]))
+
+    def pushed(self, push: Callable[[Tensor], Tensor]) -> Transformer:
+        model = trainable(self.nano)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(push(parameter))
+        return model
 
     def reference(self, pairs: Pairs) -> Tensor:
         model = trainable(self.nano)
@@ -140,6 +147,53 @@ class NanoTrainer:
 
     def pair_loss_model(self, model: Transformer, kind: str, beta: float) -> PairLossModel:
         return PairLossModel(model, kind, beta)
+
+    def distillation(
+        self, parts: list[list[Document]], push: Callable[[Tensor], Tensor], temperature: float, mix: float, kind: str
+    ) -> tuple[Tensor, Grads]:
+        """By finetune's own objective, a micro-batch of each part; dialogues' masks as finetune.chat makes them."""
+        student, teacher = self.pushed(push), trainable(self.nano).eval().requires_grad_(False)
+        how = Recipe(temperature, mix)
+        batches = [self.taught_batch(Distilled(teacher, how, kind == "all"), part) for part in parts]
+        count, device = self.taught_count(batches), student.tok_embeddings.weight.device
+        model, fp32 = self.distill_model(student, teacher, how), torch.autocast(device.type, enabled=False)
+        nats = accumulate_(model.train(), batches, count, fp32, World(device))
+        return nats / count, {name: grad_of(p) for name, p in trained(student).items()}
+
+    def taught_batch(self, objective: Distilled, documents: list[Document]) -> TaughtBatch:
+        tokens = sum(len(ids) for ids, _ in documents)
+        packer = objective.packer(masked(documents), tokens, seed=0, doc_mask=True)
+        made = packer.batch([list(range(len(documents)))])
+        assert isinstance(made, TaughtBatch)
+        return made
+
+    def taught_count(self, batches: list[TaughtBatch]) -> int:
+        return sum(batch.count for batch in batches)
+
+    def distill_model(self, student: Transformer, teacher: Transformer, how: Recipe) -> nn.Module:
+        return DistillModel(student, teacher, how)
+
+    def adapters(
+        self,
+        parts: list[list[Document]],
+        make: Callable[[Tensor, int], dict[str, Tensor]],
+        targets: list[str],
+        rank: int,
+        alpha: float,
+        kind: str,
+    ) -> tuple[Tensor, Grads]:
+        model = trainable(self.nano)
+        weights = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith(tuple(targets))}
+        made = {name: make(weight, rank) for name, weight in weights.items()}
+        pairs = {name: (of["lora_A"], of["lora_B"]) for name, of in made.items()}
+        magnitudes = {name: of["lora_magnitude"] for name, of in made.items() if kind == "dora"}
+        adapter = Adapter(pairs, dict.fromkeys(pairs, alpha), magnitudes=magnitudes)
+        wear_(model, adapter, 0.0, torch.Generator())
+        return run(self.worn(model), [self.batch(part) for part in parts])
+
+    def worn(self, model: Transformer) -> Transformer:
+        """The model with its adapters, ready to be trained."""
+        return model
 
     def labels(self, documents: list[list[int]]) -> list[list[int]]:
         packer = Packer(Listed(documents), sum(map(len, documents)))
@@ -163,13 +217,16 @@ class NanoTrainer:
         return found
 
     def adapter(self, model: Transformer) -> None:
-        """A LoRA on every layer whose B is not zero any more."""
+        """A LoRA or a DoRA on every layer, whose B is not zero any more, nor its lengths those of the weights."""
         generator = torch.Generator().manual_seed(0)
-        add_lora_(model, ADAPTER_RANK, ADAPTER_ALPHA, ADAPTER_TARGETS, 0.0, generator)
+        add_lora_(model, ADAPTER_RANK, ADAPTER_ALPHA, LORA_TARGETS, 0.0, generator)
+        add_lora_(model, ADAPTER_RANK, ADAPTER_ALPHA, DORA_TARGETS, 0.0, generator, dora=True)
         for name, parameter in lora_parameters(model).items():
+            drawn = torch.empty(parameter.shape).normal_(std=0.01, generator=generator).to(parameter.device)
             if name.endswith("lora_B"):
-                drawn = torch.empty(parameter.shape).normal_(std=0.01, generator=generator)
                 parameter.data.copy_(drawn)
+            elif name.endswith("lora_magnitude"):
+                parameter.data.mul_(1 + drawn)
 
     def merge(self, model: Transformer) -> Transformer:
         return merged_model(model, self.nano.attention)

@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.data.packing import Batch
 from finetune.data.pairs import PairBatch, Pairs
+from finetune.distill import Distilled, DistillModel, Recipe, TaughtBatch
 from finetune.lora import LoraLinear
 from finetune.optim import trained
 from finetune.pairwise import PairLossModel
+from nanollama.checkpoint.adapter import add_low_rank, row_lengths
 from nanollama.model import Transformer
 from parity.candidates.nano.model import Nano
 from parity.candidates.nano.training import NanoTrainer, run, trainable
@@ -133,6 +136,158 @@ def merged_unscaled(trainer: NanoTrainer, true: Any) -> Callable[[Transformer], 
         return true(model)
 
     return merge
+
+
+# --- DoRA ------------------------------------------------------------------------------------------------------------
+
+
+def adapted(model: Transformer) -> list[LoraLinear]:
+    return [module for module in model.modules() if isinstance(module, LoraLinear)]
+
+
+def lengths_frozen(trainer: NanoTrainer, true: Any) -> Callable[[Transformer], Transformer]:
+    """The lengths of rows get no gradient."""
+
+    def worn(model: Transformer) -> Transformer:
+        for module in adapted(true(model)):
+            if module.lora_magnitude is not None:
+                module.lora_magnitude.register_hook(torch.zeros_like)
+        return model
+
+    return worn
+
+
+def norm_not_detached(trainer: NanoTrainer, true: Any) -> Callable[[Transformer], Transformer]:
+    """The norm of each row has a gradient to A and B."""
+
+    def stretch(module: LoraLinear) -> Tensor:
+        assert module.lora_magnitude is not None
+        return module.lora_magnitude / row_lengths(whole_of(module))
+
+    def worn(model: Transformer) -> Transformer:
+        for module in adapted(true(model)):
+            override(module, "stretch", lambda module=module: stretch(module))
+        return model
+
+    return worn
+
+
+def whole_of(module: LoraLinear) -> Tensor:
+    return add_low_rank(module.base.weight, module.lora_A, module.lora_B, module.scale)
+
+
+def trained_unscaled(trainer: NanoTrainer, true: Any) -> Callable[[Transformer], Transformer]:
+    """The adapter is trained without its alpha / rank."""
+
+    def worn(model: Transformer) -> Transformer:
+        for module in adapted(true(model)):
+            module.alpha = module.rank
+        return model
+
+    return worn
+
+
+def merged_without_lengths(trainer: NanoTrainer, true: Any) -> Callable[[Transformer], Transformer]:
+    """Of a DoRA the low-rank change alone is merged."""
+
+    def merge(model: Transformer) -> Transformer:
+        for module in adapted(model):
+            module.lora_magnitude = None
+        return true(model)
+
+    return merge
+
+
+def merged_by_the_bases_norm(trainer: NanoTrainer, true: Any) -> Callable[[Transformer], Transformer]:
+    """Rows are divided by the norm of the base's, not of the sum's."""
+
+    def merge(model: Transformer) -> Transformer:
+        for module in adapted(model):
+            if module.lora_magnitude is not None:
+                module.lora_magnitude.mul_(row_lengths(whole_of(module)) / row_lengths(module.base.weight))
+        return true(model)
+
+    return merge
+
+
+# --- Distillation ----------------------------------------------------------------------------------------------------
+
+
+def followed_at_prompts(trainer: NanoTrainer, true: Any) -> Callable[[Distilled, list[Document]], TaughtBatch]:
+    """The divergence is taken at prompts, too, where the labels were asked for."""
+    return lambda objective, documents: true(replace(objective, everywhere=True), documents)
+
+
+def over_labels_alone(trainer: NanoTrainer, true: Any) -> Callable[[list[TaughtBatch]], int]:
+    """The sum over all tokens is divided by the number of labels."""
+    return lambda batches: sum(batch.valid for batch in batches)
+
+
+def no_temperature_squared(trainer: NanoTrainer, true: Any) -> Callable[..., nn.Module]:
+    return _by_parts(true, lambda how: (how.mix / how.temperature**2, 1 - how.mix))
+
+
+def mixed_the_other_way(trainer: NanoTrainer, true: Any) -> Callable[..., nn.Module]:
+    """The share is the labels', the rest the teacher's."""
+    return _by_parts(true, lambda how: (1 - how.mix, how.mix))
+
+
+def _by_parts(true: Callable[..., DistillModel], shares: Callable[[Recipe], tuple[float, float]]) -> Callable:
+    """The divergence, T^2 included, and the labels' loss, each by its share."""
+
+    class Parts(nn.Module):
+        def __init__(self, student: Transformer, teacher: Transformer, how: Recipe) -> None:
+            super().__init__()
+            self.models = [true(student, teacher, replace(how, mix=mix)) for mix in (1.0, 0.0)]
+            self.shares = shares(how)
+
+        def forward(self, *inputs: Any) -> Tensor:
+            divergence, nats = (model(*inputs) for model in self.models)
+            return self.shares[0] * divergence + self.shares[1] * nats
+
+    return Parts
+
+
+def teacher_without_mask(trainer: NanoTrainer, true: Any) -> Callable[..., nn.Module]:
+    """The teacher reads across the documents of a row."""
+
+    class Unmasked:
+        def __init__(self, model: Transformer) -> None:
+            self.model, self.logits = model, model.logits
+
+        def hidden(self, tokens: Tensor, positions: Tensor, doc_ids: Tensor | None) -> Tensor:
+            return self.model.hidden(tokens, positions, None)
+
+    return lambda student, teacher, how: true(student, Unmasked(teacher), how)
+
+
+def other_direction(trainer: NanoTrainer, true: Any) -> Callable[..., nn.Module]:
+    """KL(student || teacher)."""
+    return _plain(lambda p, q, heat: (F.log_softmax(p / heat, -1), F.log_softmax(q / heat, -1)), swapped=True)
+
+
+def cool_student(trainer: NanoTrainer, true: Any) -> Callable[..., nn.Module]:
+    """The teacher's distribution at the temperature, the student's at 1."""
+    return _plain(lambda p, q, heat: (F.log_softmax(p / heat, -1), F.log_softmax(q, -1)), swapped=False)
+
+
+def _plain(logs: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]], *, swapped: bool) -> Callable:
+    """The loss of all logits at once, by torch's own functions; logs: of teacher and student."""
+
+    class Plain(nn.Module):
+        def __init__(self, student: Transformer, teacher: Transformer, how: Recipe) -> None:
+            super().__init__()
+            self.student, self.teacher, self.how = student, (teacher,), how
+
+        def forward(self, tokens: Tensor, labels: Tensor, positions: Tensor, doc_ids: Tensor, at: Tensor) -> Tensor:
+            mine, theirs = (m.logits(m.hidden(tokens, positions, doc_ids)) for m in (self.student, self.teacher[0]))
+            log_p, log_q = logs(theirs[at].float(), mine[at].float(), self.how.temperature)
+            into, of = (log_p, log_q) if swapped else (log_q, log_p)
+            divergence = F.kl_div(into, of, reduction="sum", log_target=True) * self.how.temperature**2
+            nats = F.cross_entropy(mine.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+            return self.how.mix * divergence + (1 - self.how.mix) * nats
+
+    return Plain
 
 
 # --- Preferences -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,74 @@
+"""The gradients of adapters: LoRA (arXiv 2106.09685), W + s B A, and DoRA (arXiv 2402.09353, equation 5), whose rows
+are as long as a magnitude m says: m (W + s B A) / |W + s B A|, each row's norm a constant, as section 4.3 has it.
+
+The whole matrices stand in the model's place; what their gradients say of A, B and m follows by the chain rule. Those
+of q and k are left out: their rows have another order in other layouts.
+
+Written to OUT/adapters.safetensors: KIND/grad/LAYER.PART, KIND/padded/LAYER.PART of all documents in one batch, PART
+one of lora_A, lora_B, lora_magnitude; returned for trace.json: the loss of each kind.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from reference.training import Document, Trainable, label_nats, padded_nats
+
+FILE = "adapters.safetensors"
+
+
+def made_up_adapter(weight: Tensor, rank: int) -> dict[str, Tensor]:
+    """Float32 numbers that any process makes alike from a weight (outputs, inputs): products and their fractions."""
+    narrow = weight.detach().float()
+    return {
+        "lora_A": (torch.frac(narrow[:rank] * 8191.0) - 0.5) * 2.0**-3,  # (rank, inputs)
+        "lora_B": (torch.frac(narrow[:, :rank] * 4093.0) - 0.5) * 2.0**-4,  # (outputs, rank)
+        "lora_magnitude": 1 + torch.frac(narrow[:, 0] * 2039.0) / 2,  # (outputs,)
+    }
+
+
+def with_adapter(weight: Tensor, parts: dict[str, Tensor], scale: float, kind: str) -> Tensor:
+    """The whole matrix, with gradients to the parts that this kind has."""
+    whole = weight + scale * (parts["lora_B"] @ parts["lora_A"])
+    if kind == "lora":
+        return whole
+    assert kind == "dora", kind
+    return whole * (parts["lora_magnitude"] / whole.detach().norm(dim=1)).unsqueeze(1)
+
+
+def run_adapters(trainable: Trainable, asked: dict[str, Any], documents: list[Document], out: Path) -> dict[str, float]:
+    """The loss of each kind; its gradients go into a file. The parameters are as before, after it."""
+    chosen = {n: p for n, p in trainable.parameters.items() if n.endswith(tuple(asked["targets"]))}
+    kept = {name: p.detach().clone() for name, p in chosen.items()}
+    scale, tensors, losses = asked["alpha"] / asked["rank"], dict[str, Tensor](), dict[str, float]()
+    for kind in asked["kinds"]:
+        parts, wholes = {}, {}
+        for name, weight in kept.items():
+            made = made_up_adapter(weight, asked["rank"])
+            parts[name] = {
+                part: value.to(weight.dtype).requires_grad_()
+                for part, value in made.items()
+                if kind == "dora" or part != "lora_magnitude"
+            }
+            wholes[name] = with_adapter(weight, parts[name], scale, kind)
+        with torch.no_grad():
+            for name, parameter in chosen.items():
+                parameter.copy_(wholes[name])
+        for way, nats in (("padded", padded_nats), ("grad", label_nats)):
+            if way == "padded" and not trainable.batched:
+                continue
+            loss = nats(trainable, documents).mean()
+            losses[kind] = float(loss.detach())
+            gradients = torch.autograd.grad(loss, list(chosen.values()))
+            for (name, whole), gradient in zip(wholes.items(), gradients, strict=True):
+                own = torch.autograd.grad(whole, list(parts[name].values()), gradient, retain_graph=True)
+                layer = name.removesuffix(".weight")
+                tensors |= {f"{kind}/{way}/{layer}.{p}": g for p, g in zip(parts[name], own, strict=True)}
+    with torch.no_grad():
+        for name, parameter in chosen.items():
+            parameter.copy_(kept[name])
+    save_file({name: gradient.contiguous().clone() for name, gradient in tensors.items()}, out / FILE)
+    return losses
