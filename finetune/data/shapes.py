@@ -61,14 +61,8 @@ ROLES = {
     "tool_response": "tool",
     "ipython": "tool",
 }
-LEARNED = (
-    "weight",
-    "train",
-    "training",
-    "loss",
-    "loss_mask",
-    "trainable",
-)  # of a message: 0 or false, and it is read but not learned
+# Of a message: 0 or false, and it is read but not learned.
+LEARNED = ("weight", "train", "training", "loss", "loss_mask", "trainable")
 # Of messages; no chat format shows them.
 NOTES = frozenset(
     ("id", "uuid", "message_id", "parent_id", "turn", "turn_identifier", "timestamp", "create_time", "created", "date")

@@ -116,6 +116,8 @@ def make_loop(job: Job, world: World, folder: Path) -> Loop:
     model = Transformer.from_weights(SHAPE, weights)
     data: Any = Documents(0)
     run = RunFolder(folder, resolve(config, "cpu", 1))
+    if world.rank == 0:
+        run.write_config()
     return Loop(Setup(run, model, data, data, data, "data", world, str))
 
 
