@@ -1,19 +1,23 @@
 """The gradients of adapters: LoRA (arXiv 2106.09685), W + s B A, and DoRA (arXiv 2402.09353, equation 5), whose rows
 are as long as a magnitude m says: m (W + s B A) / |W + s B A|, each row's norm a constant, as section 4.3 has it.
 
-The whole matrices stand in the model's place; what their gradients say of A, B and m follows by the chain rule. Those
-of q and k are left out: their rows have another order in other layouts.
+The whole matrices stand in the model's place; what their gradients say of A, B and m follows by the chain rule. Or the
+products are taken as adapters usually are, W x + s B (A x): other sums, so another throw of the rounding. Those of q
+and k are left out: their rows have another order in other layouts.
 
-Written to OUT/adapters.safetensors: KIND/grad/LAYER.PART, KIND/padded/LAYER.PART of all documents in one batch, PART
-one of lora_A, lora_B, lora_magnitude; returned for trace.json: the loss of each kind.
+Written to OUT/adapters.safetensors: KIND/grad/LAYER.PART, KIND/padded/LAYER.PART of all documents in one batch,
+KIND/beside/LAYER.PART by products beside the matrix, PART one of lora_A, lora_B, lora_magnitude; returned for
+trace.json: the loss of each kind.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from reference.training import Document, Trainable, label_nats, padded_nats
 
@@ -37,6 +41,25 @@ def with_adapter(weight: Tensor, parts: dict[str, Tensor], scale: float, kind: s
         return whole
     assert kind == "dora", kind
     return whole * (parts["lora_magnitude"] / whole.detach().norm(dim=1)).unsqueeze(1)
+
+
+class Beside(TorchFunctionMode):
+    """While it is entered, a product with one of the matrices of `parts` has its adapter's product beside it."""
+
+    def __init__(self, parts: dict[Tensor, dict[str, Tensor]], scale: float) -> None:
+        super().__init__()
+        self.parts, self.scale = parts, scale
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is not F.linear or args[1] not in self.parts:
+            return out
+        x, weight, own = args[0], args[1].detach(), self.parts[args[1]]
+        out = out + self.scale * func(func(x, own["lora_A"]), own["lora_B"])
+        if "lora_magnitude" not in own:
+            return out
+        whole = weight + self.scale * (own["lora_B"].detach() @ own["lora_A"].detach())
+        return out * (own["lora_magnitude"] / whole.norm(dim=1))
 
 
 def run_adapters(trainable: Trainable, asked: dict[str, Any], documents: list[Document], out: Path) -> dict[str, float]:
@@ -67,8 +90,14 @@ def run_adapters(trainable: Trainable, asked: dict[str, Any], documents: list[Do
                 own = torch.autograd.grad(whole, list(parts[name].values()), gradient, retain_graph=True)
                 layer = name.removesuffix(".weight")
                 tensors |= {f"{kind}/{way}/{layer}.{p}": g for p, g in zip(parts[name], own, strict=True)}
-    with torch.no_grad():
-        for name, parameter in chosen.items():
-            parameter.copy_(kept[name])
+        with torch.no_grad():
+            for name, parameter in chosen.items():
+                parameter.copy_(kept[name])
+        if trainable.batched:
+            with Beside({chosen[name]: own for name, own in parts.items()}, scale):
+                loss = label_nats(trainable, documents).mean()
+            named = {f"{name.removesuffix('.weight')}.{p}": v for name, own in parts.items() for p, v in own.items()}
+            found = torch.autograd.grad(loss, list(named.values()))
+            tensors |= {f"{kind}/beside/{name}": g for name, g in zip(named, found, strict=True)}
     save_file({name: gradient.contiguous().clone() for name, gradient in tensors.items()}, out / FILE)
     return losses

@@ -28,6 +28,7 @@ from parity.run.training import (
 from parity.trace import Trace
 
 U = UNIT[DTYPE]
+WAYS = ("grad", "padded", "beside")  # in which a reference takes the same gradients, each with a rounding of its own
 GRAD, STEP = BOUNDS["G8.grad"].value, BOUNDS["G8.step"].value
 
 
@@ -96,7 +97,7 @@ def _objective(name: str, ev: Evidence, trace: Trace, reference: Trace, floor: f
         own = read(trace.folder / FILE, f"{name}/{kind}/")
         true = read(ev.oracle.folder / file, f"{kind}/grad/")
         theirs = [
-            [read(one.folder / file, f"{kind}/{way}/") for way in ("grad", "padded")]
+            [found for way in WAYS if (found := read(one.folder / file, f"{kind}/{way}/"))]
             for one in own_first(ev, reference)
         ]
         results.append(_worst_gradient(name, own, true, theirs, kind, labels))
