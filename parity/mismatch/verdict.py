@@ -15,6 +15,7 @@ from parity.mismatch.columns import Columns
 BOUND = 3.0  # floors, as G3; 200 honest pairs came to 1.77
 NAMED = 0.9  # of the squared error
 DEPARTS = 8.0  # floors, from which a token counts as the first that departs
+TOLD = 3  # mistakes that cannot be told apart, at most
 STALE = (
     "unexplained: no known mistake takes the error away and it is at every token, as of other weights than the "
     "checkpoint's (stale ones, or another finetune)"
@@ -41,6 +42,13 @@ def rms(x: Tensor) -> float:
     return float(x.square().mean().sqrt())
 
 
+def alike(side: Side) -> list[str]:
+    """The mistake that explains most, and the others that leave no more than rounding either: as no BOS and a first
+    token out of sight, which are one thing where positions count by their distance alone."""
+    left = [(name, side.floors * max(0.0, 1 - part) ** 0.5) for name, part in side.best]
+    return [name for i, (name, floors) in enumerate(left) if i == 0 or (floors <= BOUND and i < TOLD)]
+
+
 def judge(columns: Columns, answer: dict[str, Any], dtypes: dict[str, str]) -> list[Side]:
     """Both sides. dtypes: of each, "fp32", "bf16" or "fp16"."""
     right = torch.tensor(answer["right"], dtype=torch.float64)
@@ -62,7 +70,7 @@ def _explained(side: Side, columns: Columns, error: Tensor, floor: float, floors
         first = int(columns.sequence[n]), int(columns.position[n])
     cause = None
     if side.best and side.best[0][1] >= NAMED:
-        cause = f"{side.best[0][0]} (explains {side.best[0][1]:.1%} of its error)"
+        cause = f"{', or '.join(alike(side))} (explains {side.best[0][1]:.1%} of its error)"
     elif dtype == "fp32" and any(side.rms <= 2 * floors[low] for low in ("fp16", "bf16")):
         low = min(("fp16", "bf16"), key=lambda low: abs(side.rms - floors[low]))
         cause = f"it computes in {low}: its error is {side.rms / floors[low]:.2f} of what that costs"

@@ -24,6 +24,7 @@ from reference.mistakes.listed import Columns, asked_about, explain
 SHAPES: dict[str, dict[str, Any]] = {
     "llama 3": {"vocab_size": 512},
     "tied, GQA 8": {"name": "tiny-3.2", "n_kv_heads": 2},
+    "llama 2": {"name": "tiny-llama2", "vocab_size": 512},
 }
 HONEST = 40  # pairs in the slow test; 200 were run once (docs/LOG.md)
 Rows = list[list[float | None]]
@@ -117,7 +118,8 @@ def wrong(folder: Path, cause: str) -> Callable[[list[int]], Tensor]:
     if cause == "top-p":
         return lambda ids: top_p(logits_of(llama, ids), 0.7)
     if cause == "RoPE base":
-        other = model(folder, rope_theta=10_000.0, rope_scaling=None)
+        right = llama.config.rope_theta
+        other = model(folder, rope_theta=500_000.0 if right == 10_000 else 10_000.0, rope_scaling=None)
         return lambda ids: logits_of(other, ids)
     if cause == "no BOS":
         return lambda ids: torch.cat((logits_of(llama, ids)[:1], logits_of(llama, ids[1:])))
