@@ -124,7 +124,11 @@ def shapes_of(config: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def _check_runs(table: dict[str, Any]) -> None:
-    """Tokens and run dtypes."""
+    """References, tokens and run dtypes."""
+    if not {*table["references"]} <= {"meta", "hf"}:
+        raise Wrong(f"references is {gate.shown(table['references'])}")
+    if type(table["environment"].get("torch")) is not str:
+        raise Wrong(f"environment.torch is {gate.shown(table['environment'].get('torch'))}")
     if not table["sequences"] or not all(0 < n < 1 << 31 for n in table["sequences"]):
         raise Wrong(f"sequences is {gate.shown(table['sequences'])}")
     if not table["dtypes"] or not {*table["dtypes"]} <= DTYPES.keys() & table["decided_fraction"].keys():
