@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from reference.training import Document, Trainable, label_nats, padded_nats
+from reference.training import Document, Trainable, changed, label_nats, padded_nats
 
 FILE = "adapters.safetensors"
 
@@ -32,6 +32,14 @@ def made_up_adapter(weight: Tensor, rank: int) -> dict[str, Tensor]:
         "lora_B": (torch.frac(narrow[:, :rank] * 4093.0) - 0.5) * 2.0**-4,  # (outputs, rank)
         "lora_magnitude": 1 + torch.frac(narrow[:, 0] * 2039.0) / 2,  # (outputs,)
     }
+
+
+def leaves_of(weight: Tensor, rank: int, kind: str) -> dict[str, Tensor]:
+    """The parts that this kind has, in the weight's dtype, to be given gradients."""
+    made = made_up_adapter(weight, rank)
+    if kind == "lora":
+        del made["lora_magnitude"]
+    return {part: value.to(weight.dtype).requires_grad_() for part, value in made.items()}
 
 
 def with_adapter(weight: Tensor, parts: dict[str, Tensor], scale: float, kind: str) -> Tensor:
@@ -65,39 +73,24 @@ class Beside(TorchFunctionMode):
 def run_adapters(trainable: Trainable, asked: dict[str, Any], documents: list[Document], out: Path) -> dict[str, float]:
     """The loss of each kind; its gradients go into a file. The parameters are as before, after it."""
     chosen = {n: p for n, p in trainable.parameters.items() if n.endswith(tuple(asked["targets"]))}
-    kept = {name: p.detach().clone() for name, p in chosen.items()}
     scale, tensors, losses = asked["alpha"] / asked["rank"], dict[str, Tensor](), dict[str, float]()
     for kind in asked["kinds"]:
-        parts, wholes = {}, {}
-        for name, weight in kept.items():
-            made = made_up_adapter(weight, asked["rank"])
-            parts[name] = {
-                part: value.to(weight.dtype).requires_grad_()
-                for part, value in made.items()
-                if kind == "dora" or part != "lora_magnitude"
-            }
-            wholes[name] = with_adapter(weight, parts[name], scale, kind)
-        with torch.no_grad():
-            for name, parameter in chosen.items():
-                parameter.copy_(wholes[name])
-        for way, nats in (("padded", padded_nats), ("grad", label_nats)):
-            if way == "padded" and not trainable.batched:
-                continue
-            loss = nats(trainable, documents).mean()
-            losses[kind] = float(loss.detach())
-            gradients = torch.autograd.grad(loss, list(chosen.values()))
-            for (name, whole), gradient in zip(wholes.items(), gradients, strict=True):
-                own = torch.autograd.grad(whole, list(parts[name].values()), gradient, retain_graph=True)
-                layer = name.removesuffix(".weight")
-                tensors |= {f"{kind}/{way}/{layer}.{p}": g for p, g in zip(parts[name], own, strict=True)}
-        with torch.no_grad():
-            for name, parameter in chosen.items():
-                parameter.copy_(kept[name])
+        parts = {name: leaves_of(weight, asked["rank"], kind) for name, weight in chosen.items()}
+        wholes = {name: with_adapter(chosen[name].detach(), own, scale, kind) for name, own in parts.items()}
+        named = {f"{name.removesuffix('.weight')}.{p}": v for name, own in parts.items() for p, v in own.items()}
+        leaves, found = list(named.values()), dict[str, tuple[Tensor, ...]]()
+        with changed(chosen, wholes):
+            for way, nats in (("padded", padded_nats), ("grad", label_nats)):
+                if way == "padded" and not trainable.batched:
+                    continue
+                loss = nats(trainable, documents).mean()
+                losses[kind] = float(loss.detach())
+                gradients = torch.autograd.grad(loss, list(chosen.values()))
+                found[way] = torch.autograd.grad(list(wholes.values()), leaves, gradients, retain_graph=True)
         if trainable.batched:
             with Beside({chosen[name]: own for name, own in parts.items()}, scale):
-                loss = label_nats(trainable, documents).mean()
-            named = {f"{name.removesuffix('.weight')}.{p}": v for name, own in parts.items() for p, v in own.items()}
-            found = torch.autograd.grad(loss, list(named.values()))
-            tensors |= {f"{kind}/beside/{name}": g for name, g in zip(named, found, strict=True)}
-    save_file({name: gradient.contiguous().clone() for name, gradient in tensors.items()}, out / FILE)
+                found["beside"] = torch.autograd.grad(label_nats(trainable, documents).mean(), leaves)
+        for way, each in found.items():
+            tensors |= {f"{kind}/{way}/{name}": g.contiguous() for name, g in zip(named, each, strict=True)}
+    save_file(tensors, out / FILE)
     return losses

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reference.preferences import pushed
-from reference.training import IGNORED, Document, Trainable, padded
+from reference.training import IGNORED, Document, Trainable, changed, loss_gradients, padded, pushed
 
 FILE = "distillation.safetensors"
 
@@ -32,21 +31,14 @@ def run_distillation(
     ways |= {"padded": padded_logits} if trainable.batched else {}
     with torch.no_grad():
         teachers = {way: run(trainable, documents) for way, run in ways.items()}
-        kept = {name: p.detach().clone() for name, p in trainable.parameters.items()}
-        for parameter in trainable.parameters.values():
-            parameter.copy_(pushed(parameter))
-    tensors, losses = {}, {}
-    for way, run in reversed(ways.items()):
-        found = run(trainable, documents)
-        for kind in asked["kinds"]:
-            loss = distilled(found, teachers[way], documents, asked, kind)
-            losses[kind] = float(loss.detach())
-            gradients = torch.autograd.grad(loss, list(trainable.parameters.values()), retain_graph=True)
-            for name, gradient in zip(trainable.parameters, gradients, strict=True):
-                tensors[f"{kind}/{way}/{name}"] = trainable.to_meta(name, gradient).contiguous().clone()
-    with torch.no_grad():
-        for name, parameter in trainable.parameters.items():
-            parameter.copy_(kept[name])
+    tensors, losses = dict[str, Tensor](), dict[str, float]()
+    with changed(trainable.parameters, pushed(trainable.parameters)):
+        for way, run in reversed(ways.items()):
+            found = run(trainable, documents)
+            for kind in asked["kinds"]:
+                loss = distilled(found, teachers[way], documents, asked, kind)
+                losses[kind] = float(loss.detach())
+                tensors |= loss_gradients(trainable, loss, f"{kind}/{way}")
     save_file(tensors, out / FILE)
     return losses
 

@@ -16,15 +16,18 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reference.training import IGNORED, Document, Trainable, label_nats, padded_nats
+from reference.training import (
+    IGNORED,
+    Document,
+    Trainable,
+    changed,
+    label_nats,
+    loss_gradients,
+    padded_nats,
+    pushed,
+)
 
 FILE = "preferences.safetensors"
-
-
-def pushed(weight: Tensor) -> Tensor:
-    """Moved by float32 numbers in +-0.008 that any process makes alike from a weight: a product and its fraction."""
-    narrow = weight.detach().float()
-    return (narrow + (torch.frac(narrow * 8191.0) - 0.5) * 2.0**-6).to(weight.dtype)
 
 
 def run_preferences(trainable: Trainable, asked: dict[str, Any], out: Path) -> dict[str, float]:
@@ -32,23 +35,16 @@ def run_preferences(trainable: Trainable, asked: dict[str, Any], out: Path) -> d
     documents = [document for pair in asked["pairs"] for document in pair]
     with torch.no_grad():
         reference = log_probs(label_nats(trainable, documents), documents)
-        kept = {name: p.detach().clone() for name, p in trainable.parameters.items()}
-        for parameter in trainable.parameters.values():
-            parameter.copy_(pushed(parameter))
-    tensors, losses = {}, {}
-    for way, nats in (("padded", padded_nats), ("grad", label_nats)):
-        if way == "padded" and not trainable.batched:
-            continue
-        found = log_probs(nats(trainable, documents), documents)
-        for kind in asked["kinds"]:
-            loss = pair_losses(kind, asked["beta"], found, reference, documents).mean()
-            losses[kind] = float(loss.detach())
-            gradients = torch.autograd.grad(loss, list(trainable.parameters.values()), retain_graph=True)
-            for name, gradient in zip(trainable.parameters, gradients, strict=True):
-                tensors[f"{kind}/{way}/{name}"] = trainable.to_meta(name, gradient).contiguous().clone()
-    with torch.no_grad():
-        for name, parameter in trainable.parameters.items():
-            parameter.copy_(kept[name])
+    tensors, losses = dict[str, Tensor](), dict[str, float]()
+    with changed(trainable.parameters, pushed(trainable.parameters)):
+        for way, nats in (("padded", padded_nats), ("grad", label_nats)):
+            if way == "padded" and not trainable.batched:
+                continue
+            found = log_probs(nats(trainable, documents), documents)
+            for kind in asked["kinds"]:
+                loss = pair_losses(kind, asked["beta"], found, reference, documents).mean()
+                losses[kind] = float(loss.detach())
+                tensors |= loss_gradients(trainable, loss, f"{kind}/{way}")
     save_file(tensors, out / FILE)
     return losses
 

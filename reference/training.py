@@ -8,7 +8,8 @@ Written to OUT/training.safetensors: grad/NAME by Meta's names and layout, padde
 nats (the loss of each label of the first batch); returned for trace.json: the loss of each batch before its step.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,35 @@ def gradients(trainable: Trainable, nats: Tensor, prefix: str) -> dict[str, Tens
     nats.mean().backward()
     found = ((name, trainable.to_meta(name, gradient(p))) for name, p in trainable.parameters.items())
     return {f"{prefix}/{name}": g.clone() for name, g in found}
+
+
+@contextmanager
+def changed(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> Iterator[None]:
+    """The parameters hold these values; afterwards their own."""
+    with torch.no_grad():
+        kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(kept[name])
+
+
+def pushed(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Moved by float32 numbers in +-0.008 that any process makes alike from a weight: a product and its fraction."""
+    narrow = {name: weight.detach().float() for name, weight in parameters.items()}
+    moved = {name: x + (torch.frac(x * 8191.0) - 0.5) * 2.0**-6 for name, x in narrow.items()}
+    return {name: x.to(parameters[name].dtype) for name, x in moved.items()}
+
+
+def loss_gradients(trainable: Trainable, loss: Tensor, prefix: str) -> dict[str, Tensor]:
+    """{prefix/NAME: gradient} in Meta's layout; the graph is kept for another loss."""
+    found = torch.autograd.grad(loss, list(trainable.parameters.values()), retain_graph=True)
+    named = zip(trainable.parameters, found, strict=True)
+    return {f"{prefix}/{name}": trainable.to_meta(name, g).contiguous().clone() for name, g in named}
 
 
 def run_training(
