@@ -87,12 +87,14 @@ def load(data: bytes, where: str | Path) -> dict[str, Any]:
 
 def _check_step(step: Any, name: str, where: str | Path) -> int:
     """How many steps there are in one; raises CheckpointError beyond the limits of depth and length."""
-    layer, steps = [step], 0
+    if step is not None and not isinstance(step, (dict, list)):
+        raise CheckpointError(where, f"its {name} is {gate.shown(step)}, not an object: get this file again")
+    layer, steps = [] if step is None else [step], 0
     for _ in range(MAX_NESTED + 1):
         inner: list[Any] = []
         for item in layer:
             steps += isinstance(item, dict) and isinstance(item.get("type"), str) and item["type"] != "SpecialToken"
-            for key, value in item.items() if isinstance(item, dict) else enumerate(item or ()):
+            for key, value in item.items() if isinstance(item, dict) else enumerate(item):
                 if isinstance(value, str) and len(value) > MAX_RULE_CHARS and key != "precompiled_charsmap":
                     raise CheckpointError(where, f"its {name} has a text of {len(value):,} characters: refused")
                 if isinstance(value, (dict, list)):

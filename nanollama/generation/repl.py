@@ -9,7 +9,6 @@ What comes through a pipe is one message, whole, and its answer alone goes to st
 """
 
 import re
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -139,26 +138,14 @@ def answer_input(chat: Chat) -> None:
 
 
 def show_answer(chat: Chat, text: str) -> None:
-    pressed = False
-
-    def stop(*args: object) -> None:
-        nonlocal pressed
-        pressed = True
-        raise KeyboardInterrupt  # which Python drops where it runs a destructor: then the next piece stops the answer
-
-    before = signal.signal(signal.SIGINT, stop)
     try:
         for piece in chat.answer(text):
             print(piece, end="", flush=True)
-            if pressed:
-                raise KeyboardInterrupt
         print()
     except KeyboardInterrupt:
         print("\n(stopped)")
     except ValueError as error:
         print(f"({error})")
-    finally:
-        signal.signal(signal.SIGINT, before)
     for notice in chat.notices:
         print(f"({notice})")
 

@@ -59,7 +59,8 @@ def read_table(folder: Path, schema: str, metrics: typing.Collection[str]) -> di
             gradients = floor.get("gradients")
             known = {key: value for key, value in floor.items() if key != "gradients"}
             _check_keys(known, FLOOR, f"noise_floor {number}: ", only=True)
-            if gradients is not None and [type(part) for part in gradients] != [float, str]:
+            is_pair = type(gradients) is list and [type(part) for part in gradients] == [float, str]
+            if gradients is not None and not is_pair:
                 raise Wrong(f"noise_floor {number}: gradients is {gate.shown(gradients)}")
         _check_runs(table)
         _check_arrays(table, folder)

@@ -48,6 +48,7 @@ KINDS: dict[str, tuple[Edit, str]] = {
         lambda t: t.update(normalizer={"type": "Sequence", "a": [], **replaced("oo", 50)}),
         "8 times its length|makes",
     ),
+    "a step that is a number": (lambda t: t.update(pre_tokenizer=2), "its pre_tokenizer is 2, not an object"),
     "a kind that is an object": (lambda t: t.update(normalizer={"type": {}}), "not a usable|cannot read"),
     "one rule that makes a thousand": (lambda t: t.update(normalizer=replaced("o" * 4000, 1)), "makes"),
     "a thousand steps": (lambda t: t.update(normalizer=replaced("o", 1000)), "at most 64"),

@@ -91,6 +91,7 @@ CLAIMS: dict[str, tuple[Break, str]] = {
     "heads that are no multiple": (table(config__n_kv_heads=3), "config has"),
     "a scaling that is a list": (table(config__rope_scaling=[8.0]), "rope_scaling is"),
     "a weight that is missing": (table(config__n_layers=2), "lacks the weight|has no array|ask for"),
+    "gradients of a floor that are a number": (table(noise_floor__0__gradients=-1), "gradients is -1"),
     "an unknown key of a floor": (table(noise_floor__0__ghost=1), "'ghost' is no key"),
     "a width that is a text": (table(config__dim="4"), "config.dim is '4'"),
     "an array elsewhere": (table(arrays__0__file="../x"), "lies in '../x'"),

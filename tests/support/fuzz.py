@@ -92,7 +92,7 @@ def watch(folder: Path) -> None:
             beside = os.readlink(f"/proc/self/fd/{opened}") if opened >= 0 else ""
             place = os.path.realpath(os.path.join(beside, os.fsdecode(args[0])))
             if not place.startswith((inside, "/dev/null", tempfile.gettempdir() + "/parity-cmd-")):
-                watched.append(f"{event} {place[:80]}")
+                watched.append(f"{event} {os.path.relpath(place)[:80]}")
 
     sys.addaudithook(hook)
 

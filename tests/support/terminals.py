@@ -15,9 +15,11 @@ class Terminal:
         import pty
 
         self.fd, child = pty.openpty()
-        # The terminal must control the session, or Ctrl-C would be a character like any other.
+        # The terminal must control the session, or Ctrl-C would be a character like any other; and what a shell starts
+        # in the background, these tests perhaps, is deaf to it and so are its children.
         code = (
-            "import fcntl, runpy, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+            "import fcntl, runpy, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             f"sys.argv = ['nanollama', *{list(argv)!r}]\n"
             "runpy.run_module('nanollama', run_name='__main__', alter_sys=True)"
         )
